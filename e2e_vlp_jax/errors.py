@@ -1,0 +1,35 @@
+"""Mistakes that a user can make and mend: one readable line, exit code 2."""
+import contextlib
+import difflib
+import sys
+
+
+class UserError(Exception):
+  """Something the user asked for cannot be done.
+
+  The message is one line: the key or file, what was found, what was
+  expected, and the nearest valid choice. Entry points print it and exit
+  with code 2 (`exit_on_user_error`); library callers catch it.
+  """
+
+
+def nearest(word, choices):
+  """' (did you mean X?)' for the closest of `choices`, or the choices."""
+  choices = [str(c) for c in choices]
+  close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+  if close:
+    return f'; did you mean {close[0]!r}?'
+  if len(choices) <= 12:
+    return f'; valid choices: {", ".join(choices)}'
+  return ''
+
+
+@contextlib.contextmanager
+def exit_on_user_error():
+  """Turns a `UserError` raised inside into one line on stderr and exit 2."""
+  try:
+    yield
+  except UserError as e:
+    message = ' '.join(str(e).split())
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
