@@ -1,0 +1,68 @@
+"""Output heads. Each is a small module; logits are float32."""
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from e2e_vlp_jax.models import layers
+
+
+class Detection(nn.Module):
+  """Class (last = no object) and attribute logits of decoder states."""
+  num_classes: int
+  num_attributes: int
+
+  @nn.compact
+  def __call__(self, states):
+    """[layers, B, Q, D] -> dict of [layers, B, Q, C+1] and [.., A]."""
+    states = states.astype(jnp.float32)
+    out = {'pred_logits': nn.Dense(self.num_classes + 1, name='classes')(
+        states)}
+    if self.num_attributes:
+      out['pred_attributes'] = nn.Dense(self.num_attributes,
+                                        name='attributes')(states)
+    return out
+
+
+class MaskedLM(nn.Module):
+  """BERT's masked-LM head: dense, GELU, LayerNorm, tied output, bias."""
+  vocab_size: int
+  width: int
+  act: str = 'gelu'
+  epsilon: float = 1e-12
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, attend):
+    """x: [..., D]; attend: the tied output layer -> [..., V] logits."""
+    x = layers.activation(self.act)(
+        nn.Dense(self.width, dtype=self.dtype, name='dense')(x))
+    x = layers.LayerNorm(self.epsilon, name='norm')(x)
+    bias = self.param('bias', nn.initializers.zeros, (self.vocab_size,))
+    return attend(x) + bias
+
+
+class Matching(nn.Module):
+  """Two-way image-text matching; index 1 = the pair belongs together."""
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, cls):
+    """[..., D] state of [CLS] -> [..., 2] logits."""
+    x = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name='pooler')(cls))
+    return nn.Dense(2, name='classifier')(x.astype(jnp.float32))
+
+
+class Cells(nn.Module):
+  """Dense labels of grid cells, to warm-start a trunk (our addition)."""
+  num_classes: int
+  num_attributes: int
+
+  @nn.compact
+  def __call__(self, x):
+    """[B, N, C] -> dict of [B, N, C+1] (last = nothing) and [B, N, A]."""
+    x = x.astype(jnp.float32)
+    return {'cell_logits': nn.Dense(self.num_classes + 1, name='classes')(x),
+            'cell_attributes': nn.Dense(self.num_attributes,
+                                        name='attributes')(x)}

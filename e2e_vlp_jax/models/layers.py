@@ -1,0 +1,261 @@
+"""Transformer pieces that the three systems share.
+
+Masks are True where valid. Softmax and LayerNorm run in float32; matrix
+products run in `dtype`; parameters are float32.
+"""
+import math
+from typing import Any, Callable, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+# Added to the logits of masked positions. Finite, so that a row without any
+# valid key (an all-padding example) stays finite instead of becoming NaN.
+MASKED = -1e9
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+  """'relu' | 'gelu' (the exact erf form, as BERT and torch have it)."""
+  return {'relu': jax.nn.relu,
+          'gelu': lambda x: jax.nn.gelu(x, approximate=False)}[name]
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm over the last axis, computed in float32 (torch eps 1e-5)."""
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    norm = nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name='norm')
+    return norm(x).astype(x.dtype)
+
+
+def attention(query: Array, key: Array, value: Array, bias: Optional[Array],
+              dropout: Callable[[Array], Array] = lambda x: x) -> Array:
+  """Softmax attention.
+
+  Args:
+    query: [B, T, H, D/H].
+    key, value: [B, N, H, D/H].
+    bias: added to the logits; broadcasts to [B, H, T, N].
+    dropout: applied to the attention weights.
+
+  Returns:
+    [B, T, H, D/H].
+  """
+  logits = jnp.einsum('bthd,bnhd->bhtn', query / math.sqrt(query.shape[-1]),
+                      key, preferred_element_type=jnp.float32)
+  if bias is not None:
+    logits = logits + bias
+  weights = dropout(jax.nn.softmax(logits).astype(value.dtype))
+  return jnp.einsum('bhtn,bnhd->bthd', weights, value)
+
+
+def mask_bias(mask: Array) -> Array:
+  """True-where-valid mask -> float32 bias for attention logits."""
+  return jnp.where(mask, 0., MASKED).astype(jnp.float32)
+
+
+class MultiHeadAttention(nn.Module):
+  """Multi-head attention with separate query, key and value inputs.
+
+  DETR adds positions to queries and keys only, so the three inputs differ.
+  """
+  width: int
+  heads: int
+  dropout: float = 0.
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, query, key, value, bias=None, train=False):
+    """[B, T, D], [B, N, D], [B, N, D], bias to [B, H, T, N] -> [B, T, D]."""
+    def project(name, x):
+      x = nn.Dense(self.width, dtype=self.dtype, name=name,
+                   kernel_init=nn.initializers.xavier_uniform())(x)
+      return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    y = attention(project('query', query), project('key', key),
+                  project('value', value), bias, drop)
+    return nn.Dense(self.width, dtype=self.dtype, name='out',
+                    kernel_init=nn.initializers.xavier_uniform())(
+                        y.reshape(*y.shape[:2], self.width))
+
+
+class FeedForward(nn.Module):
+  """Dense -> activation -> dropout -> dense."""
+  width: int
+  hidden: int
+  dropout: float = 0.
+  act: str = 'relu'
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    dense = lambda n, name: nn.Dense(
+        n, dtype=self.dtype, name=name,
+        kernel_init=nn.initializers.xavier_uniform())
+    x = activation(self.act)(dense(self.hidden, 'in')(x))
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return dense(self.width, 'out')(x)
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention and feed-forward, post-norm (DETR) or pre-norm."""
+  width: int
+  heads: int
+  ffn: int
+  dropout: float = 0.1
+  pre_norm: bool = False
+  act: str = 'relu'
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, pos, bias, train=False):
+    """x, pos: [B, T, D]; bias: broadcasts to [B, H, T, T]."""
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    norm = lambda name: LayerNorm(self.epsilon, name=name)
+    attend = MultiHeadAttention(self.width, self.heads, self.dropout,
+                                self.dtype, name='self_attention')
+    feed = FeedForward(self.width, self.ffn, self.dropout, self.act,
+                       self.dtype, name='ffn')
+    def self_attention(y):
+      q = y if pos is None else y + pos
+      return drop(attend(q, q, y, bias, train))
+    if self.pre_norm:
+      x = x + self_attention(norm('norm1')(x))
+      return x + drop(feed(norm('norm2')(x), train))
+    x = norm('norm1')(x + self_attention(x))
+    return norm('norm2')(x + drop(feed(x, train)))
+
+
+class Encoder(nn.Module):
+  """A stack of encoder layers; pre-norm stacks end in a LayerNorm."""
+  layers: int
+  width: int
+  heads: int
+  ffn: int
+  dropout: float = 0.1
+  pre_norm: bool = False
+  act: str = 'relu'
+  epsilon: float = 1e-5
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, pos, mask, train=False):
+    """x, pos [B, T, D], mask [B, T] -> [B, T, D]."""
+    layer = EncoderLayer
+    if self.remat:
+      layer = nn.remat(EncoderLayer, static_argnums=(4,))
+    bias = mask_bias(mask)[:, None, None, :]
+    for i in range(self.layers):
+      x = layer(self.width, self.heads, self.ffn, self.dropout, self.pre_norm,
+                self.act, self.epsilon, self.dtype, name=f'layer{i}')(
+                    x, pos, bias, train)
+    if self.pre_norm:
+      x = LayerNorm(self.epsilon, name='norm')(x)
+    return x
+
+
+class MLP(nn.Module):
+  """`layers` dense layers with ReLU between them (DETR's box head)."""
+  hidden: int
+  out: int
+  layers: int = 3
+  last_kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    for i in range(self.layers - 1):
+      x = jax.nn.relu(nn.Dense(self.hidden, dtype=self.dtype,
+                               name=f'dense{i}')(x))
+    return nn.Dense(self.out, dtype=self.dtype, name=f'dense{self.layers-1}',
+                    kernel_init=self.last_kernel_init)(x)
+
+
+def sine_features(position: Array, dims: int, temperature=1e4) -> Array:
+  """Sine/cosine features of a coordinate; sin on even, cos on odd channels.
+
+  Args:
+    position: [...], in radians-like units (DETR: 0 to 2 pi over the image).
+    dims: number of channels, even.
+
+  Returns:
+    [..., dims] float32. (DETR, models/position_encoding.py.)
+  """
+  k = jnp.arange(dims // 2, dtype=jnp.float32)
+  angle = position[..., None] / temperature**(2 * k / dims)
+  return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(
+      *position.shape, dims)
+
+
+def sine_position_2d(mask: Array, width: int) -> Array:
+  """DETR's sine positions of a feature map, measured in valid cells only.
+
+  Args:
+    mask: [B, h, w] True where valid.
+    width: channels; the first half encodes y, the second x.
+
+  Returns:
+    [B, h, w, width] float32.
+  """
+  valid = mask.astype(jnp.float32)
+  y, x = jnp.cumsum(valid, 1), jnp.cumsum(valid, 2)
+  y = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi
+  x = x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
+  return jnp.concatenate([sine_features(y, width // 2),
+                          sine_features(x, width // 2)], -1)
+
+
+def cell_centers(mask: Array) -> Array:
+  """[B, h, w] mask -> [B, h, w, 2] (x, y) of cell centres in [0, 1].
+
+  Relative to the valid part of the map, hence comparable with boxes, which
+  are relative to the unpadded image.
+  """
+  valid = mask.astype(jnp.float32)
+  y, x = jnp.cumsum(valid, 1) - .5, jnp.cumsum(valid, 2) - .5
+  y = y / jnp.maximum(valid.sum(1, keepdims=True), 1)
+  x = x / jnp.maximum(valid.sum(2, keepdims=True), 1)
+  return jnp.stack([x, y], -1)
+
+
+def downsample_mask(mask: Array, height: int, width: int) -> Array:
+  """Nearest-neighbour [B, H, W] -> [B, height, width] (torch 'nearest')."""
+  rows = (jnp.arange(height) * mask.shape[1]) // height
+  cols = (jnp.arange(width) * mask.shape[2]) // width
+  return mask[:, rows][:, :, cols]
+
+
+class TextEmbedding(nn.Module):
+  """Word + learned position embeddings, LayerNorm, dropout (BERT's form)."""
+  vocab_size: int
+  width: int
+  max_length: int
+  dropout: float = 0.1
+  epsilon: float = 1e-12
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    init = nn.initializers.normal(0.02)
+    self.words = nn.Embed(self.vocab_size, self.width, embedding_init=init)
+    self.positions = nn.Embed(self.max_length, self.width,
+                              embedding_init=init)
+    self.norm = LayerNorm(self.epsilon)
+    self.drop = nn.Dropout(self.dropout)
+
+  def __call__(self, ids: Array, train: bool = False) -> Array:
+    """[..., L] token ids -> [..., L, D]."""
+    x = self.words(ids) + self.positions(jnp.arange(ids.shape[-1]))
+    x = self.norm(x).astype(self.dtype)
+    return self.drop(x, deterministic=not train)
+
+  def attend(self, x: Array) -> Array:
+    """Tied output layer: [..., D] -> [..., V] logits (float32 sums)."""
+    table = self.words.embedding.astype(x.dtype)
+    return jnp.einsum('...d,vd->...v', x, table,
+                      preferred_element_type=jnp.float32)

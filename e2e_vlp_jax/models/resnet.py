@@ -1,0 +1,147 @@
+"""ResNet-18 to -152 as torchvision builds them (stride in the 3x3 conv).
+
+He et al., CVPR 2016. Names and strides follow torchvision so that published
+weights map one to one; padding is explicit because XLA's SAME differs from
+torch's at stride 2.
+"""
+from typing import Any, Tuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3),
+          101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BOTTLENECK = {18: False, 34: False, 50: True, 101: True, 152: True}
+
+
+class BatchNorm(nn.Module):
+  """BatchNorm over B, H, W; frozen (constants) or trained.
+
+  Running statistics live in the 'batch_stats' collection. As in torch, the
+  running variance is the unbiased one, momentum 0.1, eps 1e-5. Under jit over
+  a sharded batch the statistics are those of the global batch (SyncBN).
+  """
+  frozen: bool = True
+  zero_init: bool = False
+  momentum: float = 0.1
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    c = x.shape[-1]
+    init = (nn.initializers.zeros if self.zero_init and not self.frozen
+            else nn.initializers.ones)
+    scale = self.param('scale', init, (c,))
+    bias = self.param('bias', nn.initializers.zeros, (c,))
+    mean = self.variable('batch_stats', 'mean', jnp.zeros, (c,))
+    var = self.variable('batch_stats', 'var', jnp.ones, (c,))
+    if self.frozen:
+      scale, bias = jax.lax.stop_gradient((scale, bias))
+    if self.frozen or not train:
+      factor = scale * jax.lax.rsqrt(var.value + self.epsilon)
+      shift = bias - mean.value * factor
+      return x * factor.astype(x.dtype) + shift.astype(x.dtype)
+    y = x.astype(jnp.float32)
+    m, v = y.mean((0, 1, 2)), y.var((0, 1, 2))
+    if not self.is_initializing() and self.is_mutable_collection(
+        'batch_stats'):
+      n = x.size // c
+      a = self.momentum
+      mean.value = (1 - a) * mean.value + a * m
+      var.value = (1 - a) * var.value + a * v * (n / max(n - 1, 1))
+    y = (y - m) * (jax.lax.rsqrt(v + self.epsilon) * scale) + bias
+    return y.astype(x.dtype)
+
+
+def conv(features, kernel, stride=1, dilation=1, dtype=jnp.float32, name=None):
+  """A bias-free convolution with torch's symmetric padding, He fan-out."""
+  pad = dilation * (kernel - 1) // 2
+  return nn.Conv(
+      features, (kernel, kernel), (stride, stride), [(pad, pad)] * 2,
+      kernel_dilation=(dilation, dilation), use_bias=False, dtype=dtype,
+      kernel_init=nn.initializers.variance_scaling(2., 'fan_out', 'normal'),
+      name=name)
+
+
+class Block(nn.Module):
+  """Basic (two 3x3) or bottleneck (1x1, 3x3, 1x1) residual block."""
+  features: int
+  bottleneck: bool
+  stride: int = 1
+  dilation: int = 1
+  frozen_bn: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    out = self.features * (4 if self.bottleneck else 1)
+    if self.bottleneck:
+      plan = ((self.features, 1, 1, 1),
+              (self.features, 3, self.stride, self.dilation), (out, 1, 1, 1))
+    else:
+      plan = ((out, 3, self.stride, 1), (out, 3, 1, self.dilation))
+    y = x
+    for i, (features, kernel, stride, dilation) in enumerate(plan, 1):
+      y = conv(features, kernel, stride, dilation, self.dtype, f'conv{i}')(y)
+      y = BatchNorm(self.frozen_bn, zero_init=i == len(plan),
+                    name=f'bn{i}')(y, train)
+      if i < len(plan):
+        y = jax.nn.relu(y)
+    if x.shape[-1] != out or self.stride != 1:
+      x = conv(out, 1, self.stride, dtype=self.dtype,
+               name='downsample_conv')(x)
+      x = BatchNorm(self.frozen_bn, name='downsample_bn')(x, train)
+    return jax.nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """ResNet trunk.
+
+  Attributes:
+    depth: 18, 34, 50, 101 or 152.
+    frozen_bn: BatchNorm as constants (DETR, E2E-VLP) or trained (SOHO).
+    frozen_stages: 0 trains all; 1 freezes the stem; 2 also layer1 (DETR); ...
+      A frozen part passes no gradient and keeps its BN statistics.
+    dilated: stride 1 and dilation 2 in the last stage (DC5).
+    out_stages: which of the stages 1..4 are returned.
+    remat: recompute each block in the backward pass.
+  """
+  depth: int = 50
+  frozen_bn: bool = True
+  frozen_stages: int = 2
+  dilated: bool = False
+  out_stages: Tuple[int, ...] = (4,)
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    """x: normalised pixels [B, H, W, 3] -> list of [B, h, w, C] maps."""
+    frozen = lambda stage: stage < self.frozen_stages
+    stop = lambda y, stage: (jax.lax.stop_gradient(y)
+                             if stage == self.frozen_stages - 1 else y)
+    x = nn.Conv(64, (7, 7), (2, 2), [(3, 3)] * 2, use_bias=False,
+                dtype=self.dtype, name='conv1',
+                kernel_init=nn.initializers.variance_scaling(
+                    2., 'fan_out', 'normal'))(x.astype(self.dtype))
+    x = BatchNorm(self.frozen_bn or frozen(0), name='bn1')(x, train)
+    x = nn.max_pool(jax.nn.relu(x), (3, 3), (2, 2), [(1, 1)] * 2)
+    x = stop(x, 0)
+    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+    maps = []
+    for stage, count in enumerate(BLOCKS[self.depth], 1):
+      last_dilated = stage == 4 and self.dilated
+      for i in range(count):
+        stride = 2 if i == 0 and stage > 1 and not last_dilated else 1
+        # torchvision dilates a dilated stage's blocks after the first one.
+        dilation = 2 if last_dilated and i > 0 else 1
+        x = block(64 * 2**(stage - 1), BOTTLENECK[self.depth], stride,
+                  dilation, self.frozen_bn or frozen(stage), self.dtype,
+                  name=f'layer{stage}_{i}')(x, train)
+      x = stop(x, stage)
+      if stage in self.out_stages:
+        maps.append(x)
+      if stage == max(self.out_stages):
+        break
+    return maps
