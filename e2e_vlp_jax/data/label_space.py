@@ -1,0 +1,113 @@
+"""Label spaces: which class and attribute names a model knows.
+
+Prepared data stores labels as names; a label space turns them into ids when
+they are read, so one prepared folder serves every label space. Spaces are
+JSON files in `labels/`:
+
+  scenes  the drawn scenes: 6 shapes; 8 colours, 2 sizes, 3 textures.
+  coco    the 80 things of COCO 2017, in the order of their category ids; no
+          attributes.
+  joint   COCO's 80, then the 1600 Visual Genome objects of bottom-up
+          attention, then shapes; attributes are Visual Genome's 400, then
+          those of the drawn scenes and of NLVR. A name that is already there
+          is not repeated, and a Visual Genome entry that lists several names
+          ('television,tv') is the class that any of them names, the rest
+          being aliases. Source: peteanderson80/bottom-up-attention (MIT),
+          data/genome/1600-400-20.
+"""
+import dataclasses
+import functools
+import json
+import os
+
+from e2e_vlp_jax import errors
+
+_FOLDER = os.path.join(os.path.dirname(__file__), 'labels')
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSpace:
+  """Names and their ids.
+
+  Attributes:
+    classes: class names; the position is the id.
+    attributes: attribute names; the position is the id. May be empty.
+    attribute_groups: group -> the attribute names that exclude each other
+      (scenes: colour, size, texture). Names in no group stand alone.
+    class_aliases: other name -> class name.
+    attribute_aliases: other name -> attribute name.
+  """
+  classes: list
+  attributes: list
+  attribute_groups: dict
+  class_aliases: dict = dataclasses.field(default_factory=dict)
+  attribute_aliases: dict = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def load(cls, name):
+    """Reads the shipped space `name`, or a JSON file of the same form.
+
+    Raises:
+      UserError: no such space, or a file that does not hold one.
+    """
+    path = os.path.join(_FOLDER, f'{name}.json')
+    if not os.path.exists(path):
+      path = str(name)
+    if not os.path.isfile(path):
+      raise errors.UserError(
+          f'labels: no label space {name!r}' + errors.nearest(name, names()))
+    try:
+      with open(path, encoding='utf-8') as f:
+        return cls.from_dict(json.load(f))
+    except (ValueError, TypeError, KeyError) as e:
+      raise errors.UserError(f'labels: {path} is not a label space: {e}') from e
+
+  @classmethod
+  def from_dict(cls, d):
+    """The inverse of `to_dict`."""
+    space = cls(list(d['classes']), list(d['attributes']),
+                {k: list(v) for k, v in d['attribute_groups'].items()},
+                dict(d.get('class_aliases', {})),
+                dict(d.get('attribute_aliases', {})))
+    for kind in (space.classes, space.attributes):
+      repeated = {n for n in kind if kind.count(n) > 1}
+      if repeated:
+        raise ValueError(f'repeated names {sorted(repeated)}')
+    return space
+
+  def to_dict(self):
+    """A JSON-able dict that holds all of it."""
+    return dataclasses.asdict(self)
+
+  def class_id(self, name):
+    """The id of class `name`; raises UserError with the nearest name."""
+    return _look_up('class', self._class_ids, name)
+
+  def attribute_id(self, name):
+    """The id of attribute `name`; raises UserError with the nearest name."""
+    return _look_up('attribute', self._attribute_ids, name)
+
+  @functools.cached_property
+  def _class_ids(self):
+    return _ids(self.classes, self.class_aliases)
+
+  @functools.cached_property
+  def _attribute_ids(self):
+    return _ids(self.attributes, self.attribute_aliases)
+
+
+def _ids(names_, aliases):
+  ids = {n: k for k, n in enumerate(names_)}
+  return {**{a: ids[n] for a, n in aliases.items()}, **ids}
+
+
+def _look_up(kind, ids, name):
+  if name not in ids:
+    raise errors.UserError(f'{kind} {name!r} is not in the label space'
+                           + errors.nearest(name, ids))
+  return ids[name]
+
+
+def names():
+  """The label spaces that are shipped."""
+  return sorted(f[:-5] for f in os.listdir(_FOLDER) if f.endswith('.json'))
