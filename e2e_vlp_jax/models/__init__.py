@@ -6,6 +6,7 @@ the methods that the rest of the library relies on.
 import importlib
 
 import jax.numpy as jnp
+import ml_collections
 
 from e2e_vlp_jax import errors
 
@@ -40,6 +41,6 @@ def build(config, *, vocab_size, num_classes, num_attributes):
   file, class_name = BACKBONES[name]
   trunk = getattr(importlib.import_module(f'e2e_vlp_jax.models.{file}'),
                   class_name)
-  return cls(model, trunk(dtype=dtype, **backbone),
+  return cls(ml_collections.FrozenConfigDict(model), trunk(dtype=dtype, **backbone),
              vocab_size if model.text else 0, num_classes, num_attributes,
              dtype)

@@ -1,0 +1,60 @@
+"""Objectives: outputs + batch -> losses.
+
+An objective is one file with a class `Objective` (a frozen dataclass, its
+fields are `config.objective_options.<name>`):
+- `requests`: {view: (head, ...)}, what the model must run for it;
+- `__call__(outputs, batch) -> (losses, metrics)`, both {name: (sum, weight)}.
+  A loss is sum / weight over the global batch; losses add up. Metrics are
+  only logged. Weights depend on the batch alone.
+"""
+import importlib
+
+from e2e_vlp_jax import errors
+
+
+def build(config, mesh=None, batch_axes=(), weights=None):
+  """The objectives of a config whose weight is not 0.
+
+  Args:
+    config: reads `objectives` and `objective_options`.
+    mesh, batch_axes: for objectives that work per shard (matching).
+    weights: instead of config.objectives (a warm start has its own).
+
+  Returns:
+    {name: (weight, objective)}.
+
+  Raises:
+    UserError: unknown objective or option, or nothing to train.
+  """
+  out = {}
+  for name, weight in dict(weights or config.objectives).items():
+    if not weight:
+      continue
+    try:
+      module = importlib.import_module(f'e2e_vlp_jax.objectives.{name}')
+    except ModuleNotFoundError as e:
+      raise errors.UserError(
+          f'objectives.{name}: no such objective'
+          + errors.nearest(name, ['mlm', 'itm', 'detection', 'captioning',
+                                  'cells'])) from e
+    options = dict(config.objective_options.get(name, {}))
+    fields = module.Objective.__dataclass_fields__
+    for key in options:
+      if key not in fields:
+        raise errors.UserError(f'objective_options.{name}.{key}: no such '
+                               f'option{errors.nearest(key, fields)}')
+    if 'mesh' in fields:
+      options.update(mesh=mesh, batch_axes=tuple(batch_axes))
+    out[name] = (weight, module.Objective(**options))
+  if not out:
+    raise errors.UserError('objectives: every weight is 0, nothing to train')
+  return out
+
+
+def requests(objectives):
+  """Union of what the objectives ask of the model: {view: (head, ...)}."""
+  out = {}
+  for _, objective in objectives.values():
+    for view, heads in objective.requests.items():
+      out.setdefault(view, set()).update(heads)
+  return {view: tuple(sorted(heads)) for view, heads in sorted(out.items())}

@@ -1,0 +1,130 @@
+"""Set prediction of objects: class, attributes and box (DETR + attributes).
+
+Carion et al., ECCV 2020 for matching and losses; E2E-VLP adds the attribute
+term. Attribute targets are spread evenly over an object's attributes, which
+is the paper's negative log-likelihood when there is one. Objects without
+attribute labels (COCO) take no part in that term.
+"""
+import dataclasses
+from typing import Any, ClassVar, Tuple
+
+import jax
+import jax.numpy as jnp
+
+from e2e_vlp_jax.ops import boxes as box_ops
+from e2e_vlp_jax.ops import matching
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """Hungarian matching on the device, then the losses of matched slots.
+
+  Attributes:
+    class_weight, box_weight, giou_weight, attribute_weight: of the losses.
+    no_object: weight of the no-object class in the cross-entropy.
+    cost_class, cost_box, cost_giou: of the matching cost. The class cost is
+      the negative probability; attributes are not part of the cost.
+    aux: repeat matching and losses after every decoder layer, summed.
+    mesh, batch_axes: set by the training code, for matching per shard.
+  """
+  requests: ClassVar = {'image_only': ('detection',)}
+  class_weight: float = 1.
+  box_weight: float = 5.
+  giou_weight: float = 2.
+  attribute_weight: float = 1.
+  no_object: float = .1
+  cost_class: float = 1.
+  cost_box: float = 5.
+  cost_giou: float = 2.
+  aux: bool = True
+  mesh: Any = None
+  batch_axes: Tuple[str, ...] = ()
+
+  def __call__(self, outputs, batch):
+    outputs = outputs['image_only']
+    layers = [outputs] + (list(outputs['aux_outputs']) if self.aux else [])
+    # One stack of all layers' problems: a single batched assignment.
+    stacked = {k: jnp.stack([layer[k].astype(jnp.float32)
+                             for layer in layers], 1)
+               for k in layers[0] if k != 'aux_outputs'}  # [B, layers, ...]
+    mask = batch['box_mask'] & batch['task_mask/detection'][:, None]
+    cost = self.cost(stacked, batch)
+    index, bad = self._match(cost, mask)
+    losses, metrics = self._losses(stacked, index, mask, batch)
+    metrics['matching_nonfinite'] = (jnp.sum(bad).astype(jnp.float32), 1.)
+    return losses, metrics
+
+  def cost(self, outputs, batch):
+    """Matching cost [B, layers, Q, M] of outputs [B, layers, Q, ...]."""
+    prob = jax.nn.softmax(outputs['pred_logits'])
+    labels = batch['box_labels'][:, None, None, :]
+    cost_class = -jnp.take_along_axis(
+        prob, jnp.broadcast_to(labels, prob.shape[:3] + labels.shape[-1:]),
+        -1)
+    pred = outputs['pred_boxes'][:, :, :, None]  # [B, layers, Q, 1, 4]
+    true = batch['boxes'][:, None, None]  # [B, 1, 1, M, 4]
+    cost_box = jnp.abs(pred - true).sum(-1)
+    cost_giou = -box_ops.generalized_iou(box_ops.to_xyxy(pred),
+                                         box_ops.to_xyxy(true))
+    return (self.cost_class * cost_class + self.cost_box * cost_box
+            + self.cost_giou * cost_giou)
+
+  def _match(self, cost, mask):
+    """cost [B, layers, Q, M] -> index [B, layers, M], bad [B, layers]."""
+    b, n, q, m = cost.shape
+    index, bad = matching.hungarian(
+        cost.reshape(b * n, q, m), jnp.repeat(mask, n, axis=0),
+        self.mesh, self.batch_axes)
+    return index.reshape(b, n, m), bad.reshape(b, n)
+
+  def _losses(self, outputs, index, mask, batch):
+    b, n, q, k = outputs['pred_logits'].shape
+    m = mask.shape[-1]
+    valid = jnp.broadcast_to(mask[:, None], (b, n, m))
+    true_labels = jnp.broadcast_to(batch['box_labels'][:, None], (b, n, m))
+    # Class targets of all queries: no-object except where matched. Padded
+    # targets are sent outside and dropped.
+    slot = jnp.where(valid, index, q)
+    rows = jnp.arange(b)[:, None, None], jnp.arange(n)[None, :, None]
+    target = jnp.full((b, n, q), k - 1).at[rows + (slot,)].set(
+        true_labels, mode='drop')
+    logp = jax.nn.log_softmax(outputs['pred_logits'])
+    nll = -jnp.take_along_axis(logp, target[..., None], -1)[..., 0]
+    weight = jnp.where(target == k - 1, self.no_object, 1.)
+    weight = weight * batch['task_mask/detection'][:, None, None]
+
+    def matched(x):  # [B, layers, Q, D] -> [B, layers, M, D]
+      return jnp.take_along_axis(x, index[..., None], 2)
+    pred = matched(outputs['pred_boxes'])
+    true = jnp.broadcast_to(batch['boxes'][:, None], pred.shape)
+    l1 = jnp.abs(pred - true).sum(-1)
+    giou = 1 - box_ops.generalized_iou(box_ops.to_xyxy(pred),
+                                       box_ops.to_xyxy(true))
+    # DETR divides by the number of boxes, at least 1.
+    count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.)
+    # The weighted mean of a layer's class loss: the weights' sum is the same
+    # for every layer, so layers can share one denominator.
+    losses = {
+        'class': (self.class_weight * jnp.sum(nll * weight),
+                  jnp.maximum(jnp.sum(weight[:, 0]), 1e-6)),
+        'box': (self.box_weight * jnp.sum(l1 * valid), count),
+        'giou': (self.giou_weight * jnp.sum(giou * valid), count),
+    }
+    right = (jnp.argmax(matched(outputs['pred_logits'])[:, 0, :, :-1], -1)
+             == batch['box_labels'])
+    metrics = {'class_accuracy': (jnp.sum((right & mask).astype(jnp.float32)),
+                                  jnp.sum(mask.astype(jnp.float32)))}
+    if 'pred_attributes' in outputs and self.attribute_weight:
+      attributes = batch['box_attributes']  # [B, M, K], -1 = none
+      has = (attributes >= 0) & (
+          mask & batch['task_mask/attributes'][:, None])[..., None]
+      logp = jax.nn.log_softmax(matched(outputs['pred_attributes']))
+      ids = jnp.broadcast_to(jnp.maximum(attributes, 0)[:, None],
+                             (b, n) + attributes.shape[1:])
+      picked = jnp.take_along_axis(logp, ids, -1) * has[:, None]
+      per_object = has.sum(-1)
+      nll = -picked.sum(-1) / jnp.maximum(per_object, 1)[:, None]
+      objects = jnp.sum((per_object > 0).astype(jnp.float32))
+      losses['attributes'] = (self.attribute_weight * jnp.sum(nll),
+                              jnp.maximum(objects, 1.))
+    return losses, metrics
