@@ -1,0 +1,121 @@
+"""Optimizer from a config: schedules, groups by regex, clipping.
+
+`optim.groups` is one list of (regex of a parameter's path, options); the
+first match wins, a parameter without a match and a regex without a parameter
+are errors. Options: `freeze` (no update), `lr` (multiplies the schedule),
+`wd` (replaces weight_decay), `optimizer` ('adamw' | 'sgd').
+"""
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.training import sharding
+
+_GROUP_KEYS = ('freeze', 'lr', 'wd', 'optimizer')
+_SCHEDULES = ('constant', 'cosine', 'linear', 'step')
+
+
+def make_schedule(optim, total_steps, start=0):
+  """Learning rate as a function of the optimizer's own step count.
+
+  Linear warm-up over `warmup_steps`, then by `schedule`:
+    'constant'; 'cosine' and 'linear' down to `final_fraction` at total_steps;
+    'step': times `decay_factor` at each step of `decay_steps`.
+
+  Args:
+    optim: config.optim (or config.warm_start.optim).
+    total_steps: where the schedule ends, counted from `start`.
+    start: step at which the optimizer was (re)started; counts begin at 0.
+  """
+  name = optim.schedule
+  if name not in _SCHEDULES:
+    raise errors.UserError(f'optim.schedule: {name!r}'
+                           + errors.nearest(name, _SCHEDULES))
+  length = total_steps - start
+  warmup = optim.warmup_steps
+  peak, final = optim.learning_rate, optim.final_fraction
+
+  def schedule(count):
+    count = jnp.asarray(count, jnp.float32)
+    warm = jnp.minimum(1., (count + 1) / warmup) if warmup else 1.
+    done = jnp.clip((count - warmup) / max(length - warmup, 1), 0., 1.)
+    if name == 'cosine':
+      factor = final + (1 - final) * .5 * (1 + jnp.cos(jnp.pi * done))
+    elif name == 'linear':
+      factor = 1 - (1 - final) * done
+    elif name == 'step':
+      passed = sum((count >= s).astype(jnp.float32)
+                   for s in optim.decay_steps) if optim.decay_steps else 0.
+      factor = optim.decay_factor**passed
+    else:
+      factor = 1.
+    return peak * warm * factor
+  return schedule
+
+
+def group_of(params, groups):
+  """Tree of group indices, as strings. UserError as the module says."""
+  used = set()
+
+  def label(path, _):
+    name = sharding.path_name(path)
+    for i, (pattern, _) in enumerate(groups):
+      if re.fullmatch(pattern, name):
+        used.add(i)
+        return str(i)
+    raise errors.UserError(f'optim.groups: no pattern matches parameter '
+                           f'{name!r}; end the list with (".*", {{}})')
+  labels = jax.tree_util.tree_map_with_path(label, params)
+  for i, (pattern, _) in enumerate(groups):
+    if i not in used and pattern != '.*':
+      raise errors.UserError(f'optim.groups: pattern {pattern!r} matches no '
+                             'parameter')
+  return labels
+
+
+def make_optimizer(optim, params, schedule):
+  """The optax transformation of a config.
+
+  Args:
+    optim: config.optim.
+    params: tree of arrays or ShapeDtypeStructs.
+    schedule: from `make_schedule`.
+  """
+  groups = [(pattern, dict(options)) for pattern, options in optim.groups]
+  for pattern, options in groups:
+    for key in options:
+      if key not in _GROUP_KEYS:
+        raise errors.UserError(f'optim.groups {pattern!r}: no option {key!r}'
+                               + errors.nearest(key, _GROUP_KEYS))
+  labels = group_of(params, groups)
+  frozen = jax.tree.map(
+      lambda i: bool(groups[int(i)][1].get('freeze')), labels)
+
+  def transform(options):
+    if options.get('freeze'):
+      return optax.set_to_zero()
+    kind = options.get('optimizer', 'adamw')
+    decay = options.get('wd', optim.weight_decay)
+    if kind == 'adamw':
+      steps = [optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+               optax.add_decayed_weights(decay)]
+    elif kind == 'sgd':
+      # torch's order: decay enters the gradient before the momentum.
+      steps = [optax.add_decayed_weights(decay), optax.trace(optim.momentum)]
+    else:
+      raise errors.UserError(f'optim.groups: optimizer {kind!r}'
+                             + errors.nearest(kind, ('adamw', 'sgd')))
+    factor = options.get('lr', 1.)
+    return optax.chain(*steps, optax.scale_by_learning_rate(
+        lambda count: factor * schedule(count)))
+
+  # Frozen parameters must not weigh in the gradient norm.
+  chain = [optax.masked(optax.set_to_zero(), frozen)]
+  if optim.clip_norm:
+    chain.append(optax.clip_by_global_norm(optim.clip_norm))
+  chain.append(optax.multi_transform(
+      {str(i): transform(o) for i, (_, o) in enumerate(groups)}, labels))
+  return optax.chain(*chain)
