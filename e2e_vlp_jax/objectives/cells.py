@@ -40,7 +40,7 @@ class Objective:
     valid = outputs['cell_mask'] & batch['task_mask/detection'][:, None]
     weight = jnp.where(covered, 1., self.nothing) * valid
     losses = {'cell_class': (jnp.sum(nll * weight),
-                             jnp.maximum(jnp.sum(weight), 1e-6))}
+                             jnp.sum(weight))}
     right = (jnp.argmax(logits, -1) == labels) & covered & valid
     metrics = {'cell_accuracy': (
         jnp.sum(right.astype(jnp.float32)),
@@ -53,6 +53,5 @@ class Objective:
     picked = jnp.take_along_axis(logp, jnp.maximum(attributes, 0), -1) * has
     nll = -picked.sum(-1) / jnp.maximum(has.sum(-1), 1)
     losses['cell_attributes'] = (
-        jnp.sum(nll), jnp.maximum(jnp.sum(has.any(-1).astype(jnp.float32)),
-                                  1.))
+        jnp.sum(nll), jnp.sum(has.any(-1).astype(jnp.float32)))
     return losses, metrics

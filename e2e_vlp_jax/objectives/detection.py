@@ -100,13 +100,12 @@ class Objective:
     l1 = jnp.abs(pred - true).sum(-1)
     giou = 1 - box_ops.generalized_iou(box_ops.to_xyxy(pred),
                                        box_ops.to_xyxy(true))
-    # DETR divides by the number of boxes, at least 1.
-    count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.)
+    count = jnp.sum(mask.astype(jnp.float32))
     # The weighted mean of a layer's class loss: the weights' sum is the same
     # for every layer, so layers can share one denominator.
     losses = {
         'class': (self.class_weight * jnp.sum(nll * weight),
-                  jnp.maximum(jnp.sum(weight[:, 0]), 1e-6)),
+                  jnp.sum(weight[:, 0])),
         'box': (self.box_weight * jnp.sum(l1 * valid), count),
         'giou': (self.giou_weight * jnp.sum(giou * valid), count),
     }
@@ -126,5 +125,5 @@ class Objective:
       nll = -picked.sum(-1) / jnp.maximum(per_object, 1)[:, None]
       objects = jnp.sum((per_object > 0).astype(jnp.float32))
       losses['attributes'] = (self.attribute_weight * jnp.sum(nll),
-                              jnp.maximum(objects, 1.))
+                              objects)
     return losses, metrics

@@ -1,0 +1,234 @@
+"""Checkpoints: WORKDIR/checkpoints/<step>/, written by Orbax.
+
+Items: params, model_state, opt_state (with the key of the run), ema_params,
+and meta (JSON: config, tokenizer, label space), kept apart so that evaluation
+reads only what it needs. A checkpoint is enough to predict from.
+"""
+import json
+import logging
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.training import sharding
+
+FOLDER = 'checkpoints'
+
+
+def _items(state):
+  """A TrainState as a dict of trees, the form in which it is saved."""
+  items = {
+      'params': state.params, 'model_state': dict(state.model_state),
+      'opt_state': {'optimizer': state.opt_state,
+                    'rng': jax.random.key_data(state.rng),
+                    'bad_steps': state.bad_steps}}
+  if state.ema_params is not None:
+    items['ema_params'] = state.ema_params
+  # Orbax refuses empty trees.
+  return {k: v for k, v in items.items() if jax.tree.leaves(v)}
+
+
+class Checkpointer:
+  """Saves and restores the states of one run.
+
+  Args:
+    workdir: the run's folder.
+    meta: JSON-able dict stored with every checkpoint.
+    keep: how many of the newest are kept.
+    keep_every: additionally keep steps that this divides; 0 = none.
+  """
+
+  def __init__(self, workdir, meta, keep=2, keep_every=0):
+    self._meta = meta
+    self._root = os.path.join(os.path.abspath(workdir), FOLDER)
+    self._manager = ocp.CheckpointManager(
+        self._root, options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, create=True))
+
+  @property
+  def latest_step(self):
+    return self._manager.latest_step()
+
+  def save(self, step, state):
+    """Starts an asynchronous save; errors of the previous one surface here."""
+    self._manager.check_for_errors()
+    if step in self._manager.all_steps():
+      return
+    items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+    self._manager.save(step, args=ocp.args.Composite(
+        **items, meta=ocp.args.JsonSave(self._meta)))
+
+  def wait(self):
+    """Blocks until every save is on disk."""
+    self._manager.wait_until_finished()
+    self._manager.check_for_errors()
+
+  def restore(self, state):
+    """The newest readable checkpoint, in the shape and sharding of `state`.
+
+    A checkpoint that cannot be read is set aside (renamed, with a warning)
+    and the one before is used.
+
+    Args:
+      state: TrainState of ShapeDtypeStructs with shardings, or of arrays.
+
+    Returns:
+      a TrainState, or None if there is no checkpoint.
+
+    Raises:
+      UserError: the checkpoint is of another model (first differences).
+    """
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        return self._restore_step(step, state)
+      except errors.UserError:
+        raise
+      except Exception as e:  # Whatever a damaged file makes Orbax raise.
+        aside = os.path.join(os.path.dirname(self._root),
+                             f'damaged_checkpoint_{step}')
+        logging.warning('checkpoint %d cannot be read (%s: %s); set aside as '
+                        '%s', step, type(e).__name__,
+                        str(e).splitlines()[0] if str(e) else '', aside)
+        if jax.process_index() == 0:
+          os.rename(os.path.join(self._root, str(step)), aside)
+        self._manager.reload()
+    return None
+
+  def _restore_step(self, step, state):
+    wanted = _items(state)
+    for name, tree in wanted.items():
+      _check_tree(os.path.join(self._root, str(step)), name, tree)
+    out = self._manager.restore(step, args=ocp.args.Composite(
+        **{k: ocp.args.StandardRestore(v) for k, v in wanted.items()}))
+    return state.replace(
+        step=jnp.asarray(step, jnp.int32), params=out['params'],
+        model_state=out.get('model_state') or {},
+        opt_state=out['opt_state']['optimizer'],
+        ema_params=out.get('ema_params'),
+        rng=jax.random.wrap_key_data(out['opt_state']['rng']),
+        bad_steps=out['opt_state']['bad_steps'])
+
+
+def step_folder(path):
+  """The folder of one step: given itself, its parent or its WORKDIR.
+
+  Raises:
+    UserError: there is no checkpoint at `path`.
+  """
+  path = os.path.abspath(path)
+  if os.path.isdir(os.path.join(path, FOLDER)):
+    path = os.path.join(path, FOLDER)
+  if os.path.isdir(os.path.join(path, 'params')):
+    return path
+  steps = ([int(d) for d in os.listdir(path) if d.isdigit()
+            and os.path.isdir(os.path.join(path, d, 'params'))]
+           if os.path.isdir(path) else [])
+  if not steps:
+    raise errors.UserError(
+        f'checkpoint: none found at {path!r}; expected a WORKDIR, its '
+        f'{FOLDER}/ folder or one of the steps in it')
+  return os.path.join(path, str(max(steps)))
+
+
+def load(path):
+  """Parameters and meta of a checkpoint, as numpy arrays on this host.
+
+  Args:
+    path: see `step_folder`.
+
+  Returns:
+    (params, model_state, meta); params are the averaged ones if there are
+    any. meta: 'config' (dict), 'tokenizer', 'labels', 'step'.
+
+  Raises:
+    UserError: nothing there, or not readable.
+  """
+  folder = step_folder(path)
+  try:
+    with open(os.path.join(folder, 'meta', 'metadata')) as f:
+      meta = json.load(f)
+    name = ('ema_params' if os.path.isdir(os.path.join(folder, 'ema_params'))
+            else 'params')
+    params = _load_tree(os.path.join(folder, name))
+    state = os.path.join(folder, 'model_state')
+    model_state = _load_tree(state) if os.path.isdir(state) else {}
+  except (OSError, ValueError, KeyError) as e:
+    raise errors.UserError(f'checkpoint: {folder!r} cannot be read: {e}'
+                           ) from e
+  meta['step'] = int(os.path.basename(folder))
+  return params, model_state, meta
+
+
+def _load_tree(folder):
+  with ocp.StandardCheckpointer() as c:
+    described = c.metadata(folder)
+    tree = getattr(described, 'item_metadata', described)
+    target = jax.tree.map(
+        lambda m: jax.ShapeDtypeStruct(
+            m.shape, m.dtype,
+            sharding=jax.sharding.SingleDeviceSharding(
+                jax.local_devices()[0])), dict(tree))
+    return jax.tree.map(np.asarray, c.restore(folder, target))
+
+
+def _flat(tree):
+  return {sharding.path_name(path): tuple(x.shape) for path, x in
+          jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _check_tree(folder, name, wanted):
+  """UserError with the first differences between a saved tree and ours."""
+  item = os.path.join(folder, name)
+  if not os.path.isdir(item):
+    raise errors.UserError(f'checkpoint: {folder!r} has no {name}')
+  with ocp.StandardCheckpointer() as c:
+    described = c.metadata(item)
+  tree = getattr(described, 'item_metadata', described)
+  # Orbax stores tuples and named tuples under their own key names.
+  compare(_flat(dict(tree)), _flat(wanted), f'checkpoint {item}')
+
+
+def compare(found, wanted, where):
+  """UserError naming the first differences of two {name: shape} dicts."""
+  missing = [k for k in wanted if k not in found]
+  surplus = [k for k in found if k not in wanted]
+  other = [f'{k} is {found[k]}, expected {wanted[k]}' for k in wanted
+           if k in found and found[k] != wanted[k]]
+  if not (missing or surplus or other):
+    return
+  parts = []
+  for title, names in (('missing', missing), ('surplus', surplus),
+                       ('other shapes', other)):
+    if names:
+      more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+      parts.append(f'{title}: {", ".join(names[:3])}{more}')
+  raise errors.UserError(f'{where} is of another model or size; '
+                         + '; '.join(parts))
+
+
+def merge(params, loaded):
+  """Copies into `params` what fits of `loaded`, by path and shape.
+
+  Returns:
+    (params, report): report = {'loaded': [...], 'missing': [...],
+    'surplus': [...], 'other_shape': [...]} of path names.
+  """
+  flat, tree = jax.tree_util.tree_flatten_with_path(params)
+  source = {sharding.path_name(p): x for p, x in
+            jax.tree_util.tree_flatten_with_path(loaded)[0]}
+  report = {'loaded': [], 'missing': [], 'surplus': [], 'other_shape': []}
+  out = []
+  for path, x in flat:
+    name = sharding.path_name(path)
+    y = source.pop(name, None)
+    kind = ('missing' if y is None else
+            'loaded' if y.shape == x.shape else 'other_shape')
+    report[kind].append(name)
+    out.append(jax.device_put(np.asarray(y, x.dtype), x.sharding)
+               if kind == 'loaded' else x)
+  report['surplus'] = sorted(source)
+  return jax.tree_util.tree_unflatten(tree, out), report
