@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# From a bare clone to a trained model: installs, draws the data, pre-trains
+# E2E-VLP `tiny`, evaluates it and reads one picture with it.
+#
+#   bash launch/quickstart.sh [WORKDIR] [--config.key=value ...]
+#
+# WORKDIR is runs/quickstart by default. Interrupted, it goes on where it was
+# when started again. launch/common.sh lists the environment variables.
+set -euo pipefail
+workdir=runs/quickstart
+if [[ $# -gt 0 && $1 != -* ]]; then
+  workdir="$1"
+  [[ $workdir == /* ]] || workdir="$PWD/$workdir"
+  shift
+fi
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+config=configs/e2e_vlp.py:tiny
+
+say 'drawing the data set scenes into data/'
+python -m e2e_vlp_jax.prepare scenes --data_dir data
+say "training $config in $workdir"
+python -m e2e_vlp_jax.train --config "$config" --workdir "$workdir" "$@"
+say 'evaluating the last checkpoint'
+python -m e2e_vlp_jax.evaluate --config "$config" --checkpoint "$workdir" \
+  --workdir "$workdir" "$@"
+say "done: open $workdir/report.html"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them.
+#
+#   bash launch/test.sh                  every test
+#   bash launch/test.sh -m 'not slow'    the quick ones
+#   bash launch/test.sh tests/test_matching.py -k ties    pytest's arguments
+#
+# launch/common.sh lists the environment variables.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+
+# Compiled programs are kept, so that a second run compiles little.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+exec python -m pytest "$@"
