@@ -11,6 +11,7 @@ README = HERE / 'README.md'
 # The CPU build of TensorFlow is all that the input pipeline needs and is a
 # fraction of the size; it exists for Linux on x86_64 only.
 X86_LINUX = 'platform_system == "Linux" and platform_machine == "x86_64"'
+ELSEWHERE = 'platform_system != "Linux" or platform_machine != "x86_64"'
 
 setuptools.setup(
     name='e2e_vlp_jax',
@@ -44,7 +45,7 @@ setuptools.setup(
         'sentencepiece',
         'tensorboard',  # clu imports it; TensorFlow no longer installs it
         f'tensorflow-cpu; {X86_LINUX}',
-        f'tensorflow; not ({X86_LINUX})',
+        f'tensorflow; {ELSEWHERE}',
         'tensorflow-datasets>=4.9.10',
         'tokenizers',
         'tqdm',
