@@ -1,0 +1,97 @@
+"""'op|op(argument, key=value)' strings -> one function over an example.
+
+An op is a factory in one of the `ops_*` modules: called with the `Context`
+and the string's arguments it returns `fn(example) -> example`. An example
+is a dict of tensors; `fn` returns a new dict. All randomness comes from
+example['seed'] (int64 [2]), which reaches every op folded with a constant of
+that op, so that two ops never share draws. No state, no other source.
+"""
+import ast
+import dataclasses
+import inspect
+import zlib
+
+import tensorflow as tf
+
+from e2e_vlp_jax.data import ops_boxes, ops_image, ops_masking, ops_text
+from e2e_vlp_jax.errors import UserError, nearest
+
+OPS = {**ops_image.OPS, **ops_boxes.OPS, **ops_text.OPS, **ops_masking.OPS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What every op may know of the pipeline it is part of."""
+  tokenizer: object
+  labels: object
+  train: bool
+  sentences: int       # S
+  max_text: int        # L
+  max_boxes: int       # M
+  max_attributes: int  # K
+
+
+def parse(pp):
+  """[(op name, args, kwargs)] of a string; literals only, never evaluated.
+
+  Raises:
+    UserError: a syntax error, an unknown op, a value that is no literal.
+  """
+  try:
+    node = ast.parse(pp.strip(), mode='eval').body
+  except SyntaxError as e:
+    raise UserError(f"pp string {pp!r}: expected 'op|op(argument, "
+                    f"key=value)', {e.msg} at column {e.offset}") from e
+  # 'a|b|c' is Python for (a | b) | c.
+  nodes = []
+  while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+    nodes.append(node.right)
+    node = node.left
+  parsed = []
+  for node in [node, *reversed(nodes)]:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name):
+      raise UserError(f'pp string {pp!r}: {ast.unparse(node)!r} is not an op')
+    name = call.func.id
+    if name not in OPS:
+      raise UserError(f'pp string {pp!r}: unknown op {name!r}'
+                      + nearest(name, OPS))
+    try:
+      if any(k.arg is None for k in call.keywords):
+        raise ValueError('** is not allowed')
+      parsed.append((name, [ast.literal_eval(a) for a in call.args],
+                     {k.arg: ast.literal_eval(k.value)
+                      for k in call.keywords}))
+    except ValueError as e:
+      raise UserError(f'pp string {pp!r}: the arguments of {name!r} must be '
+                      'numbers, strings, tuples or True/False') from e
+  return parsed
+
+
+def build(pp, context):
+  """The function of a whole pp string.
+
+  Raises:
+    UserError: as `parse`; or arguments that the op does not take, or ops in
+      an order that cannot work (the latter when the function is traced).
+  """
+  steps, seen = [], {}
+  for name, args, kwargs in parse(pp):
+    try:
+      inspect.signature(OPS[name]).bind(context, *args, **kwargs)
+    except TypeError as e:
+      takes = list(inspect.signature(OPS[name]).parameters)[1:]
+      raise UserError(f'pp string {pp!r}: {name}: {e}; it takes '
+                      f'{", ".join(takes) or "no arguments"}') from e
+    seen[name] = seen.get(name, 0) + 1
+    constant = zlib.crc32(f'{name} {seen[name]}'.encode())
+    steps.append((OPS[name](context, *args, **kwargs), constant))
+
+  def apply(example):
+    seed = example['seed']
+    for fn, constant in steps:
+      example = fn({**example, 'seed': seed + tf.constant([constant, 0],
+                                                          tf.int64)})
+    return {**example, 'seed': seed}
+
+  return apply

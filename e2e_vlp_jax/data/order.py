@@ -1,0 +1,166 @@
+"""Which record goes into which row of which batch: arithmetic, no state.
+
+Everything is a closed form, so that batch 10,000,000 costs what batch 0
+costs and a resumed run replays nothing:
+
+1. Batch t belongs to one bucket (a static image shape). Within blocks of 64
+   the batches are shuffled by (seed, block), else a pattern such as 0,1,0,1
+   could keep step with whatever happens every k steps; then `interleave`
+   deals them to the buckets in proportion to the weight of their examples,
+   and says how many batches the bucket had before.
+2. The rows of all batches of a bucket are numbered 0, 1, 2, ...;
+   `interleave` deals them to the sources in proportion to their weights in
+   that bucket, and says how many rows the source had before: c.
+3. Row c of a (source, bucket) with n examples is number c % n of epoch
+   c // n, in an order of its own: `permute`, keyed by (seed, source, bucket,
+   epoch). Every example comes once an epoch.
+
+`permute` is a Feistel network over integers, not numpy's or TensorFlow's
+shuffle: it needs no memory that grows with n, and its order cannot change
+with the version of a library in the middle of a run.
+"""
+import fractions
+
+import numpy as np
+
+_BLOCK = 64
+_SHARES = 1 << 24  # the shares of a mixture are multiples of 1/_SHARES
+_U = np.uint64
+
+
+def _mix(x):
+  """The finaliser of splitmix64 (Steele et al. 2014); uint64 -> uint64."""
+  x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
+  return x ^ (x >> _U(31))
+
+
+def key(*numbers):
+  """One uint64 [1] out of several integers."""
+  k = np.zeros(1, _U)
+  for n in numbers:
+    k = _mix(k + _U(0x9E3779B97F4A7C15) + _U(n & 0xFFFFFFFFFFFFFFFF))
+  return k
+
+
+def permute(index, n, k):
+  """Element `index` of the pseudo-random permutation `k` of range(n).
+
+  Args:
+    index: int array, in [0, n).
+    n: int.
+    k: uint64 [1] or one for each index, from `key`.
+
+  Returns:
+    int64 array like `index`.
+  """
+  half = _U(max(1, (int(n - 1).bit_length() + 1) // 2))
+  low = _U((1 << int(half)) - 1)
+  x = np.asarray(index).astype(_U)
+  k = np.broadcast_to(k, x.shape)
+  todo = np.ones(x.shape, bool)
+  while todo.any():  # walk the cycle until back inside [0, n)
+    left, right, kt = x[todo] >> half, x[todo] & low, k[todo]
+    for r in range(8):
+      left, right = right, left ^ (_mix(right + kt + _U(r << 56)) & low)
+    x[todo] = (left << half) | right
+    todo = x >= _U(n)
+  return x.astype(np.int64)
+
+
+def shares(weights):
+  """Non-negative weights -> int64 with sum 2^24, none of them lost."""
+  weights = [fractions.Fraction(w) for w in weights]
+  total = sum(weights)
+  out = [max(1, int(w * _SHARES / total)) if w else 0 for w in weights]
+  out[int(np.argmax(out))] += _SHARES - sum(out)
+  return np.array(out, np.int64)
+
+
+def interleave(slot, parts):
+  """Deals the slots 0, 1, 2, ... to parts in proportion, evenly spread.
+
+  Args:
+    slot: int64 array.
+    parts: int64 [n], from `shares`.
+
+  Returns:
+    (part, count), int64 arrays like `slot`: to which part the slot goes,
+    and how many of the slots before went there.
+  """
+  slot = np.asarray(slot, np.int64)
+  if len(parts) == 1:
+    return np.zeros_like(slot), slot
+  middle = len(parts) // 2
+  first, total = int(parts[:middle].sum()), int(parts.sum())
+  before = slot * first // max(total, 1)
+  is_first = (slot + 1) * first // max(total, 1) > before
+  part, count = interleave(before, parts[:middle])
+  other, other_count = interleave(slot - before, parts[middle:])
+  return (np.where(is_first, part, other + middle),
+          np.where(is_first, count, other_count))
+
+
+class TrainOrder:
+  """The endless order of a mixture; see the module's docstring.
+
+  Args:
+    members: members[source][bucket] is an int64 array of record numbers.
+    weights: weight of each source.
+    batch_size: rows of the global batch.
+    seed: int.
+  """
+
+  def __init__(self, members, weights, batch_size, seed):
+    self._members, self._batch_size, self._seed = members, batch_size, seed
+    weight = [[fractions.Fraction(w) * len(m) / sum(map(len, row))
+               for m in row] for row, w in zip(members, weights)]
+    columns = list(zip(*weight))
+    self._bucket_shares = shares([sum(c) for c in columns])
+    self._source_shares = [shares(c) if any(c) else None for c in columns]
+
+  def __call__(self, t):
+    """(bucket, source int64 [B], record number int64 [B]) of batch t."""
+    block, offset = divmod(t, _BLOCK)
+    offset = permute([offset], _BLOCK, key(self._seed, 0, block))
+    bucket, count = interleave(block * _BLOCK + offset, self._bucket_shares)
+    bucket = int(bucket[0])
+    rows = count * self._batch_size + np.arange(self._batch_size)
+    source, count = interleave(rows, self._source_shares[bucket])
+    record = np.zeros_like(rows)
+    for s in np.unique(source):
+      mine, members = source == s, self._members[s][bucket]
+      epoch, position = np.divmod(count[mine], len(members))
+      found = np.zeros_like(position)
+      for e in np.unique(epoch):
+        now = epoch == e
+        found[now] = permute(position[now], len(members),
+                             key(self._seed, 1, int(s), bucket, int(e)))
+      record[mine] = members[found]
+    return bucket, source, record
+
+
+class EvalOrder:
+  """Every record once, in order within its bucket; -1 pads the last batch.
+
+  Args and result as `TrainOrder`; `len()` is the number of batches.
+  """
+
+  def __init__(self, members, batch_size):
+    self._batches = []
+    for bucket in range(len(members[0])):
+      source = np.concatenate([np.full(len(row[bucket]), s)
+                               for s, row in enumerate(members)])
+      record = np.concatenate([row[bucket] for row in members])
+      pad = -len(record) % batch_size
+      source, record = (np.pad(x, (0, pad), constant_values=-1)
+                        for x in (source, record))
+      self._batches += [
+          (bucket, source[k:k + batch_size], record[k:k + batch_size])
+          for k in range(0, len(record), batch_size)]
+
+  def __len__(self):
+    return len(self._batches)
+
+  def __call__(self, t):
+    return self._batches[t]
