@@ -1,0 +1,186 @@
+"""The record that every dataset yields, and the TFDS builder they share.
+
+A new dataset is one file in this folder with a class `Builder(RecordBuilder)`
+that says where its records come from; `prepare NAME` finds it by its name.
+"""
+import collections
+import hashlib
+import json
+import re
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+
+from e2e_vlp_jax import errors
+
+_BYTES = lambda: tfds.features.Scalar(np.object_)
+_BOX = lambda: tfds.features.Tensor(shape=(4,), dtype=np.float32)
+_TEXT = tfds.features.Text
+
+
+def features():
+  """The features of a record. Boxes are (ymin, xmin, ymax, xmax) in [0, 1].
+
+  Lists inside lists (an object's attributes, a question's answers) are stored
+  as one string, joined by '|'; `data.records` reads them as lists.
+  """
+  sequence = tfds.features.Sequence
+  return tfds.features.FeaturesDict({
+      'image': _BYTES(),                # JPEG or PNG: upright, RGB, 8 bit
+      'image_id': _TEXT(),
+      'height': np.int32,
+      'width': np.int32,
+      'texts': sequence(_TEXT()),       # true sentences about the image
+      'objects': sequence({
+          'bbox': _BOX(),
+          'label': _TEXT(),             # a class name; ids come from a
+          'attributes': _TEXT(),        # label space when it is read
+          'is_crowd': np.bool_,
+          'area': np.float32,           # pixels
+          'id': np.int64}),
+      'phrases': sequence({'bbox': _BOX(), 'text': _TEXT()}),
+      'questions': sequence({
+          'question': _TEXT(), 'answers': _TEXT(), 'kind': _TEXT()}),
+      'refexps': sequence({'text': _TEXT(), 'bbox': _BOX()}),
+      # About this image (the left one) and another; about this one alone
+      # where second_image is empty.
+      'statements': sequence({
+          'second_image': _BYTES(), 'statement': _TEXT(),
+          'label': np.bool_}),
+      'entailment': sequence({'text': _TEXT(), 'label': _TEXT()}),
+      'scene_json': _TEXT(),            # the scene graph of a drawn image
+      # Whether objects of this dataset are annotated with attributes at all;
+      # an object without one is then really without.
+      'has_attributes': np.bool_,
+  })
+
+
+def record(**fields):
+  """A full record: what is not given is empty."""
+  full = dict(texts=[], objects=[], phrases=[], questions=[], refexps=[],
+              statements=[], entailment=[], scene_json='',
+              has_attributes=False)
+  full.update(fields)
+  return full
+
+
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Writes records in their order, and keeps what a report needs.
+
+  A subclass is called Builder and has `name`, `OPTIONS` and `sources`.
+
+  Attributes:
+    options: the values of `OPTIONS`.
+    indexes: {split: {column: array [n]}} of what is written, in its order.
+    reports: {split: {...}}: counts, what was skipped and why, a digest.
+  """
+  VERSION = tfds.core.Version('1.0.0')
+  # Command-line options of the dataset: {name: (default, help)}.
+  OPTIONS = {}
+  # True where `prepare` needs --source, a folder of official files.
+  NEEDS_SOURCE = False
+  # TFDS would look here for checksums of downloads; nothing is downloaded.
+  code_path = None
+
+  def __init__(self, *, data_dir, source=None, **options):
+    unknown = [k for k in options if k not in self.OPTIONS]
+    if unknown:
+      raise errors.UserError(f'{self.name} has no option {unknown[0]!r}'
+                             + errors.nearest(unknown[0], self.OPTIONS))
+    if self.NEEDS_SOURCE and not source:
+      raise errors.UserError(f'{self.name} needs --source, the folder of its '
+                             'official files')
+    self.source = source
+    self.options = {k: options.get(k, v) for k, (v, _) in self.OPTIONS.items()}
+    self.indexes, self.reports = {}, {}
+    super().__init__(data_dir=data_dir, file_format='array_record')
+
+  def sources(self):
+    """{split: (most records there can be, function to iterate over them)}."""
+    raise NotImplementedError
+
+  def annotation_files(self):
+    """Paths whose checksums go into the report."""
+    return []
+
+  def skip(self, split, reason, name=None):
+    """Counts one thing left out; `name` says which, where that helps."""
+    found = self.reports[split]['skipped'].setdefault(
+        reason, {'count': 0, 'names': []})
+    found['count'] += 1
+    if name is not None:
+      found['names'].append(str(name))
+
+  def _info(self):
+    return tfds.core.DatasetInfo(builder=self, features=features(),
+                                 disable_shuffling=True)
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {split: self._generate_examples(split, most, records)
+            for split, (most, records) in self.sources().items()}
+
+  def _generate_examples(self, split, most, records):
+    self.reports[split] = dict(images=0, texts=0, boxes=0, skipped={})
+    totals = collections.Counter()
+    index = collections.defaultdict(list)
+    digest = hashlib.sha256()
+    progress = tqdm.tqdm(total=most, desc=f'{self.name} {split}', unit='image')
+    for k, example in enumerate(records()):
+      progress.update(k + 1 - progress.n)
+      totals += collections.Counter(
+          images=1, texts=len(example['texts']),
+          boxes=len(example['objects']))
+      for column, value in (('height', example['height']),
+                            ('width', example['width']),
+                            ('num_texts', len(example['texts'])),
+                            ('num_objects', len(example['objects']))):
+        index[column].append(value)
+      digest.update(canonical(example))
+      # TFDS puts examples in the order of keys of 128 bits, a bucket of it
+      # at a time: keys over the whole range keep the buckets small.
+      yield (k << 128) // most, _flat(example)
+    progress.close()
+    report = self.reports[split]
+    report.update(images=totals['images'], texts=totals['texts'],
+                  boxes=totals['boxes'], records_sha256=digest.hexdigest())
+    if not totals['images']:
+      raise errors.UserError(
+          f'{self.name} {split}: none of {most} images can be used'
+          + ''.join(f'; {v["count"]} {reason}, e.g. {v["names"][:1]}'
+                    for reason, v in report['skipped'].items()))
+    self.indexes[split] = {k: np.asarray(v, np.int32)
+                           for k, v in index.items()}
+
+
+def canonical(example):
+  """Bytes that are equal for equal records, whatever wrote them."""
+  def plain(x):
+    if isinstance(x, bytes):
+      return hashlib.sha256(x).hexdigest()
+    if isinstance(x, (np.ndarray, np.generic)):
+      return x.tolist()
+    raise TypeError(type(x))
+  return json.dumps(example, sort_keys=True, default=plain).encode()
+
+
+def relative_box(x0, y0, x1, y1, height, width):
+  """Pixels to (ymin, xmin, ymax, xmax) in [0, 1], float32 [4]."""
+  return np.float32([y0 / height, x0 / width, y1 / height, x1 / width])
+
+
+def clean(text):
+  """One line without space at its ends."""
+  return re.sub(r'\s+', ' ', text).strip()
+
+
+def _flat(example):
+  """Lists inside lists as one string."""
+  def join(items, key):
+    for item in items:
+      if any('|' in s for s in item[key]):
+        raise ValueError(f"'|' in {key} {item[key]}")
+    return [{**item, key: '|'.join(item[key])} for item in items]
+  return {**example, 'objects': join(example['objects'], 'attributes'),
+          'questions': join(example['questions'], 'answers')}

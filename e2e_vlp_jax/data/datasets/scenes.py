@@ -1,0 +1,85 @@
+"""`scenes`: drawn scenes that need no download.
+
+From one scene graph come the picture and every field of the record: see
+`scene_draw` (pictures), `scene_text` (language), `scene_facts` (truth).
+Example i of a split depends on the seed, the split's name and i alone, so a
+smaller split is a prefix of a larger one. Splits are drawn from different
+seeds; `unseen` holds scenes with colour-shape pairs of which no other split
+draws or says anything.
+"""
+import functools
+import json
+import multiprocessing
+import os
+import random
+
+from e2e_vlp_jax.data import scene_draw
+from e2e_vlp_jax.data import scene_text
+from e2e_vlp_jax.data.datasets import base
+
+_SPLITS = dict(train=20000, validation=1024, test=1024, unseen=512)
+# Below this many images, starting processes takes longer than it saves.
+_FEW = 600
+
+
+class Builder(base.RecordBuilder):
+  """Draws all splits; one process a core."""
+  name = 'scenes'
+  OPTIONS = {'seed': (0, 'seed of the scenes'),
+             **{f'num_{s}': (n, f'images of the {s} split')
+                for s, n in _SPLITS.items()}}
+
+  def sources(self):
+    seed = self.options['seed']
+    return {split: (n, functools.partial(_examples, seed, split, n))
+            for split in _SPLITS
+            if (n := self.options[f'num_{split}']) > 0}
+
+
+def example(seed, split, i):
+  """Record i of a split."""
+  name = f'{seed} {split} {i}'
+  unseen = split == 'unseen'
+  pairs = scene_draw.ALL_PAIRS if unseen else scene_draw.SEEN_PAIRS
+  scene, image = _picture(name, unseen)
+  other, other_image = _picture(f'{name} second', unseen)
+  rng = random.Random(f'text {name}')
+  side = scene_draw.SIDE
+  box = lambda o: base.relative_box(*o['box'], side, side)
+  statement, label = scene_text.statement(scene, other, rng, pairs)
+  return base.record(
+      image=image, image_id=f'{split}-{i:06d}', height=side, width=side,
+      texts=scene_text.captions(scene, rng),
+      objects=[dict(bbox=box(o), label=o['shape'],
+                    attributes=[o['colour'], o['size'], o['texture']],
+                    is_crowd=False, area=float(o['area']),
+                    id=i * scene_draw.MAX_OBJECTS + k + 1)
+               for k, o in enumerate(scene['objects'])],
+      phrases=[dict(text=t, bbox=box(o))
+               for t, o in scene_text.phrases(scene, rng)],
+      questions=[dict(question=q, answers=[a], kind=k)
+                 for q, a, k in scene_text.questions(scene, rng, pairs)],
+      refexps=[dict(text=t, bbox=box(o))
+               for t, o in scene_text.referring(scene, rng)],
+      statements=[dict(second_image=other_image, statement=statement,
+                       label=label)],
+      entailment=[dict(text=t, label=l)
+                  for t, l in scene_text.entailment(scene, rng, pairs)],
+      scene_json=json.dumps(scene), has_attributes=True)
+
+
+def _picture(name, unseen):
+  scene = scene_draw.sample_scene(name, unseen)
+  return scene, scene_draw.encode_png(scene_draw.draw_scene(scene, name))
+
+
+def _examples(seed, split, n):
+  one = functools.partial(example, seed, split)
+  cores = len(os.sched_getaffinity(0)) if hasattr(
+      os, 'sched_getaffinity') else os.cpu_count()
+  if n < _FEW or cores == 1:
+    yield from map(one, range(n))
+    return
+  # Not forked: this process has TensorFlow's threads by now.
+  with multiprocessing.get_context('spawn').Pool(cores) as pool:
+    yield from pool.imap(one, range(n), chunksize=64)

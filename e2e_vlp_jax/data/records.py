@@ -1,0 +1,161 @@
+"""Reading prepared data: any record of a split by its number.
+
+A prepared split is an ArrayRecord dataset of TFDS and, beside it,
+`<split>.index.npz`: what is needed to order and to group the records without
+reading them.
+"""
+import io
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from e2e_vlp_jax import errors
+
+REPORT = 'prepare_report.json'
+_BOX_LISTS = ('objects', 'phrases', 'refexps')
+_LISTS = {'objects': ('bbox', 'label', 'attributes', 'is_crowd', 'area', 'id'),
+          'phrases': ('bbox', 'text'),
+          'questions': ('question', 'answers', 'kind'),
+          'refexps': ('text', 'bbox'),
+          'statements': ('second_image', 'statement', 'label'),
+          'entailment': ('text', 'label')}
+_JOINED = ('attributes', 'answers')
+_BOOLS = ('is_crowd', 'has_attributes')
+
+
+class Split:
+  """The records of one split.
+
+  Attributes:
+    name: the dataset's name.
+    split: the split's name.
+    index: dict of int32 arrays [n]: height, width, num_texts, num_objects.
+    info: the TFDS DatasetInfo.
+  """
+
+  def __init__(self, name, split, index, info, source):
+    self.name, self.split = name, split
+    self.index, self.info = index, info
+    self._source = source
+
+  def __len__(self):
+    return len(self._source)
+
+  def get(self, i):
+    """Record i: a dict with the fields of `datasets.base.features`.
+
+    The image is left encoded; strings are str; what is repeated is a list of
+    dicts; boxes are float32 [4]; attributes and answers are lists of str.
+    """
+    return _parse(self._source[int(i)])
+
+
+def open_split(data_dir, name, split):
+  """Opens a split that `prepare` has written.
+
+  Raises:
+    UserError: the dataset or the split is not there.
+  """
+  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+  # Imported here: predicting on a file needs `decode_image` alone.
+  folder = dataset_folder(data_dir, name)
+  if not os.path.exists(os.path.join(folder, REPORT)):
+    found = [n for n in _folders(data_dir)
+             if os.path.exists(os.path.join(dataset_folder(data_dir, n),
+                                            REPORT))]
+    there = f' (it holds {", ".join(found)})' if found else ''
+    raise errors.UserError(
+        f'no prepared dataset {name!r} in {data_dir!r}{there}; make it with: '
+        f'python -m e2e_vlp_jax.prepare {name} --data_dir {data_dir}')
+  builder = tfds.builder_from_directory(folder)
+  if split not in builder.info.splits:
+    raise errors.UserError(f'{name} in {data_dir!r} has no split {split!r}'
+                           + errors.nearest(split, builder.info.splits))
+  source = builder.as_data_source(
+      split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+  with np.load(os.path.join(folder, f'{split}.index.npz')) as f:
+    index = dict(f)
+  return Split(name, split, index, builder.info, source)
+
+
+def dataset_folder(data_dir, name):
+  """Where the only version of a prepared dataset lies."""
+  return os.path.join(data_dir, name, '1.0.0')
+
+
+def _folders(data_dir):
+  return sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+
+
+def _parse(serialized):
+  """A tf.train.Example of `datasets.base.features` as a plain dict."""
+  from tensorflow_datasets.proto import tf_example_pb2  # pylint: disable=g-import-not-at-top
+  feature = tf_example_pb2.Example.FromString(serialized).features.feature
+  def values(key):
+    kind = feature[key].WhichOneof('kind')
+    found = getattr(feature[key], kind).value if kind else ()
+    name = key.rpartition('/')[2]
+    if name == 'bbox':
+      return np.asarray(found, np.float32).reshape(-1, 4)
+    if name in _BOOLS or key == 'statements/label':
+      return [bool(v) for v in found]
+    if kind == 'bytes_list' and name not in ('image', 'second_image'):
+      found = [v.decode() for v in found]
+      if name in _JOINED:
+        found = [v.split('|') if v else [] for v in found]
+    return found
+  record = {k: values(k)[0] for k in ('image', 'image_id', 'height', 'width',
+                                      'scene_json', 'has_attributes')}
+  record['texts'] = values('texts')
+  for key, names in _LISTS.items():
+    columns = [values(f'{key}/{n}') for n in names]
+    record[key] = [dict(zip(names, row)) for row in zip(*columns)]
+  return record
+
+
+def decode_image(source, name=None):
+  """Decodes any photograph to uint8 [H, W, 3]: upright, RGB, 8 bit.
+
+  Grey, CMYK, palette, alpha (dropped) and 16-bit images are converted, and
+  the EXIF orientation is applied.
+
+  Args:
+    source: encoded bytes, or a path.
+    name: what to call the image in an error; the path by default.
+
+  Raises:
+    UserError: no such file, or it is truncated or not an image; names it.
+  """
+  return np.asarray(upright(open_image(source, name)))
+
+
+def open_image(source, name=None):
+  """A fully loaded PIL image of bytes or a path; as `decode_image`."""
+  name = name or (source if isinstance(source, (str, os.PathLike)) else
+                  'image')
+  try:
+    if isinstance(source, bytes):
+      source = io.BytesIO(source)
+    image = Image.open(source)
+    image.load()
+    return image
+  except FileNotFoundError as e:
+    raise errors.UserError(f'no image file {str(name)!r}') from e
+  except Image.UnidentifiedImageError as e:
+    raise errors.UserError(f'{str(name)!r} is not an image') from e
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError
+          ) as e:
+    raise errors.UserError(f'{str(name)!r} is not a readable image: {e}'
+                           ) from e
+
+
+def upright(image):
+  """A PIL image as RGB, 8 bit, its EXIF orientation applied."""
+  image = ImageOps.exif_transpose(image)
+  if image.mode.startswith('I') or image.mode == 'F':
+    # 16 bits: Pillow's own conversion would clip at 255.
+    wide = np.asarray(image, np.float64)
+    top = 65535 if wide.max() > 255 else 255
+    image = Image.fromarray(np.uint8(np.clip(wide * 255 / top + .5, 0, 255)))
+  return image.convert('RGB')
