@@ -1,0 +1,88 @@
+"""Evaluation of a model on a config's `evals`, during training and after.
+
+An evaluator is one file with a function
+`evaluate(predictor, variables, pipeline, *, max_examples) -> {metric: value}`.
+"""
+import importlib
+import os
+
+from e2e_vlp_jax import errors
+
+
+class Evaluators:
+  """The evaluators of a config, ready to run on any parameters.
+
+  `config.evals.<name>`: type (evaluator's file), source (name, split), pp,
+  max_examples (0 = all), training_examples (how many at eval_every_steps;
+  0 = not during training).
+  """
+
+  def __init__(self, config, model, tokenizer, labels, mesh=None):
+    from e2e_vlp_jax.evaluation import predictor  # pylint: disable=g-import-not-at-top
+    self._config = config
+    self._vocabularies = dict(tokenizer=tokenizer, labels=labels)
+    self._mesh = mesh
+    self.predictor = predictor.Predictor(model, config, tokenizer, labels,
+                                         mesh=mesh)
+    self._functions = {}
+    self._pipelines = {}
+    for name, options in config.evals.items():
+      try:
+        module = importlib.import_module(
+            f'e2e_vlp_jax.evaluation.{options.type}')
+        self._functions[name] = module.evaluate
+      except (ModuleNotFoundError, AttributeError) as e:
+        raise errors.UserError(
+            f'evals.{name}.type: no evaluator {options.type!r}'
+            + errors.nearest(options.type, ['detection', 'captioning', 'itm',
+                                            'mlm'])) from e
+      # Opened now, so that a missing split fails before the training.
+      self._pipelines[name] = self._open(options.source, options.pp)
+
+  def _open(self, source, pp):
+    import jax  # pylint: disable=g-import-not-at-top
+    from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
+    config = self._config
+    return pipeline.Pipeline(
+        config.data, sources=(dict(source, weight=1.),), pp=pp,
+        seed=config.seed, batch_size=config.eval_batch_size, train=False,
+        host_index=jax.process_index(), host_count=jax.process_count(),
+        **self._vocabularies)
+
+  def run(self, variables, final=True):
+    """All evaluators.
+
+    Args:
+      variables: {'params': ..., **model_state}.
+      final: on all of `max_examples`; else on `training_examples`.
+
+    Returns:
+      ({'eval/<name>/<metric>': value}, {picture name: PIL image}).
+    """
+    from e2e_vlp_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
+    scores = {}
+    for name, options in self._config.evals.items():
+      count = options.max_examples if final else options.training_examples
+      if not final and not count:
+        continue
+      found = self._functions[name](
+          self.predictor, variables, self._pipelines[name],
+          max_examples=count or None)
+      scores.update({f'eval/{name}/{k}': v for k, v in found.items()})
+    samples = self._config.samples
+    sheet = {}
+    if samples.count:
+      images = pictures.sample_sheet(
+          self.predictor, variables, self._open(samples.source, samples.pp),
+          samples.count)
+      sheet = {f'sample_{i:02d}': image for i, image in enumerate(images)}
+    return scores, sheet
+
+
+def save_pictures(workdir, step, images):
+  """Writes {name: PIL image} to WORKDIR/samples/<name>.png, newest wins."""
+  del step
+  folder = os.path.join(workdir, 'samples')
+  os.makedirs(folder, exist_ok=True)
+  for name, image in images.items():
+    image.save(os.path.join(folder, f'{name}.png'))

@@ -5,10 +5,12 @@ the methods that the rest of the library relies on.
 """
 import importlib
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import synthetic
 
 BACKBONES = {'resnet': ('resnet', 'ResNet'),
              'patch_cnn': ('patch_cnn', 'PatchCNN')}
@@ -44,3 +46,34 @@ def build(config, *, vocab_size, num_classes, num_attributes):
   return cls(ml_collections.FrozenConfigDict(model), trunk(dtype=dtype, **backbone),
              vocab_size if model.text else 0, num_classes, num_attributes,
              dtype)
+
+
+def check_parameters(model, config, params, path):
+  """UserError unless `params` (of a checkpoint at `path`) fit the model.
+
+  Heads that were never trained may be absent altogether.
+  """
+  data = config.data
+  batch = synthetic.synthetic_batch(
+      data, vocab_size=max(model.vocab_size, 5),
+      num_classes=model.num_classes, num_attributes=model.num_attributes,
+      batch_size=1)
+  shapes = jax.eval_shape(
+      lambda b: model.init(jax.random.key(0), b, model.views), batch)['params']
+  flat = lambda tree: {
+      tuple(str(k.key) for k in path): tuple(x.shape)
+      for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  want, found = flat(shapes), flat(params)
+  for name, shape in found.items():
+    if want.get(name) != shape:
+      expected = ('no such parameter' if name not in want
+                  else f'shape {want[name]}')
+      raise errors.UserError(
+          f'checkpoint {path}: of another model or size: {"/".join(name)} '
+          f'has shape {shape}, --config expects {expected}')
+  modules = {name[0] for name in found}
+  lacking = [n for n in want if n not in found and n[0] in modules]
+  if lacking:
+    raise errors.UserError(
+        f'checkpoint {path}: of another model or size: '
+        f'{"/".join(lacking[0])} is missing ({len(lacking)} parameters)')

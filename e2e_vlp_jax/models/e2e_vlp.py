@@ -34,10 +34,17 @@ class Model(nn.Module):
   dtype: Any = jnp.float32
 
   @property
+  def views(self):
+    """Every view with the heads that may be asked of it."""
+    if not self.vocab_size:
+      return {'grid': ('cells',), 'image_only': ('detection',)}
+    return {'grid': ('cells',), 'image_only': ('detection', 'captioning'),
+            'joint': ('mlm', 'itm'), 'joint_masked': ('mlm', 'itm')}
+
+  @property
   def heads(self):
-    """Names of the heads that a request may ask for."""
-    text = ('captioning', 'mlm', 'itm') if self.vocab_size else ()
-    return ('detection', 'cells') + text
+    """Names of all heads."""
+    return tuple(sorted({h for hs in self.views.values() for h in hs}))
 
   def setup(self):
     c = self.config

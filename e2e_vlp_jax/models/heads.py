@@ -63,6 +63,8 @@ class Cells(nn.Module):
   def __call__(self, x):
     """[B, N, C] -> dict of [B, N, C+1] (last = nothing) and [B, N, A]."""
     x = x.astype(jnp.float32)
-    return {'cell_logits': nn.Dense(self.num_classes + 1, name='classes')(x),
-            'cell_attributes': nn.Dense(self.num_attributes,
-                                        name='attributes')(x)}
+    out = {'cell_logits': nn.Dense(self.num_classes + 1, name='classes')(x)}
+    if self.num_attributes:
+      out['cell_attributes'] = nn.Dense(self.num_attributes,
+                                        name='attributes')(x)
+    return out

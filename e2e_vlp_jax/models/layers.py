@@ -9,6 +9,7 @@ from typing import Any, Callable, Optional
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 # Added to the logits of masked positions. Finite, so that a row without any
@@ -226,8 +227,8 @@ def cell_centers(mask: Array) -> Array:
 
 def downsample_mask(mask: Array, height: int, width: int) -> Array:
   """Nearest-neighbour [B, H, W] -> [B, height, width] (torch 'nearest')."""
-  rows = (jnp.arange(height) * mask.shape[1]) // height
-  cols = (jnp.arange(width) * mask.shape[2]) // width
+  rows = (np.arange(height) * mask.shape[1]) // height
+  cols = (np.arange(width) * mask.shape[2]) // width
   return mask[:, rows][:, :, cols]
 
 

@@ -46,6 +46,8 @@ class Objective:
         jnp.sum(right.astype(jnp.float32)),
         jnp.sum((covered & valid).astype(jnp.float32)))}
 
+    if 'cell_attributes' not in outputs:
+      return losses, metrics
     attributes = jnp.take_along_axis(batch['box_attributes'],
                                      owner[..., None], 1)  # [B, N, K]
     has = (attributes >= 0) & (covered & valid)[..., None]

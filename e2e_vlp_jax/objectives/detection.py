@@ -46,7 +46,7 @@ class Objective:
     # One stack of all layers' problems: a single batched assignment.
     stacked = {k: jnp.stack([layer[k].astype(jnp.float32)
                              for layer in layers], 1)
-               for k in layers[0] if k != 'aux_outputs'}  # [B, layers, ...]
+               for k in layers[0] if k.startswith('pred_')}  # [B, layers, ...]
     mask = batch['box_mask'] & batch['task_mask/detection'][:, None]
     cost = self.cost(stacked, batch)
     index, bad = self._match(cost, mask)

@@ -64,6 +64,11 @@ class Monitor:
     self._bar.set_postfix_str(text, refresh=False)
     self._bar.update(steps)
 
+  @property
+  def position(self):
+    """Steps shown so far."""
+    return self._bar.n
+
   def say(self, text):
     """A line above the bar."""
     if self._first:

@@ -54,6 +54,7 @@ def init_state(model, tx, batch, requests, seed, ema):
     ema: keep an average of the parameters.
   """
   root = jax.random.key(seed)
+  batch = jax.tree.map(jnp.asarray, batch)
   variables = dict(model.init({'params': root, 'dropout': root}, batch,
                               requests, train=False))
   params = variables.pop('params')

@@ -1,0 +1,67 @@
+"""Runs a config's evaluators on a checkpoint; writes WORKDIR/eval.json.
+
+  python -m e2e_vlp_jax.evaluate --config configs/e2e_vlp.py:tiny \
+      --checkpoint W --workdir W
+"""
+import json
+import logging
+import os
+
+from e2e_vlp_jax import cli
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import models
+from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import sharding
+
+
+def evaluate(config, path, workdir):
+  """Returns {'eval/<evaluator>/<metric>': value}."""
+  params, model_state, meta = checkpoint.load(path)
+  from e2e_vlp_jax import evaluation  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.data import label_space  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.data import tokenizer as tokenizer_lib  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.evaluation import report  # pylint: disable=g-import-not-at-top
+  # The checkpoint's own vocabularies: the parameters belong to them.
+  tokenizer = tokenizer_lib.from_dict(meta['tokenizer'])
+  labels = label_space.LabelSpace.from_dict(meta['labels'])
+  model = models.build(config, vocab_size=tokenizer.vocab_size,
+                       num_classes=len(labels.classes),
+                       num_attributes=len(labels.attributes))
+  models.check_parameters(model, config, params, path)
+  mesh = sharding.make_mesh(config.mesh)
+  evaluators = evaluation.Evaluators(config, model, tokenizer, labels, mesh)
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    with open(os.path.join(workdir, 'eval.json'), 'a'):
+      pass
+  except OSError as e:
+    raise errors.UserError(f'--workdir {workdir}: cannot be written '
+                           f'({e.strerror})') from e
+  scores, pictures = evaluators.run({'params': params, **model_state})
+  out = os.path.join(workdir, 'eval.json')
+  with open(out + '.tmp', 'w') as f:
+    json.dump({'step': meta['step'], 'checkpoint': os.path.abspath(path),
+               **scores}, f, indent=1)
+  os.replace(out + '.tmp', out)
+  evaluation.save_pictures(workdir, meta['step'], pictures)
+  report.write_report(workdir)
+  width = max(map(len, scores), default=0)
+  for name, value in scores.items():
+    print(f'{name:{width}}  {value:.4f}')
+  print(f'written: {out}, {os.path.join(workdir, "report.html")}')
+  return scores
+
+
+def main(argv=None):
+  with errors.exit_on_user_error():
+    parser = cli.parser(__doc__, config='required', workdir=True)
+    parser.add_argument('--checkpoint', required=True, metavar='DIR',
+                        help='a WORKDIR, or one step of its checkpoints/')
+    args, config = cli.parse(parser, argv)
+    logging.basicConfig(level=logging.WARNING)
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    evaluate(config, args.checkpoint, args.workdir)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,92 @@
+"""A run: its folder, its config, its stages. Everything but the loop."""
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax
+
+from e2e_vlp_jax import errors
+
+# Keys that may differ when a run is continued: they change what is written,
+# where it runs or how fast, not what is learnt.
+FREE_KEYS = ('log_every_steps', 'eval_every_steps', 'checkpoint', 'mesh',
+             'evals', 'samples', 'tensorboard', 'data.dir', 'data.threads',
+             'profile')
+
+
+class Stage(NamedTuple):
+  """Steps start..end with their own objectives and optimizer settings."""
+  start: int
+  end: int
+  objectives: dict
+  optim: Any
+
+
+def stages(config):
+  """The warm start, if the config has one, and the run proper."""
+  total, warm = config.total_steps, config.warm_start.steps
+  if not 0 <= warm <= total or total < 1:
+    raise errors.UserError(f'total_steps: {total} and warm_start.steps: '
+                           f'{warm}; expected 0 <= warm_start.steps <= '
+                           'total_steps and total_steps >= 1')
+  main = Stage(warm, total, dict(config.objectives), config.optim)
+  if not warm:
+    return [main]
+  first = Stage(0, warm, dict(config.warm_start.objectives),
+                config.warm_start.optim)
+  return [first, main] if warm < total else [first]
+
+
+def to_dict(config):
+  """A config as plain JSON types (tuples become lists)."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def _flat(tree, prefix=''):
+  if isinstance(tree, dict):
+    return {k: v for name, value in tree.items()
+            for k, v in _flat(value, f'{prefix}{name}.').items()}
+  return {prefix[:-1]: tree}
+
+
+def open_workdir(workdir, config):
+  """Creates a run's folder, or checks that it holds this very run.
+
+  Writes config.json. Raises UserError if the folder cannot be written or
+  holds a run whose config differs in a key that matters.
+  """
+  path = os.path.join(workdir, 'config.json')
+  new = to_dict(config)
+  if os.path.exists(path):
+    try:
+      with open(path) as f:
+        old = json.load(f)
+    except ValueError as e:
+      raise errors.UserError(f'{path}: not JSON ({e}); is --workdir right?'
+                             ) from e
+    a, b = _flat(old), _flat(new)
+    free = lambda k: any(k == f or k.startswith(f + '.') for f in FREE_KEYS)
+    diff = [k for k in sorted(set(a) | set(b))
+            if a.get(k) != b.get(k) and not free(k)]
+    if diff:
+      k = diff[0]
+      more = f' and {len(diff) - 1} more keys' if len(diff) > 1 else ''
+      raise errors.UserError(
+          f'--workdir {workdir} holds a run with another config: {k} is '
+          f'{a.get(k)!r} there, {b.get(k)!r} here{more}; use another '
+          'workdir or that config')
+  if jax.process_index() == 0:
+    try:
+      os.makedirs(workdir, exist_ok=True)
+      with open(path + '.tmp', 'w') as f:
+        json.dump(new, f, indent=1)
+      os.replace(path + '.tmp', path)
+    except OSError as e:
+      raise errors.UserError(f'--workdir {workdir}: cannot be written '
+                             f'({e.strerror})') from e
+
+
+def count_parameters(params):
+  """{'total': n, '<top-level module>': n, ...}."""
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  return {'total': size(params), **{k: size(v) for k, v in params.items()}}

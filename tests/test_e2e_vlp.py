@@ -1,0 +1,169 @@
+"""E2E-VLP's views, sizes and what may not leak between them."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import e2e_vlp as config_lib
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import models
+from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.models import generate
+from e2e_vlp_jax.training import run
+
+SIZES = dict(vocab_size=50, num_classes=6, num_attributes=13)
+
+
+def small_config(**model):
+  config = config_lib.get_config('tiny')
+  config.data.sentences = 2
+  config.data.buckets = ((48, 60),)
+  config.model.update(dict(width=32, heads=4, ffn=48, num_queries=5))
+  config.model.backbone.update(dict(stem=8, width=16, blocks=1))
+  config.model.update(model)
+  return config
+
+
+def build(config, batch_size=3, seed=0, **sizes):
+  sizes = {**SIZES, **sizes}
+  model = models.build(config, **sizes)
+  batch = synthetic.synthetic_batch(config.data, batch_size=batch_size,
+                                    seed=seed, **sizes)
+  batch = jax.tree.map(jnp.asarray, batch)
+  variables = model.init(jax.random.key(seed), batch, model.views)
+  return model, variables, batch
+
+
+@pytest.fixture(scope='module', params=['reference', 'learned'])
+def built(request):
+  return build(small_config(queries=request.param,
+                            pre_norm=request.param == 'reference'))
+
+
+def test_detector_outputs_have_the_promised_names_and_shapes(built):
+  model, variables, batch = built
+  out = model.apply(variables, batch, {'image_only': ('detection',)})
+  out = out['image_only']
+  assert out['pred_logits'].shape == (3, 5, 7)
+  assert out['pred_boxes'].shape == (3, 5, 4)
+  assert out['pred_attributes'].shape == (3, 5, 13)
+  assert len(out['aux_outputs']) == 1
+  boxes = np.asarray(out['pred_boxes'])
+  assert (boxes >= 0).all() and (boxes <= 1).all()
+
+
+def test_caption_does_not_leak(built):
+  """Token t on changes no logit before t, of any sentence, nor a box."""
+  model, variables, batch = built
+  wanted = {'image_only': ('detection', 'captioning')}
+  before = model.apply(variables, batch, wanted)['image_only']
+  s, t = 1, 3
+  changed = dict(batch)
+  changed['text'] = batch['text'].at[:, s, t:].set(
+      (batch['text'][:, s, t:] + 7) % 50)
+  after = model.apply(variables, changed, wanted)['image_only']
+  a, b = before['caption_logits'], after['caption_logits']
+  np.testing.assert_array_equal(a[:, s, :t], b[:, s, :t])
+  np.testing.assert_array_equal(a[:, 1 - s], b[:, 1 - s])
+  assert np.abs(np.asarray(a[:, s, t:] - b[:, s, t:])).max() > 1e-4
+  np.testing.assert_array_equal(before['pred_boxes'], after['pred_boxes'])
+
+
+def test_image_only_memory_does_not_depend_on_text(built):
+  model, variables, batch = built
+  cache = model.apply(variables, batch, method='init_caption')
+  changed = {k: (v * 0 if 'text' in k else v) for k, v in batch.items()}
+  other = model.apply(variables, changed, method='init_caption')
+  jax.tree.map(np.testing.assert_array_equal, cache, other)
+
+
+def test_padding_changes_nothing(built):
+  """Pixels, tokens and cells outside the masks are never seen."""
+  model, variables, batch = built
+  wanted = {'image_only': ('detection', 'captioning'), 'joint': ('itm',)}
+  before = model.apply(variables, batch, wanted)
+  changed = dict(batch)
+  noise = np.random.default_rng(0).integers(0, 255, batch['image'].shape)
+  changed['image'] = jnp.where(batch['image_mask'][..., None],
+                               batch['image'], noise.astype(np.uint8))
+  changed['text'] = jnp.where(batch['text_mask'], batch['text'], 9)
+  after = model.apply(variables, changed, wanted)
+  np.testing.assert_array_equal(before['image_only']['pred_boxes'],
+                                after['image_only']['pred_boxes'])
+  np.testing.assert_allclose(before['joint']['itm_logits'],
+                             after['joint']['itm_logits'], atol=1e-6)
+  valid = np.asarray(batch['text_mask'])
+  np.testing.assert_array_equal(
+      np.asarray(before['image_only']['caption_logits'])[valid],
+      np.asarray(after['image_only']['caption_logits'])[valid])
+
+
+def test_joint_view_sees_both_sides(built):
+  model, variables, batch = built
+  run_ = lambda b: np.asarray(model.apply(
+      variables, b, {'joint': ('mlm', 'itm')})['joint']['mlm_logits'])
+  base = run_(batch)
+  dark = run_({**batch, 'image': batch['image'] * 0})
+  other = run_({**batch, 'text': batch['text'].at[:, :, 1].set(11)})
+  assert np.abs(base - dark).max() > 1e-4
+  assert np.abs(base[:, :, 2] - other[:, :, 2]).max() > 1e-6
+
+
+def test_generation_equals_teacher_forcing(built):
+  """Greedy tokens are the argmax of the training-time logits, step by step."""
+  model, variables, batch = built
+  tokens, scores = generate.generate(
+      model, variables, batch, cls_id=2, sep_id=3, pad_id=0, max_length=8)
+  forced = dict(batch, text=tokens[:, None], text_mask=tokens[:, None] >= 0)
+  logits = model.apply(variables, forced, {'image_only': ('captioning',)})
+  logp = jax.nn.log_softmax(logits['image_only']['caption_logits'][:, 0])
+  logp = np.array(logp)
+  logp[:, :, [0, 2]] = -1e9
+  for i, row in enumerate(np.asarray(tokens)):
+    picked = []
+    for t in range(1, 8):
+      assert row[t] == logp[i, t - 1].argmax()
+      picked.append(logp[i, t - 1, row[t]])
+      if row[t] == 3:
+        assert (row[t + 1:] == 0).all()
+        break
+    np.testing.assert_allclose(scores[i], np.mean(picked), rtol=1e-4)
+
+
+def test_beam_search_never_scores_below_greedy(built):
+  model, variables, batch = built
+  ids = dict(cls_id=2, sep_id=3, pad_id=0, max_length=6)
+  full = lambda beams: generate.generate(model, variables, batch, beams=beams,
+                                         **ids)
+  greedy, wide = full(1), full(50)
+  assert (np.asarray(wide[1]) >= np.asarray(greedy[1]) - 1e-5).all()
+
+
+def test_parameter_counts_match_the_sources():
+  """41.5M for DETR-R50; about 94M for the paper's R152 (92.4M with our head).
+
+  facts: DETR's README 41M; E2E-VLP's 94M from memory of the paper, 92.4M by
+  arithmetic for width 256, ffn 2048 and tied output layers.
+  """
+  def count(arg, **sizes):
+    config = config_lib.get_config(arg)
+    model = models.build(config, **sizes)
+    batch = synthetic.synthetic_batch(
+        config.data, batch_size=1, **{**sizes, 'vocab_size': 30522})
+    shapes = jax.eval_shape(
+        lambda b: model.init(jax.random.key(0), b, {
+            k: v for k, v in model.views.items() if k != 'grid'}), batch)
+    return run.count_parameters(shapes['params'])['total'] / 1e6
+  coco91 = dict(vocab_size=0, num_classes=91, num_attributes=0)
+  assert abs(count('detr', **coco91) - 41.5) < .1
+  joint = dict(vocab_size=30522, num_classes=1600, num_attributes=400)
+  assert abs(count('r152', **joint) - 92.4) < 1.5
+  assert abs(count('r152,ffn=1024', **joint) - 82.9) < 1.5
+
+
+def test_unknown_names_are_user_errors():
+  for key, value in (('name', 'e2e_vpl'), ('backbone.name', 'resnet5')):
+    config = config_lib.get_config('tiny')
+    config.update_from_flattened_dict({f'model.{key}': value})
+    with pytest.raises(errors.UserError, match='did you mean|valid choices'):
+      models.build(config, **SIZES)
