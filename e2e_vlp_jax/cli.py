@@ -4,11 +4,13 @@ Only the entry points (train, evaluate, ...) call this; nothing is registered
 globally, so any number of them can be imported into one process.
 """
 import argparse
+import ast
+import glob
+import importlib.util
 import os
 import sys
 
-from absl import flags as absl_flags
-from ml_collections import config_flags
+import ml_collections
 
 from e2e_vlp_jax import errors
 
@@ -44,62 +46,106 @@ def parse(p, argv=None):
     UserError: an unknown argument, config file, key or value.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
-  overrides, rest, k = [], [], 0
-  while k < len(argv):
-    if argv[k].startswith('--config.'):
-      overrides.append(argv[k])
-      if '=' not in argv[k]:
-        if k + 1 == len(argv):
-          raise errors.UserError(f'{argv[k]} needs a value')
-        overrides[-1] += '=' + argv[k + 1]
-        k += 1
-    else:
-      rest.append(argv[k])
-    k += 1
-  args, unknown = p.parse_known_args(rest)
+  overrides, rest = [], []
+  while argv:
+    word = argv.pop(0)
+    if not word.startswith('--config.'):
+      rest.append(word)
+      continue
+    key, equals, value = word[len('--config.'):].partition('=')
+    if not equals:
+      if not argv:
+        raise errors.UserError(f'{word} needs a value')
+      value = argv.pop(0)
+    overrides.append((key, value))
+  # A misspelt argument is named before the one that it leaves missing.
+  known = [s for a in p._actions for s in a.option_strings]  # pylint: disable=protected-access
+  unknown = [w for w in rest
+             if w.startswith('--') and w.partition('=')[0] not in known]
+  if not unknown:
+    args, unknown = p.parse_known_args(rest)
   if unknown:
-    known = [s for a in p._actions for s in a.option_strings]  # pylint: disable=protected-access
-    word = unknown[0].split('=')[0]
+    word = unknown[0].partition('=')[0]
     raise errors.UserError(
         f'unknown argument {word!r}{errors.nearest(word, known)}')
   spec = getattr(args, 'config', None)
   if overrides and not spec:
-    raise errors.UserError(f'{overrides[0]} given without --config')
+    raise errors.UserError(f'--config.{overrides[0][0]} without --config')
   return args, load_config(spec, overrides) if spec else None
 
 
 def load_config(spec, overrides=()):
-  """Reads `path.py[:argument]` and applies `--config.key=value` overrides.
+  """Reads a config file and overrides some of its values.
+
+  Args:
+    spec: 'path.py' or 'path.py:ARG'; ARG is get_config's argument.
+    overrides: (key, text) pairs, such as ('model.width', '128'); the text is
+      read as the type of the value that it replaces.
 
   Returns:
-    The ConfigDict of the file's get_config(argument).
+    The ConfigDict of the file's get_config.
 
   Raises:
-    UserError: no such file, a bad argument, an unknown key (with the nearest
-      one) or a value of the wrong type.
+    UserError: no such file, a bad argument (get_config's ValueError), an
+      unknown key (with the nearest one) or a value of another type.
   """
-  path = spec.partition(':')[0]
-  if not os.path.isfile(path):
-    raise errors.UserError(f'--config: no file {path!r}'
-                           + errors.nearest(path, _config_files(path)))
-  values = absl_flags.FlagValues()
-  config_flags.DEFINE_config_file('config', flag_values=values)
+  path, _, argument = spec.partition(':')
+  if not (os.path.isfile(path) and path.endswith('.py')):
+    files = {os.path.relpath(f) for d in (os.path.dirname(path), 'configs')
+             for f in glob.glob(os.path.join(d, '*.py'))}
+    raise errors.UserError(f'--config: no config file {path!r}'
+                           + errors.nearest(path, sorted(files)))
+  module_spec = importlib.util.spec_from_file_location('_config', path)
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise errors.UserError(f'--config: {path!r} has no function get_config')
   try:
-    values(['', f'--config={spec}', *overrides])
-  except errors.UserError:
-    raise
-  except absl_flags.UnrecognizedFlagError as e:
-    raise errors.UserError(f'unknown config key: {e}') from e
-  except (absl_flags.Error, AttributeError, KeyError, TypeError,
-          ValueError) as e:
-    raise errors.UserError(f'--config {spec} {" ".join(overrides)}: {e}'
-                           ) from e
-  return values['config'].value
+    config = module.get_config(*[argument] if argument else [])
+  except ValueError as e:
+    raise errors.UserError(f'--config {spec}: {e}') from e
+  for key, text in overrides:
+    _override(config, key, text)
+  return config
 
 
-def _config_files(path):
-  folder = os.path.dirname(path) or '.'
-  if not os.path.isdir(folder):
-    return []
-  return [os.path.join(folder, f) for f in sorted(os.listdir(folder))
-          if f.endswith('.py')]
+def _override(config, key, text):
+  """Sets config's dotted `key` to `text`, read as the old value's type."""
+  *groups, name = key.split('.')
+  node = config
+  for group in groups:
+    inside = isinstance(node, ml_collections.ConfigDict) and group in node
+    node = node[group] if inside else None
+  if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+    raise errors.UserError(
+        f'unknown config key {key!r}'
+        + (errors.nearest(key, _keys(config))
+           or f'; the top-level keys are {", ".join(config)}'))
+  kind = node.get_type(name)
+  if kind is ml_collections.ConfigDict:
+    raise errors.UserError(
+        f'config key {key!r} is a group; set one of its keys: '
+        + ', '.join(f'{key}.{k}' for k in node[name]))
+  try:
+    node[name] = _READ.get(kind, ast.literal_eval)(text)
+  except (KeyError, SyntaxError, TypeError, ValueError) as e:
+    raise errors.UserError(f'config key {key!r}: found {text!r}, expected '
+                           f'{kind.__name__} such as {node[name]!r}') from e
+
+
+# How the text of an override is read; tuples and the rest as Python literals.
+_READ = {
+    str: str,
+    int: int,
+    float: float,
+    bool: lambda text: {'true': True, 'false': False}[text.lower()],
+}
+
+
+def _keys(config, prefix=''):
+  """The dotted names of all values in `config`."""
+  for name in config:
+    if isinstance(config[name], ml_collections.ConfigDict):
+      yield from _keys(config[name], f'{prefix}{name}.')
+    else:
+      yield prefix + name
