@@ -4,6 +4,7 @@ A prepared split is an ArrayRecord dataset of TFDS and, beside it,
 `<split>.index.npz`: what is needed to order and to group the records without
 reading them.
 """
+import contextlib
 import io
 import os
 
@@ -13,7 +14,6 @@ from PIL import Image, ImageOps
 from e2e_vlp_jax import errors
 
 REPORT = 'prepare_report.json'
-_BOX_LISTS = ('objects', 'phrases', 'refexps')
 _LISTS = {'objects': ('bbox', 'label', 'attributes', 'is_crowd', 'area', 'id'),
           'phrases': ('bbox', 'text'),
           'questions': ('question', 'answers', 'kind'),
@@ -127,35 +127,35 @@ def decode_image(source, name=None):
   Raises:
     UserError: no such file, or it is truncated or not an image; names it.
   """
-  return np.asarray(upright(open_image(source, name)))
-
-
-def open_image(source, name=None):
-  """A fully loaded PIL image of bytes or a path; as `decode_image`."""
-  name = name or (source if isinstance(source, (str, os.PathLike)) else
-                  'image')
-  try:
+  with readable(name or (source if isinstance(source, (str, os.PathLike))
+                         else 'image')):
     if isinstance(source, bytes):
       source = io.BytesIO(source)
-    image = Image.open(source)
-    image.load()
-    return image
-  except FileNotFoundError as e:
-    raise errors.UserError(f'no image file {str(name)!r}') from e
-  except Image.UnidentifiedImageError as e:
-    raise errors.UserError(f'{str(name)!r} is not an image') from e
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError
-          ) as e:
-    raise errors.UserError(f'{str(name)!r} is not a readable image: {e}'
-                           ) from e
+    with Image.open(source) as image:
+      return np.asarray(upright(image))
 
 
 def upright(image):
   """A PIL image as RGB, 8 bit, its EXIF orientation applied."""
   image = ImageOps.exif_transpose(image)
-  if image.mode.startswith('I') or image.mode == 'F':
-    # 16 bits: Pillow's own conversion would clip at 255.
-    wide = np.asarray(image, np.float64)
-    top = 65535 if wide.max() > 255 else 255
-    image = Image.fromarray(np.uint8(np.clip(wide * 255 / top + .5, 0, 255)))
+  if image.mode.startswith('I'):
+    # 16 bits of grey: Pillow's own conversion would clip at 255.
+    grey = np.asarray(image, np.float64) * (255 / 65535)
+    image = Image.fromarray(np.uint8(np.clip(np.rint(grey), 0, 255)))
   return image.convert('RGB')
+
+
+@contextlib.contextmanager
+def readable(name):
+  """Turns whatever Pillow raises on a file into a UserError that names it."""
+  try:
+    yield
+  except (FileNotFoundError, IsADirectoryError) as e:
+    raise errors.UserError(f'no image file {str(name)!r}') from e
+  except Image.UnidentifiedImageError as e:
+    raise errors.UserError(f'{str(name)!r} is not an image') from e
+  except Exception as e:  # pylint: disable=broad-except
+    # OSError where pixels are cut off, but struct.error, SyntaxError,
+    # TypeError and others where a header is broken.
+    raise errors.UserError(f'{str(name)!r} is not a readable image: {e}'
+                           ) from e

@@ -91,6 +91,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if self.NEEDS_SOURCE and not source:
       raise errors.UserError(f'{self.name} needs --source, the folder of its '
                              'official files')
+    negative = [k for k, v in options.items() if v < 0]
+    if negative:
+      raise errors.UserError(f'{self.name}: {negative[0]} is '
+                             f'{options[negative[0]]}; expected 0 or more')
     self.source = source
     self.options = {k: options.get(k, v) for k, (v, _) in self.OPTIONS.items()}
     self.indexes, self.reports = {}, {}
@@ -112,17 +116,26 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if name is not None:
       found['names'].append(str(name))
 
+  def note(self, split, what):
+    """Counts one thing that was kept, but changed."""
+    changed = self.reports[split]['changed']
+    changed[what] = changed.get(what, 0) + 1
+
   def _info(self):
     return tfds.core.DatasetInfo(builder=self, features=features(),
                                  disable_shuffling=True)
 
   def _split_generators(self, dl_manager):
     del dl_manager
+    found = self.sources()
+    if not found:
+      raise errors.UserError(f'{self.name}: no split to write')
     return {split: self._generate_examples(split, most, records)
-            for split, (most, records) in self.sources().items()}
+            for split, (most, records) in found.items()}
 
   def _generate_examples(self, split, most, records):
-    self.reports[split] = dict(images=0, texts=0, boxes=0, skipped={})
+    self.reports[split] = dict(images=0, texts=0, boxes=0, skipped={},
+                               changed={})
     totals = collections.Counter()
     index = collections.defaultdict(list)
     digest = hashlib.sha256()
@@ -173,6 +186,11 @@ def relative_box(x0, y0, x1, y1, height, width):
 def clean(text):
   """One line without space at its ends."""
   return re.sub(r'\s+', ' ', text).strip()
+
+
+def reason(error, name):
+  """An error without the file's name, so that equal reasons count as one."""
+  return str(error).replace(repr(name), 'it').replace(name, 'it')
 
 
 def _flat(example):

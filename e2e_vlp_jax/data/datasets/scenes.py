@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 
 from e2e_vlp_jax.data import scene_draw
 from e2e_vlp_jax.data import scene_text
@@ -81,5 +82,6 @@ def _examples(seed, split, n):
     yield from map(one, range(n))
     return
   # Not forked: this process has TensorFlow's threads by now.
-  with multiprocessing.get_context('spawn').Pool(cores) as pool:
+  with multiprocessing.get_context('spawn').Pool(
+      cores, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
     yield from pool.imap(one, range(n), chunksize=64)

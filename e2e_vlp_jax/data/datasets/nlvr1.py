@@ -1,0 +1,109 @@
+"""`nlvr1`: NLVR v1, drawn scenes with human sentences (Suhr et al. 2017).
+
+Official layout under --source, for each of train, dev and test that is
+there: SPLIT/SPLIT.json (JSON lines) and its images, SPLIT/images/ or
+SPLIT/images.zip. Of the six permutations of an example's three boxes the
+first is read.
+
+Objects and their attributes come from `structured_rep` and are exact. A
+sentence is a text of the image only if it is labelled true; true or false,
+it is a statement (about one image: `second_image` is empty). Use the label
+space `joint`.
+"""
+import functools
+import json
+import os
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import image_files
+from e2e_vlp_jax.data.datasets import base
+
+_SPLITS = ('train', 'dev', 'test')
+_HEIGHT, _WIDTH, _SLOT = 100, 400, 150      # a box is 100 wide, then a gap
+_COLOURS = {'#0099ff': 'blue', 'yellow': 'yellow', 'black': 'black'}
+_SIZES = {10: 'small', 20: 'medium', 30: 'large'}
+
+
+class Builder(base.RecordBuilder):
+  """One record an example: a sentence and the image it is about."""
+  name = 'nlvr1'
+  NEEDS_SOURCE = True
+  OPTIONS = {'limit': (0, 'keep the first examples of each split; 0: all')}
+
+  def annotation_files(self):
+    return [p for s in _SPLITS if os.path.exists(p := self._file(s))]
+
+  def sources(self):
+    if not self.annotation_files():
+      raise errors.UserError(f'no {self._file("dev")}: --source should be the '
+                             'folder that holds dev/ and test/')
+    found = {}
+    for split in _SPLITS:
+      if os.path.exists(self._file(split)):
+        rows = _load(self._file(split))[:self.options['limit'] or None]
+        files = image_files.ImageFiles(self.source, [f'{split}/images'])
+        found[split] = len(rows), functools.partial(self._records, split,
+                                                    rows, files)
+    return found
+
+  def _file(self, split):
+    return os.path.join(self.source, split, f'{split}.json')
+
+  def _records(self, split, rows, files):
+    names = [f'{split}-{r["identifier"]}-0.png' for r in rows]
+    paths = [f'{r["directory"]}/{n}' for r, n in zip(rows, names)]
+    for k, (row, name, stored) in enumerate(
+        zip(rows, names, files.load_all(paths))):
+      if isinstance(stored, errors.UserError):
+        self.skip(split, f'image: {base.reason(stored, paths[k])}', paths[k])
+        continue
+      if stored.changed:
+        self.note(split, f'image encoded again: {stored.changed}')
+      sentence = base.clean(row['sentence'])
+      true = row['label'].lower() == 'true'
+      if not sentence:
+        self.skip(split, 'empty sentence', name)
+      yield base.record(
+          image=stored.data, image_id=name[:-len('.png')],
+          height=stored.height, width=stored.width,
+          texts=[sentence] if true and sentence else [],
+          objects=_objects(row['structured_rep'], k),
+          statements=[dict(second_image=b'', statement=sentence, label=true)]
+          if sentence else [],
+          has_attributes=True)
+
+
+def _objects(slots, k):
+  objects = []
+  for slot, items in enumerate(slots):
+    for o in items:
+      x, y, size = _SLOT * slot + o['x_loc'], o['y_loc'], o['size']
+      objects.append(dict(
+          bbox=base.relative_box(x, y, x + size, y + size, _HEIGHT, _WIDTH),
+          label=o['type'], attributes=[_COLOURS[o['color'].lower()],
+                                       _SIZES[size]],
+          is_crowd=False, area=float(size * size),
+          id=k * 100 + len(objects) + 1))
+  return objects
+
+
+def _load(path):
+  rows = []
+  with open(path, encoding='utf-8') as f:
+    for n, line in enumerate(f, 1):
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(line)
+        _objects(row['structured_rep'], 0)
+        if row['label'].lower() not in ('true', 'false'):
+          raise ValueError(f'label {row["label"]!r} is not true or false')
+        rows.append({k: row[k] for k in ('sentence', 'label', 'identifier',
+                                         'directory', 'structured_rep')})
+      except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise errors.UserError(
+            f'{path}:{n}: not an example of NLVR: {type(e).__name__} {e}'
+            ) from e
+  if not rows:
+    raise errors.UserError(f'{path} is empty')
+  return rows
