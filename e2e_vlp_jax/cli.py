@@ -27,7 +27,8 @@ def parser(doc, config=False, workdir=False):
   p = _Parser(description=doc, allow_abbrev=False,
               formatter_class=argparse.RawDescriptionHelpFormatter)
   if config:
-    p.add_argument('--config', required=config == 'required', metavar='C.py:ARG',
+    p.add_argument('--config', required=config == 'required',
+                   metavar='C.py:ARG',
                    help='config file and its argument; override values with '
                         '--config.a.b=value')
   if workdir:
