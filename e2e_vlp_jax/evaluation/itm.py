@@ -1,0 +1,31 @@
+"""Image-text matching: is each text told from another image's?"""
+import numpy as np
+
+from e2e_vlp_jax.evaluation import predictor as predictor_lib
+
+
+def evaluate(predictor, variables, pipeline, *, max_examples=None,
+             progress=None):
+  """Accuracy on true and swapped pairs.
+
+  Args:
+    predictor: a Predictor.
+    variables: {'params': ..., **model_state}.
+    pipeline: an evaluation Pipeline whose pp has itm and no mlm.
+    max_examples: None = all.
+    progress: called with the number of examples done.
+
+  Returns:
+    {'accuracy'}: the share of pairs that are judged rightly, at 0.5.
+  """
+  right = pairs = 0
+  for batch, ids in predictor_lib.batches(predictor, pipeline, max_examples,
+                                          progress):
+    scores = predictor.match(variables, {
+        **batch, 'text': batch['masked_text'],
+        'text_mask': batch['masked_text_mask']})
+    labels = np.where((ids >= 0)[:, None],
+                      predictor.gather(batch, 'itm_labels'), -1)
+    right += int((((scores > .5) == labels) & (labels >= 0)).sum())
+    pairs += int((labels >= 0).sum())
+  return {'accuracy': right / max(pairs, 1)}
