@@ -31,6 +31,7 @@ class DecoderLayer(nn.Module):
   dropout: float = 0.1
   pre_norm: bool = False
   act: str = 'relu'
+  epsilon: float = 1e-5
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -38,7 +39,7 @@ class DecoderLayer(nn.Module):
                train=False):
     """x, pos [B, T, D]; memory [B, N, D]; biases to [B, H, T, T | N]."""
     drop = nn.Dropout(self.dropout, deterministic=not train)
-    norm = lambda name: layers.LayerNorm(name=name)
+    norm = lambda name: layers.LayerNorm(self.epsilon, name=name)
     attend = lambda name: layers.MultiHeadAttention(
         self.width, self.heads, self.dropout, self.dtype, name=name)
     own, cross = attend('self_attention'), attend('cross_attention')
@@ -110,6 +111,7 @@ class Decoder(nn.Module):
   dropout: float = 0.1
   pre_norm: bool = False
   act: str = 'relu'
+  epsilon: float = 1e-5
   remat: bool = False
   dtype: Any = jnp.float32
 
@@ -149,7 +151,7 @@ class Decoder(nn.Module):
                           last_kernel_init=nn.initializers.zeros
                           if self.queries == 'reference'
                           else nn.initializers.lecun_normal())
-    final_norm = layers.LayerNorm(name='norm')
+    final_norm = layers.LayerNorm(self.epsilon, name='norm')
     by_reference = self.queries == 'reference'
     reference = None
     if by_reference:
@@ -185,7 +187,8 @@ class Decoder(nn.Module):
         cross_bias = key_bias + near
       pos = jnp.concatenate([query_pos.astype(memory.dtype), token_pos], 1)
       x = layer(self.width, self.heads, self.ffn, self.dropout,
-                self.pre_norm, self.act, self.dtype, name=f'layer{i}')(
+                self.pre_norm, self.act, self.epsilon, self.dtype,
+                name=f'layer{i}')(
                     x, pos, self_bias, memory, memory_pos, cross_bias, train)
       if detect:
         h = final_norm(x[:, :q])

@@ -50,8 +50,8 @@ class Model(nn.Module):
     c = self.config
     self.project = nn.Dense(c.width, dtype=self.dtype)
     stack = dict(width=c.width, heads=c.heads, ffn=c.ffn, dropout=c.dropout,
-                 pre_norm=c.pre_norm, act=c.act, remat=c.remat,
-                 dtype=self.dtype)
+                 pre_norm=c.pre_norm, act=c.act, epsilon=c.epsilon,
+                 remat=c.remat, dtype=self.dtype)
     self.encoder = layers.Encoder(c.encoder_layers, **stack)
     self.decoder = decoder_lib.Decoder(
         c.decoder_layers, num_queries=c.num_queries, queries=c.queries,
@@ -61,7 +61,8 @@ class Model(nn.Module):
     self.cells_head = heads_lib.Cells(self.num_classes, self.num_attributes)
     if self.vocab_size:
       self.text_embedding = layers.TextEmbedding(
-          self.vocab_size, c.width, c.max_text, c.dropout, dtype=self.dtype)
+          self.vocab_size, c.width, c.max_text, c.text_types, c.dropout,
+          dtype=self.dtype)
       self.mlm_head = heads_lib.MaskedLM(self.vocab_size, c.width,
                                          dtype=self.dtype)
       self.itm_head = heads_lib.Matching(c.width, dtype=self.dtype)

@@ -233,10 +233,16 @@ def downsample_mask(mask: Array, height: int, width: int) -> Array:
 
 
 class TextEmbedding(nn.Module):
-  """Word + learned position embeddings, LayerNorm, dropout (BERT's form)."""
+  """Word + learned position embeddings, LayerNorm, dropout (BERT's form).
+
+  Attributes:
+    types: rows of a token-type table, as BERT has them; a single text is of
+      type 0 throughout. 0 = no table.
+  """
   vocab_size: int
   width: int
   max_length: int
+  types: int = 0
   dropout: float = 0.1
   epsilon: float = 1e-12
   dtype: Any = jnp.float32
@@ -246,12 +252,16 @@ class TextEmbedding(nn.Module):
     self.words = nn.Embed(self.vocab_size, self.width, embedding_init=init)
     self.positions = nn.Embed(self.max_length, self.width,
                               embedding_init=init)
+    if self.types:
+      self.token_types = nn.Embed(self.types, self.width, embedding_init=init)
     self.norm = LayerNorm(self.epsilon)
     self.drop = nn.Dropout(self.dropout)
 
   def __call__(self, ids: Array, train: bool = False) -> Array:
     """[..., L] token ids -> [..., L, D]."""
     x = self.words(ids) + self.positions(jnp.arange(ids.shape[-1]))
+    if self.types:
+      x = x + self.token_types(jnp.zeros((), jnp.int32))
     x = self.norm(x).astype(self.dtype)
     return self.drop(x, deterministic=not train)
 
