@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from e2e_vlp_jax import errors
+
 
 def _assign(cost, mask):
   """One problem: cost [Q, M], mask [M] -> query of each target [M]."""
@@ -20,10 +22,7 @@ def _assign(cost, mask):
   finite = jnp.isfinite(cost)
   cost = jnp.where(finite, cost, 1e6)
   cost = jnp.where(mask[None, :], cost, 0.)
-  if cost.shape[0] >= cost.shape[1]:
-    rows, cols = optax.assignment.hungarian_algorithm(cost)
-  else:
-    raise ValueError(f'{cost.shape[0]} queries for {cost.shape[1]} targets')
+  rows, cols = optax.assignment.hungarian_algorithm(cost)
   index = jnp.zeros(cost.shape[1], jnp.int32).at[cols].set(
       rows.astype(jnp.int32))
   bad = jnp.sum(~finite & mask[None, :])
@@ -40,12 +39,19 @@ def hungarian(cost, mask, mesh=None, axes=()):
     mesh: if given, the batch is sharded over its axes `axes`.
     axes: names of mesh axes.
 
+  Raises:
+    UserError: more targets than queries.
+
   Returns:
     index [B, M] int32: the query assigned to each target (padded targets get
     distinct leftover queries), and bad [B] int32: how many costs of real
     targets were not finite. Callers report it; a run with bad > 0 has
     diverged.
   """
+  if cost.shape[1] < cost.shape[2]:
+    raise errors.UserError(
+        f'data.max_boxes: {cost.shape[2]} boxes for {cost.shape[1]} queries; '
+        'expected model.num_queries >= data.max_boxes')
   cost = jax.lax.stop_gradient(cost).astype(jnp.float32)
   solve = jax.vmap(_assign)
   if mesh is None or not axes:

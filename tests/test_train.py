@@ -1,0 +1,214 @@
+"""Training: it learns, resumes exactly, and means the same on any mesh."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import e2e_vlp as config_lib
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import models
+from e2e_vlp_jax import objectives as objectives_lib
+from e2e_vlp_jax import train
+from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.training import optim
+from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import sharding
+from e2e_vlp_jax.training import train_step
+
+SIZES = dict(vocab_size=50, num_classes=6, num_attributes=13)
+SMALL = {'model.width': 32, 'model.ffn': 48, 'model.backbone.stem': 8,
+         'model.backbone.width': 16, 'model.backbone.blocks': 1,
+         'model.num_queries': 8}
+
+
+def small_config(data_dir='', **changes):
+  config = config_lib.get_config('tiny')
+  config.update_from_flattened_dict({
+      **SMALL, 'batch_size': 8, 'eval_batch_size': 8, 'total_steps': 6,
+      'warm_start.steps': 2, 'eval_every_steps': 0, 'log_every_steps': 1,
+      'checkpoint.every_steps': 2, 'samples.count': 0, 'tensorboard': False,
+      'data.dir': str(data_dir)})
+  config.evals = {}
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def setup_step(config, mesh, seed=0):
+  """(state, step function, batch) on synthetic data, no warm start."""
+  stage = run.Stage(0, config.total_steps, dict(config.objectives),
+                    config.optim)
+  model = models.build(config, **SIZES)
+  objectives = objectives_lib.build(config, mesh, sharding.BATCH_AXES)
+  batch = synthetic.synthetic_batch(config.data, batch_size=8, seed=seed,
+                                    **SIZES)
+  schedule = optim.make_schedule(stage.optim, stage.end)
+  make_tx = lambda p: optim.make_optimizer(config.optim, p, schedule)
+  init = lambda: train_step.init_state(
+      model, make_tx, batch, objectives_lib.requests(objectives), seed,
+      config.ema_decay > 0)
+  shardings = train_step.state_shardings(jax.eval_shape(init), mesh)
+  state = jax.jit(init, out_shardings=shardings)()
+  step = jax.jit(train_step.make_train_step(
+      model, objectives, make_tx(state.params),
+      accumulate=config.accumulate, ema_decay=config.ema_decay),
+                 out_shardings=(shardings, None))
+  return state, step, sharding.shard_batch(mesh, batch)
+
+
+def test_overfits_one_batch():
+  config = small_config(**{'optim.warmup_steps': 5, 'total_steps': 100,
+                           'warm_start.steps': 0})
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
+                            jax.devices()[:1])
+  state, step, batch = setup_step(config, mesh)
+  first = None
+  for _ in range(80):
+    state, metrics = step(state, batch)
+    first = first or jax.device_get(metrics)
+  last = jax.device_get(metrics)
+  print({k: (float(first[k]), float(last[k])) for k in last})
+  assert last['loss'] < .5 * first['loss']
+  for name in ('mlm', 'itm', 'captioning', 'class', 'attributes', 'giou'):
+    assert last[name] < first[name], name
+
+
+@pytest.mark.parametrize('layout', [
+    dict(mesh=dict(data=8, fsdp=1, tensor=1)),
+    dict(mesh=dict(data=1, fsdp=8, tensor=1)),
+    dict(mesh=dict(data=1, fsdp=1, tensor=1), accumulate=4)])
+def test_layouts_give_the_same_losses(layout, monkeypatch):
+  """Global-batch semantics: 1 device, 8 devices, FSDP, accumulation."""
+  # Small arrays too are split, or nothing of this model would be.
+  monkeypatch.setattr(sharding, 'FSDP_MIN_BYTES', 256)
+  one = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  losses = []
+  for mesh, accumulate in (
+      (one, 1), (sharding.make_mesh(
+          layout['mesh'], jax.devices()[:int(np.prod(list(
+              layout['mesh'].values())))]), layout.get('accumulate', 1))):
+    config = small_config(accumulate=accumulate)
+    state, step, batch = setup_step(config, mesh)
+    found = []
+    for _ in range(3):
+      state, metrics = step(state, batch)
+      found.append(jax.device_get(metrics))
+    losses.append(found)
+  if layout['mesh']['fsdp'] == 8:
+    held = sum(x.addressable_shards[0].data.size
+               for x in jax.tree.leaves(state.params))
+    total = sum(x.size for x in jax.tree.leaves(state.params))
+    assert held < total / 6
+  for a, b in zip(*losses):
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5,
+                                 err_msg=name)
+
+
+def test_nonfinite_update_is_skipped_and_counted():
+  config = small_config()
+  mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1),
+                            jax.devices()[:1])
+  state, step, batch = setup_step(config, mesh)
+  bad = dict(batch, boxes=batch['boxes'].at[0].set(jnp.nan))
+  after, metrics = step(state, bad)
+  assert metrics['skipped'] == 1 and int(after.bad_steps) == 1
+  assert metrics['matching_nonfinite'] > 0
+  jax.tree.map(np.testing.assert_array_equal, state.params, after.params)
+  after, metrics = step(after, batch)
+  assert metrics['skipped'] == 0 and int(after.bad_steps) == 0
+
+
+def read_metrics(workdir):
+  lines = [json.loads(line) for line in open(workdir / 'metrics.jsonl')]
+  out = {}
+  for line in lines:
+    for k, v in line.items():
+      if k.startswith('train/'):
+        out[line['step'], k] = v
+  return out
+
+
+def test_killed_run_resumes_to_the_same_bits(tiny_scenes, tmp_path):
+  """SIGKILL after a save; the continued run ends like an uninterrupted one."""
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  config = small_config(tiny_scenes)
+  train.train(config, str(whole))
+
+  script = (
+      'import json, sys, time\n'
+      'from tests.test_train import small_config\n'
+      'from e2e_vlp_jax import train\n'
+      'from e2e_vlp_jax.training import checkpoint\n'
+      'save = checkpoint.Checkpointer.save\n'
+      'def slow(self, step, state):\n'
+      '  save(self, step, state)\n'
+      '  self.wait()\n'
+      '  if step == 4: print("saved 4", flush=True); time.sleep(600)\n'
+      'checkpoint.Checkpointer.save = slow\n'
+      f'train.train(small_config({str(tiny_scenes)!r}), {str(broken)!r})\n')
+  process = subprocess.Popen([sys.executable, '-c', script],
+                             stdout=subprocess.PIPE, text=True,
+                             cwd=os.path.dirname(os.path.dirname(__file__)))
+  for line in process.stdout:
+    if 'saved 4' in line:
+      break
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  train.train(config, str(broken))
+  a, b = read_metrics(whole), read_metrics(broken)
+  assert set(a) == set(b)
+  different = {k: (a[k], b[k]) for k in a if a[k] != b[k]}
+  assert not different
+
+
+def test_damaged_newest_checkpoint_is_set_aside(tiny_scenes, tmp_path):
+  config = small_config(tiny_scenes, total_steps=4)
+  train.train(config, str(tmp_path))
+  newest = tmp_path / 'checkpoints' / '4' / 'params'
+  for path in newest.rglob('*'):
+    if path.is_file():
+      path.write_bytes(b'not a checkpoint')
+  before = time.time()
+  train.train(config, str(tmp_path))
+  assert (tmp_path / 'damaged_checkpoint_4').is_dir()
+  assert (tmp_path / 'checkpoints' / '4' / 'params').stat().st_mtime > before
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'batch_size': 9}, 'batch_size'),
+    ({'data.dir': '/nowhere'}, '/nowhere'),
+    ({'objectives.mlm': 0., 'objectives.itm': 0., 'objectives.detection': 0.,
+      'objectives.captioning': 0., 'warm_start.steps': 0}, 'objectives'),
+    ({'data.max_boxes': 30}, 'max_boxes'),
+    ({'mesh.fsdp': 3}, 'mesh'),
+    ({'optim.schedule': 'cosin'}, 'cosine'),
+    ({'total_steps': 0}, 'total_steps')])
+def test_mistakes_are_user_errors(tiny_scenes, tmp_path, changes, message):
+  config = small_config(tiny_scenes, **changes)
+  with pytest.raises(errors.UserError, match=message):
+    train.train(config, str(tmp_path / 'w'))
+
+
+def test_workdir_of_another_run_is_refused(tiny_scenes, tmp_path):
+  config = small_config(tiny_scenes)
+  run.open_workdir(str(tmp_path), config)
+  config.log_every_steps = 3
+  run.open_workdir(str(tmp_path), config)
+  config.optim.learning_rate = 1.
+  before = (tmp_path / 'config.json').read_text()
+  with pytest.raises(errors.UserError, match='optim.learning_rate'):
+    run.open_workdir(str(tmp_path), config)
+  assert (tmp_path / 'config.json').read_text() == before
+
+
+def test_unwritable_workdir_is_a_user_error(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(errors.UserError, match='cannot be written'):
+    run.open_workdir(str(tmp_path / 'file' / 'w'), small_config())
