@@ -7,6 +7,8 @@ JSON files in `labels/`:
   scenes  the drawn scenes: 6 shapes; 8 colours, 2 sizes, 3 textures.
   coco    the 80 things of COCO 2017, in the order of their category ids; no
           attributes.
+  coco91  the same at their category ids 0 to 90, as published detectors
+          number them; the ids that COCO never used are 'N/A <id>'.
   joint   COCO's 80, then the 1600 Visual Genome objects of bottom-up
           attention, then shapes; attributes are Visual Genome's 400, then
           those of the drawn scenes and of NLVR. A name that is already there
