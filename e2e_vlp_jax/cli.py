@@ -14,6 +14,11 @@ import ml_collections
 
 from e2e_vlp_jax import errors
 
+# TensorFlow only reads data here; the notes that it prints when imported
+# would bury our one line. Entry points import this module before it.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
 
 class _Parser(argparse.ArgumentParser):
   """argparse whose errors are `UserError`s instead of a page of usage."""

@@ -68,8 +68,6 @@ if [[ -n $missing ]]; then
 fi
 export PATH="$PWD/.venv/bin:$PATH"
 
-# TensorFlow only reads files here: keep its start-up notes off the screen.
-export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"
 # Without an accelerator, spare jax the search for one and its warnings.
 if [[ -z ${JAX_PLATFORMS:-} && -z ${TPU_NAME:-}${TPU_WORKER_ID:-} ]] &&
     ! command -v nvidia-smi >/dev/null && ! compgen -G '/dev/accel*' >/dev/null &&

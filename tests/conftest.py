@@ -17,6 +17,7 @@ import pathlib
 # without (measured).
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 _DEVICES = '--xla_force_host_platform_device_count'
 if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'
@@ -69,5 +70,6 @@ def tiny_scenes(tmp_path_factory):
   from e2e_vlp_jax import prepare  # pylint: disable=import-outside-toplevel
   folder = tmp_path_factory.mktemp('scenes')
   prepare.main(['scenes', '--data_dir', str(folder), '--seed', str(SEED),
-                '--sizes', 'train=64,val=16,test=16,unseen=16'])
+                '--num_train', '64', '--num_validation', '16',
+                '--num_test', '16', '--num_unseen', '16'])
   return folder
