@@ -84,8 +84,8 @@ def get_config(arg=None):
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225),
       width=256, heads=8, ffn=options.get('ffn', 2048), encoder_layers=12,
       decoder_layers=6, dropout=.1, pre_norm=False, act='relu', epsilon=1e-5,
-      num_queries=100, queries='learned', max_text=40, text_types=0,
-      remat=False)
+      num_queries=100, queries='learned', itm_pool='cls', max_text=40,
+      text_types=0, remat=False)
 
   # AdamW 1e-4, trunk 1e-5, weight decay 1e-4, 200 epochs, batch 32: as
   # recalled from the paper (fact sheet, section 4). The drop at 2/3 of the

@@ -167,7 +167,9 @@ class Model(nn.Module):
           out[view]['mlm_logits'] = self.mlm_head(text,
                                                   self.text_embedding.attend)
         if 'itm' in wanted:
-          out[view]['itm_logits'] = self.itm_head(text[:, :, 0])
+          out[view]['itm_logits'] = self.itm_head(
+              text[:, :, 0] if self.config.itm_pool == 'cls' else
+              layers.masked_mean(text, batch[prefix + '_mask']))
     return out
 
   def _image_only(self, image, memory, batch, wanted, train):

@@ -232,6 +232,12 @@ def downsample_mask(mask: Array, height: int, width: int) -> Array:
   return mask[:, rows][:, :, cols]
 
 
+def masked_mean(x: Array, mask: Array) -> Array:
+  """Mean of [..., L, D] over the valid tokens of mask [..., L]."""
+  weight = mask[..., None].astype(x.dtype)
+  return (x * weight).sum(-2) / jnp.maximum(weight.sum(-2), 1)
+
+
 class TextEmbedding(nn.Module):
   """Word + learned position embeddings, LayerNorm, dropout (BERT's form).
 
