@@ -22,7 +22,9 @@ _PAPER, _INK, _FAINT = '#16191d', '#e8eaed', '#9aa3ad'
 # Without ground truth: one colour a box, told apart on most photographs.
 _COLOURS = ('#4cc2ff', '#ffb02e', '#ff6ec7', '#7ee787', '#c49bff', '#ffd84d',
             '#ff8a5c', '#5ce0d0')
-_SIDE, _EDGE, _LINE, _LETTER = 480, 14, 22, 8.4  # pixels
+# Pixels. Photographs get the larger side, small drawn scenes the other.
+_SMALL_SIDE, _SIDE, _EDGE, _LINE, _LETTER = 480, 600, 14, 22, 8.4
+_MANY = 8  # From so many objects on, boxes bear numbers alone.
 
 
 def draw(image, objects=None, ground_truth=None, caption=None,
@@ -31,21 +33,23 @@ def draw(image, objects=None, ground_truth=None, caption=None,
 
   Args:
     image: uint8 [H, W, 3]; small ones are enlarged, large ones reduced, to
-      480 pixels on the longer side.
+      480 or 600 pixels on the longer side.
     objects: predictions: list of {'label', 'score', 'box' (x0, y0, x1, y1 in
       pixels of `image`), 'attributes': [{'label', 'score'}]}, or None if the
       model was not asked.
     ground_truth: list of {'label', 'box', 'attributes': [names]}, or None.
     caption: what the model wrote.
     references: what people wrote.
-    matches: list of {'text', 'score', 'right' (bool or None)}.
+    matches: list of {'text', 'score'} and, where it is known, 'right' (bool)
+      and 'whose' (e.g. 'own').
     caption_right: whether all that the caption states is true; None if
       nobody can say.
 
   Returns:
     a PIL image.
   """
-  scale = _SIDE / max(image.shape[:2])
+  side = _SMALL_SIDE if max(image.shape[:2]) <= _SMALL_SIDE / 2 else _SIDE
+  scale = side / max(image.shape[:2])
   size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
   # Drawn scenes stay sharp-edged when enlarged many times.
   kind = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.LANCZOS
@@ -53,13 +57,13 @@ def draw(image, objects=None, ground_truth=None, caption=None,
   things = _judge(objects, ground_truth)
   _draw_boxes(photo, things, scale)
 
-  width = _SIDE + 2 * _EDGE
+  width = side + 2 * _EDGE
   rows = _caption_rows(caption, caption_right, references, matches)
   listed = _list_rows(things, objects is not None, ground_truth is not None)
   if rows and listed:
     rows.append([])
   rows = [part for row in rows + listed
-          for part in _wrap(row, int(_SIDE / _LETTER))]
+          for part in _wrap(row, int(side / _LETTER))]
   top = photo.height + 2 * _EDGE
   sheet = Image.new('RGB', (width, top + len(rows) * _LINE
                             + (_EDGE if rows else 0)), _PAPER)
@@ -73,6 +77,7 @@ def draw(image, objects=None, ground_truth=None, caption=None,
 def _judge(objects, truth):
   """Things to draw: dicts with box, tag ('': none), colour, row, note."""
   things, of = [], {}
+  many = max(len(objects or ()), len(truth or ())) > _MANY
   if truth is not None and objects:
     of = dict(detection.match_boxes(
         [o['box'] for o in objects], [o['score'] for o in objects],
@@ -95,13 +100,14 @@ def _judge(objects, truth):
         note = [('· is ' + ' '.join([*match['attributes'], match['label']]),
                  _FAINT)]
     things.append(dict(
-        box=thing['box'], tag=f'{k + 1} {thing["label"]}', colour=colour,
+        box=thing['box'], tag=f'{k + 1}' if many else f'{k + 1} {thing["label"]}', colour=colour,
         row=[(f'{k + 1}', colour), *words, (thing['label'], name),
              (f'{thing["score"]:.2f}', _FAINT)], note=note))
   for m, thing in enumerate(truth or ()):
     name = ' '.join([*thing['attributes'], thing['label']])
     things.append(dict(box=thing['box'], colour=MISSED, note=[],
-                       tag='' if m in of.values() else thing['label'],
+                       tag='' if m in of.values() else '–' if many else
+                       thing['label'],
                        row=[('–', MISSED), (name, MISSED)]))
   return things
 
@@ -130,13 +136,15 @@ def _caption_rows(caption, right, references, matches):
   rows = []
   mark = {True: [('✓', RIGHT)], False: [('✗', WRONG)], None: []}
   if caption is not None:
-    rows.append([('model:', _FAINT), (caption or '(no words)', _INK),
-                 *mark[right]])
+    rows.append([*mark[right], ('model:', _FAINT),
+                 (caption or '(no words)', _INK)])
   for text in references or ():
-    rows.append([('human:', _FAINT), (text, _FAINT)])
+    rows.append([('reference:', _FAINT), (text, _FAINT)])
   for match in matches or ():
-    rows.append([(f'match {match["score"]:.2f}:', _FAINT),
-                 (match['text'], _INK), *mark[match.get('right')]])
+    whose = f'{match["whose"]} text' if 'whose' in match else 'match'
+    rows.append([*mark[match.get('right')],
+                 (f'{whose} {match["score"]:.2f}:', _FAINT),
+                 (match['text'], _INK)])
   return rows
 
 
@@ -278,10 +286,11 @@ def _sample(predictor, record, found, caption, match, neighbour, threshold):
            if caption and scene else None)
   rows = []
   if match is not None and texts:
-    rows.append({'text': texts[0], 'score': match[0], 'right': match[0] > .5})
+    rows.append({'text': texts[0], 'score': match[0], 'whose': 'own',
+                 'right': match[0] > .5})
     if neighbour and neighbour['texts'] and neighbour['texts'][0] not in texts:
       rows.append({'text': neighbour['texts'][0], 'score': match[1],
-                   'right': match[1] <= .5})
+                   'whose': 'other', 'right': match[1] <= .5})
   return draw(
       records.decode_image(record['image'], record['image_id']),
       objects=predictor.objects_of(found, *size, threshold) if found else None,

@@ -1,0 +1,264 @@
+"""WORKDIR/report.html: what a run is and how far it got, on one page.
+
+Self-contained (pictures and curves are inside, nothing is loaded from
+elsewhere) and made from whatever files of the workdir are there:
+config.json, metrics.jsonl, eval.json, samples/*.png.
+"""
+import base64
+import collections
+import glob
+import io
+import json
+import os
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from e2e_vlp_jax import errors
+
+# The figures shown large at the top, if the run has them: (key, title).
+_HEADLINES = (
+    ('detection/AP50', 'AP50'), ('detection/AP75', 'AP75'),
+    ('detection/attribute_accuracy', 'attributes'),
+    ('captioning/CIDEr', 'CIDEr'), ('captioning/facts_right', 'facts right'),
+    ('itm/accuracy', 'ITM accuracy'), ('mlm/accuracy', 'MLM accuracy'),
+    ('mlm/image_gain', 'MLM image gain'))
+# Evaluators' metrics that get no curve: they are in the table.
+_NO_CURVE = ('APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl',
+             'BLEU1', 'BLEU2', 'BLEU3', 'image_gain')
+_POINTS = 300        # of a curve; more are averaged
+_LARGEST_PNG = 200_000  # bytes; larger pictures are embedded as JPEG
+_COLOURS = ('#2563eb', '#e8590c', '#2f9e44', '#9c36b5')
+
+
+def write_report(workdir):
+  """Writes WORKDIR/report.html from what is there so far; returns its path.
+
+  Raises:
+    UserError: the folder does not exist or cannot be written.
+  """
+  config = _read_json(os.path.join(workdir, 'config.json'))
+  series = _read_metrics(os.path.join(workdir, 'metrics.jsonl'))
+  warm = _dig(config, ('warm_start', 'steps')) or 0
+  splits = {name: _dig(e, ('source', 'split')) or 'held out'
+            for name, e in (_dig(config, ('evals',)) or {}).items()}
+  evals = _evals(series, _read_json(os.path.join(workdir, 'eval.json')))
+  environment = jinja2.Environment(
+      loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
+      autoescape=True, trim_blocks=True, lstrip_blocks=True)
+  html = environment.get_template('report.html.j2').render(
+      name=os.path.basename(os.path.abspath(workdir)),
+      facts=_facts(config, series),
+      headlines=[(title, evals[key]) for key, title in _HEADLINES
+                 if key in evals],
+      tables=_tables(evals, splits),
+      curves=[('Held-out metrics', _eval_curves(series, splits)),
+              ('Training', _curves(series, 'train/', warm)),
+              ('Speed', _curves(series, 'perf/', 0))],
+      samples=[_embed(path) for path in sorted(glob.glob(
+          os.path.join(glob.escape(workdir), 'samples', '*.png')))],
+      config=json.dumps(config, indent=1) if config else '')
+  path = os.path.join(workdir, 'report.html')
+  try:
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+      f.write(html)
+    os.replace(path + '.tmp', path)
+  except OSError as e:
+    raise errors.UserError(f'{path}: cannot be written ({e.strerror})') from e
+  return path
+
+
+def _read_json(path):
+  """The dict of a file; {} if it is absent or half written."""
+  try:
+    with open(path, encoding='utf-8') as f:
+      found = json.load(f)
+    return found if isinstance(found, dict) else {}
+  except (OSError, ValueError):
+    return {}
+
+
+def _read_metrics(path):
+  """{name: {step: value}}; what was written last for a step counts."""
+  series = collections.defaultdict(dict)
+  if not os.path.exists(path):
+    return series
+  with open(path, encoding='utf-8') as f:
+    for line in f:
+      try:
+        row = json.loads(line)
+        step = int(row.pop('step'))
+      except (ValueError, KeyError, AttributeError):
+        continue  # A line cut off by an interruption.
+      for name, value in row.items():
+        if isinstance(value, (int, float)) and np.isfinite(value):
+          series[name][step] = float(value)
+  return series
+
+
+def _evals(series, written):
+  """{'detection/AP50': (value, step)}: the newest of each metric."""
+  found = {}
+  for name, points in series.items():
+    if name.startswith('eval/'):
+      step = max(points)
+      found[name[len('eval/'):]] = points[step], step
+  for name, value in written.items():
+    key = name[len('eval/'):]
+    if name.startswith('eval/') and isinstance(value, (int, float)) and (
+        written.get('step', 0) >= found.get(key, (0, -1))[1]):
+      found[key] = float(value), written.get('step', 0)
+  return found
+
+
+def _base(name, names):
+  """'detection_unseen' -> 'detection', if that is an evaluator too."""
+  return next((other for other in sorted(names, key=len)
+               if name.startswith(other + '_')), name)
+
+
+def _tables(evals, splits):
+  """[(evaluator, step, columns, [(metric, [value or None])])]."""
+  names = dict.fromkeys(key.partition('/')[0] for key in evals)
+  groups = collections.defaultdict(list)
+  for name in names:
+    groups[_base(name, names)].append(name)
+  tables = []
+  for base, members in groups.items():
+    metrics = dict.fromkeys(key.partition('/')[2] for name in members
+                            for key in evals if key.startswith(name + '/'))
+    rows = [(m, [evals.get(f'{name}/{m}', (None, 0))[0] for name in members])
+            for m in metrics]
+    step = max(evals[k][1] for k in evals if k.partition('/')[0] in members)
+    tables.append((base, step, [splits.get(m, m) for m in members], rows))
+  return tables
+
+
+def _facts(config, series):
+  """What a reader wants to know first: [(name, text)]."""
+  facts = []
+  get = lambda *path: _dig(config, path)
+  steps = [max(points) for name, points in series.items()
+           if name.startswith('train/')]
+  if steps or get('total_steps'):
+    facts.append(('steps', f'{max(steps, default=0):,} of '
+                           f'{get("total_steps") or "?":,}'
+                  if get('total_steps') else f'{max(steps):,}'))
+  if get('model', 'name'):
+    trunk = get('model', 'backbone', 'name') or ''
+    depth = get('model', 'backbone', 'depth')
+    facts.append(('model', f'{get("model", "name")}: {trunk}'
+                           f'{f"-{depth}" if depth else ""}, '
+                           f'{get("model", "encoder_layers")} encoder and '
+                           f'{get("model", "decoder_layers")} decoder layers, '
+                           f'width {get("model", "width")}'))
+  if get('data', 'train'):
+    facts.append(('trained on', ', '.join(
+        f'{s["name"]}/{s["split"]}' + (f' x {s["weight"]:g}' if len(
+            get('data', 'train')) > 1 else '') for s in get('data', 'train'))))
+  if get('objectives'):
+    facts.append(('objectives', ', '.join(
+        f'{k} {v:g}' for k, v in get('objectives').items() if v)))
+  for key in ('batch_size', 'seed', 'dtype'):
+    if get(key) is not None:
+      facts.append((key.replace('_', ' '), str(get(key))))
+  if get('optim', 'learning_rate'):
+    facts.append(('learning rate', f'{get("optim", "learning_rate"):g} '
+                                   f'({get("optim", "schedule")})'))
+  for key, title, form in (('perf/images_per_s', 'images/s', '{:,.0f}'),
+                           ('perf/data_wait', 'waiting for data', '{:.0%}')):
+    if series.get(key):
+      facts.append((title, form.format(series[key][max(series[key])])))
+  return facts
+
+
+def _dig(tree, path):
+  for key in path:
+    tree = tree.get(key) if isinstance(tree, dict) else None
+  return tree
+
+
+def _eval_curves(series, splits):
+  """[(title, image)] of the metrics; an evaluator's splits share an axis."""
+  names = dict.fromkeys(k.split('/')[1] for k in series
+                        if k.startswith('eval/'))
+  plots = collections.defaultdict(dict)
+  for key, points in series.items():
+    if not key.startswith('eval/'):
+      continue
+    _, name, metric = key.split('/', 2)
+    if metric not in _NO_CURVE:
+      title = f'{_base(name, names)}/{metric}'
+      plots[title][splits.get(name, name)] = points
+  return [(title, _plot(lines, marker='o', zero=True))
+          for title, lines in plots.items() if any(
+              len(p) > 1 for p in lines.values())]
+
+
+def _curves(series, prefix, stage):
+  """[(title, image)] of all metrics that start with `prefix`."""
+  return [(name[len(prefix):], _plot({'': points}, stage=stage))
+          for name, points in series.items()
+          if name.startswith(prefix) and len(points) > 1
+          and any(points.values())]
+
+
+def _plot(lines, marker=None, stage=0, zero=False):
+  """A small chart as a data URI.
+
+  Args:
+    lines: {label: {step: value}}.
+    marker: of the points.
+    stage: a step to mark with a vertical line, 0 = none.
+    zero: the axis starts at 0.
+  """
+  # Not pyplot: it keeps figures and chooses a display.
+  from matplotlib import figure, rc_context  # pylint: disable=g-import-not-at-top
+  with rc_context({'svg.fonttype': 'none', 'font.size': 9,
+                   'font.family': 'sans-serif', 'axes.edgecolor': '#adb5bd',
+                   'xtick.color': '#495057', 'ytick.color': '#495057'}):
+    fig = figure.Figure(figsize=(3.4, 2.0), layout='constrained')
+    ax = fig.add_subplot()
+    for (label, points), colour in zip(lines.items(), _COLOURS):
+      steps, values = _thin(points)
+      ax.plot(steps, values, color=colour, linewidth=1.4, marker=marker,
+              markersize=3.5, label=label)
+    if stage and stage < max(max(p) for p in lines.values()):
+      ax.axvline(stage, color='#adb5bd', linewidth=1, linestyle=':')
+    if zero:
+      ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    if len(lines) > 1:
+      ax.legend(frameon=False, fontsize=8)
+    ax.grid(True, color='#f1f3f5')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.locator_params(nbins=4)
+    out = io.StringIO()
+    fig.savefig(out, format='svg')
+  return _data_uri('image/svg+xml', out.getvalue().encode())
+
+
+def _thin(points):
+  """Sorted (steps, values) of {step: value}, at most _POINTS of them."""
+  steps = np.array(sorted(points))
+  values = np.array([points[s] for s in steps])
+  if len(steps) <= _POINTS:
+    return steps, values
+  parts = np.array_split(np.arange(len(steps)), _POINTS)
+  return (np.array([steps[p].mean() for p in parts]),
+          np.array([values[p].mean() for p in parts]))
+
+
+def _embed(path):
+  """A sample picture as (name, data URI)."""
+  with open(path, 'rb') as f:
+    data, kind = f.read(), 'image/png'
+  if len(data) > _LARGEST_PNG:
+    out, kind = io.BytesIO(), 'image/jpeg'
+    Image.open(io.BytesIO(data)).convert('RGB').save(out, 'JPEG', quality=88)
+    data = out.getvalue()
+  return os.path.splitext(os.path.basename(path))[0], _data_uri(kind, data)
+
+
+def _data_uri(kind, data):
+  return f'data:{kind};base64,{base64.b64encode(data).decode()}'
