@@ -99,8 +99,8 @@ def prepare(builder_class, data_dir, source, options):
     builder.download_and_prepare()
   for split, index in builder.indexes.items():
     np.savez(os.path.join(folder, f'{split}.index.npz'), **index)
-  report = dict(name=name, options=wanted, seconds=round(time.time() - start, 1),
-                splits=builder.reports,
+  report = dict(name=name, options=wanted,
+                seconds=round(time.time() - start, 1), splits=builder.reports,
                 source_sha256={f: _sha256(f)
                                for f in builder.annotation_files()})
   with open(path + '.part', 'w', encoding='utf-8') as f:

@@ -57,8 +57,8 @@ def open_split(data_dir, name, split):
   Raises:
     UserError: the dataset or the split is not there.
   """
+  # Here, since predicting on a file needs `decode_image` alone.
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
-  # Imported here: predicting on a file needs `decode_image` alone.
   folder = dataset_folder(data_dir, name)
   if not os.path.exists(os.path.join(folder, REPORT)):
     found = [n for n in _folders(data_dir)
@@ -90,7 +90,8 @@ def _folders(data_dir):
 
 def _parse(serialized):
   """A tf.train.Example of `datasets.base.features` as a plain dict."""
-  from tensorflow_datasets.proto import tf_example_pb2  # pylint: disable=g-import-not-at-top
+  # pylint: disable-next=g-import-not-at-top
+  from tensorflow_datasets.proto import tf_example_pb2
   feature = tf_example_pb2.Example.FromString(serialized).features.feature
   def values(key):
     kind = feature[key].WhichOneof('kind')

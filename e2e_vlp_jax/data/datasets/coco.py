@@ -112,8 +112,8 @@ class Builder(base.RecordBuilder):
     objects = []
     height, width = image['height'], image['width']
     for a in annotations:
-      skip = lambda why: self.skip(split, f'box: {why}',
-                                   f'{image["file_name"]}#{a["id"]}')  # pylint: disable=cell-var-from-loop
+      name = f'{image["file_name"]}#{a["id"]}'
+      skip = lambda why, name=name: self.skip(split, f'box: {why}', name)
       try:
         x, y, w, h = (float(v) for v in a['bbox'])
         finite = all(map(math.isfinite, (x, y, w, h)))
