@@ -113,6 +113,19 @@ class Checkpointer:
         bad_steps=out['opt_state']['bad_steps'])
 
 
+def write(workdir, params, model_state, meta):
+  """Writes parameters without an optimizer as step 0 of a new WORKDIR.
+
+  Such a checkpoint can be predicted from, evaluated, and named as `init_from`.
+  """
+  folder = os.path.join(os.path.abspath(workdir), FOLDER)
+  items = {'params': params, 'model_state': model_state}
+  with ocp.CheckpointManager(folder) as manager:
+    manager.save(0, args=ocp.args.Composite(
+        **{k: ocp.args.StandardSave(v) for k, v in items.items() if v},
+        meta=ocp.args.JsonSave(meta)))
+
+
 def step_folder(path):
   """The folder of one step: given itself, its parent or its WORKDIR.
 

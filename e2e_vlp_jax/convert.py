@@ -1,0 +1,172 @@
+"""Published weights -> a checkpoint, and back.
+
+  python -m e2e_vlp_jax.convert --format hf_detr --input model.safetensors \
+      --config configs/e2e_vlp.py:detr --config.data.labels=coco91 --output D
+  python -m e2e_vlp_jax.convert --export --input D --output model.safetensors
+
+Formats: hf_detr, hf_resnet, torchvision_resnet, hf_bert (docs/weights.md).
+D serves as `init_from`, and as the checkpoint of evaluate and predict. What
+the file has no tensor for is drawn from config.seed and listed; every tensor
+of the file is either used or listed, in D/conversion.json in full.
+
+Exports have the names and types of the imported file, equal to the bit; a
+checkpoint that was trained since needs --format and gets the names of the
+published files.
+"""
+import collections
+import json
+import os
+import re
+
+import flax
+import jax
+import ml_collections
+import numpy as np
+
+from e2e_vlp_jax import cli
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import models
+from e2e_vlp_jax import objectives
+from e2e_vlp_jax.data import label_space
+from e2e_vlp_jax.data import load_vocabularies
+from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import run
+from e2e_vlp_jax.weights import io
+from e2e_vlp_jax.weights import mapping
+
+
+def import_weights(format_name, path, config, output):
+  """Writes the checkpoint `output`; returns the record of the conversion."""
+  source = mapping.find(format_name)
+  _check_new(output)
+  tokenizer, labels = load_vocabularies(config.data)
+  tensors = mapping.spelled(source, io.read(path), path)
+  facts = {**source.describe({k: x for k, (_, x) in tensors.items()}),
+           **source.read_config(io.read_config(path))}
+  spaces = {len(label_space.LabelSpace.load(n).classes): n
+            for n in label_space.names()}
+  mapping.check_config(facts, config, {
+      'classes': ('data.labels', len(labels.classes), spaces),
+      'vocabulary': ('data.tokenizer.path', tokenizer.vocab_size, {})}, path)
+
+  # The model of the config, as training builds it.
+  sizes = dict(vocab_size=tokenizer.vocab_size,
+               num_classes=len(labels.classes),
+               num_attributes=len(labels.attributes))
+  model = models.build(config, **sizes)
+  batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
+  requests = objectives.requests(objectives.build(config))
+  init = lambda: model.init(jax.random.key(config.seed), batch, requests)
+  shapes = flax.traverse_util.flatten_dict(jax.eval_shape(init), sep='/')
+  variables, record = mapping.to_ours(
+      source, tensors, config, {k: x.shape for k, x in shapes.items()}, path)
+  if record['missing']:
+    drawn = flax.traverse_util.flatten_dict(jax.jit(init)(), sep='/')
+    variables |= {k: np.asarray(drawn[k]) for k in record['missing']}
+  record = {'format': format_name, 'file': os.path.basename(path), **record}
+
+  tree = flax.traverse_util.unflatten_dict(variables, sep='/')
+  params = tree.pop('params')
+  checkpoint.write(output, params, tree, {
+      'config': run.to_dict(config), 'tokenizer': tokenizer.to_dict(),
+      'labels': labels.to_dict(), 'converted': record})
+  with open(os.path.join(output, 'conversion.json'), 'w') as f:
+    json.dump(record, f, indent=1)
+  print(f'{format_name}: {path}, {len(tensors)} tensors')
+  values = sum(x.size for k, x in variables.items() if k in record['tensors'])
+  print(f'  used     {len(record["tensors"])}, {values:,} values')
+  _list('copies', record['copies'],
+        lambda name: f'equal to {record["copies"][name]}, kept once')
+  _list('surplus', record['surplus'], record['surplus'].get)
+  _list('missing', record['missing'],
+        lambda name: f'not in the file; drawn from seed {config.seed}',
+        lambda name: '/'.join(name.split('/')[:2]))
+  if 'model.heads' not in facts and 'model.act' in facts:
+    print(f'  model.heads={config.model.heads} is taken from --config: a '
+          'weights file does not say, and there is no config.json beside it')
+  print(f'written: {output}')
+  return record
+
+
+def export_weights(path, output, format_name=None):
+  """Writes a checkpoint's parameters as a safetensors file."""
+  _check_new(output)
+  params, model_state, meta = checkpoint.load(path)
+  variables = flax.traverse_util.flatten_dict(
+      {'params': params, **model_state}, sep='/')
+  record = meta.get('converted')
+  if record and format_name in (None, record['format']):
+    format_name = record['format']
+  elif format_name:
+    record = None
+  else:
+    raise errors.UserError(
+        f'--format: {path!r} was not made by convert, say which; valid '
+        'choices: ' + ', '.join(mapping.formats()))
+  tensors = mapping.to_theirs(
+      mapping.find(format_name), variables,
+      ml_collections.ConfigDict(meta['config']), record)
+  os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+  io.write(output, tensors)
+  print(f'{format_name}: {path}, {len(tensors)} tensors')
+  if record:
+    _list('left out', record['surplus'],
+          lambda name: f'not in the checkpoint: {record["surplus"][name]}')
+  else:
+    used = {e.ours for e in mapping.find(format_name).entries(
+        ml_collections.ConfigDict(meta['config']))}
+    _list('left out', [k for k in variables if k not in used],
+          lambda name: f'no place in {format_name}')
+  print(f'written: {output}')
+
+
+def _check_new(output):
+  if os.path.isdir(output) and not os.listdir(output):
+    return
+  if os.path.exists(output):
+    raise errors.UserError(f'--output: {output!r} exists; name a new one')
+
+
+def _list(title, names, reason, alike=lambda name: re.sub(r'\d+', '#', name)):
+  """Prints names, those that are `alike` and have one reason as a number."""
+  groups = collections.defaultdict(list)
+  for name in names:
+    groups[alike(name), reason(name)].append(name)
+  for (pattern, why), members in groups.items():
+    what = members[0] if len(members) == 1 else f'{len(members)} x {pattern}'
+    print(f'  {title:8} {what} ({why})')
+
+
+def main(argv=None):
+  with errors.exit_on_user_error():
+    parser = cli.parser(__doc__, config=True)
+    parser.add_argument('--format', metavar='NAME',
+                        help=', '.join(mapping.formats()))
+    parser.add_argument('--input', required=True, metavar='FILE',
+                        help='weights file; with --export, a checkpoint')
+    parser.add_argument('--output', required=True, metavar='DIR',
+                        help='checkpoint; with --export, a .safetensors file')
+    parser.add_argument('--export', action='store_true',
+                        help='from a checkpoint to a weights file')
+    args, config = cli.parse(parser, argv)
+    if args.export:
+      if config:
+        raise errors.UserError('--config: not with --export; the checkpoint '
+                               'carries its own')
+      if not args.output.endswith('.safetensors'):
+        raise errors.UserError(f'--output: {args.output!r}; expected a file '
+                               'that ends in .safetensors')
+      export_weights(args.input, args.output, args.format)
+    else:
+      for name in ('format', 'config'):
+        if not getattr(args, name):
+          raise errors.UserError(
+              f'--{name} is needed'
+              + (f'; valid choices: {", ".join(mapping.formats())}'
+                 if name == 'format' else ''))
+      import_weights(args.format, args.input, config, args.output)
+
+
+if __name__ == '__main__':
+  main()

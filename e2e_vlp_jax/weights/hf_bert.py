@@ -1,0 +1,87 @@
+"""transformers' BertModel, BertForMaskedLM and BertForPreTraining.
+
+The embeddings and the encoder become those of the model. The heads are taken
+where the file has them: masked LM; the pooler as that of image-text matching,
+and next-sentence prediction as its classifier, with the classes swapped (BERT
+counts "belongs" as 0, we as 1): both ask whether two inputs belong together.
+"""
+import re
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.weights import mapping
+
+_B = 'bert.'
+SIGNATURE = tuple(_B + name for name in (
+    'embeddings.word_embeddings.weight',
+    'embeddings.position_embeddings.weight',
+    'embeddings.token_type_embeddings.weight',
+    'encoder.layer.0.intermediate.dense.weight'))
+SURPLUS = (
+    (r'bert\.embeddings\.position_ids', 'the numbers from 0, a constant'),)
+COPIES = {
+    'cls.predictions.decoder.weight': _B + 'embeddings.word_embeddings.weight',
+    'cls.predictions.decoder.bias': 'cls.predictions.bias'}
+
+
+def canonical(name):
+  if re.match(r'(embeddings|encoder|pooler)\.', name):  # of a bare BertModel
+    name = _B + name
+  # The first published files have TensorFlow's names.
+  name = re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight', name)
+  return re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name)
+
+
+def describe(tensors):
+  rows = lambda name: tensors[f'{_B}embeddings.{name}_embeddings.weight'
+                              ].shape[0]
+  return {
+      'model.text': True, 'vocabulary': rows('word'),
+      'model.width': tensors[SIGNATURE[0]].shape[1],
+      'model.ffn': tensors[SIGNATURE[3]].shape[0],
+      'model.encoder_layers': mapping.count(r'bert\.encoder\.layer\.(\d+)',
+                                            tensors),
+      # A shorter table would do, but could not be exported whole.
+      'model.max_text': rows('position'),
+      'model.text_types': rows('token_type'),
+      'model.pre_norm': False, 'model.act': 'gelu', 'model.epsilon': 1e-12}
+
+
+def read_config(c):
+  if c.get('position_embedding_type', 'absolute') != 'absolute':
+    raise errors.UserError(
+        'config.json beside --input: position_embedding_type is '
+        f'{c["position_embedding_type"]!r}; expected \'absolute\'')
+  names = {'num_attention_heads': 'model.heads', 'hidden_act': 'model.act',
+           'layer_norm_eps': 'model.epsilon'}
+  return {ours: c[k] for k, ours in names.items() if c.get(k) is not None}
+
+
+def entries(config):
+  out = [mapping.Entry(SIGNATURE[0], 'params/text_embedding/words/embedding'),
+         mapping.Entry(SIGNATURE[1],
+                       'params/text_embedding/positions/embedding'),
+         mapping.Entry(SIGNATURE[2],
+                       'params/text_embedding/token_types/embedding')]
+  out += mapping.norm(f'{_B}embeddings.LayerNorm', 'text_embedding/norm')
+  for i in range(config.model.encoder_layers):
+    theirs, ours = f'{_B}encoder.layer.{i}', f'encoder/layer{i}'
+    for name in ('query', 'key', 'value'):
+      out += mapping.dense(f'{theirs}.attention.self.{name}',
+                           f'{ours}/self_attention/{name}')
+    out += mapping.dense(f'{theirs}.attention.output.dense',
+                         f'{ours}/self_attention/out')
+    out += mapping.norm(f'{theirs}.attention.output.LayerNorm',
+                        f'{ours}/norm1')
+    out += mapping.dense(f'{theirs}.intermediate.dense', f'{ours}/ffn/in')
+    out += mapping.dense(f'{theirs}.output.dense', f'{ours}/ffn/out')
+    out += mapping.norm(f'{theirs}.output.LayerNorm', f'{ours}/norm2')
+  out += mapping.dense('cls.predictions.transform.dense', 'mlm_head/dense',
+                       'mlm')
+  out += mapping.norm('cls.predictions.transform.LayerNorm', 'mlm_head/norm',
+                      'mlm')
+  out.append(mapping.Entry('cls.predictions.bias', 'params/mlm_head/bias',
+                           group='mlm'))
+  out += mapping.dense(f'{_B}pooler.dense', 'itm_head/pooler', 'pooler')
+  out += mapping.dense('cls.seq_relationship', 'itm_head/classifier', 'nsp',
+                       'dense_flip')
+  return out

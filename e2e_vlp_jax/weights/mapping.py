@@ -1,0 +1,260 @@
+"""From the tensors of a published file to our variables, and back.
+
+A *source* is one file of this package, found by its name (hf_detr, ...):
+  SIGNATURE         tensors by which its files are recognised.
+  SURPLUS           ((regex, reason), ...): tensors that we have no use for.
+  COPIES            {tensor: the one that it repeats}.
+  canonical(name)   a tensor's name in the source's published spelling.
+  describe(tensors) what the file says of the model: {config key: value}, and
+                    'classes' and 'vocabulary' where it has them.
+  read_config(c)    the same from the config.json beside the file, if any.
+  entries(config)   which tensor is which variable.
+
+Every form below permutes values, so that the way there and back keeps every
+bit. Half precision is widened to float32, which loses nothing either; the
+type is remembered and restored on the way back.
+"""
+import importlib
+import pkgutil
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.weights import io
+
+
+class Entry(NamedTuple):
+  """One tensor.
+
+  Attributes:
+    theirs: its name in the source's published spelling.
+    ours: path of the variable, such as 'params/encoder/layer0/...'.
+    form: key of `FORMS`.
+    group: tensors of a group come together or not at all; '' = required.
+  """
+  theirs: str
+  ours: str
+  form: str = 'same'
+  group: str = ''
+
+
+# How torch's layout becomes ours, and ours torch's.
+FORMS = {
+    'same': (lambda x: x, lambda x: x),
+    'dense': (np.transpose, np.transpose),           # [out, in]
+    'conv': (lambda x: x.transpose(2, 3, 1, 0),      # [out, in, h, w]
+             lambda x: x.transpose(3, 2, 0, 1)),
+    'conv1x1': (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
+    # A two-way classifier whose classes are in the other order.
+    'flip': (lambda x: x[::-1], lambda x: x[::-1]),
+    'dense_flip': (lambda x: x[::-1].T, lambda x: x.T[::-1]),
+}
+
+
+def formats():
+  """Names of all sources."""
+  package = importlib.import_module('e2e_vlp_jax.weights')
+  modules = [importlib.import_module(f'{package.__name__}.{m.name}')
+             for m in pkgutil.iter_modules(package.__path__)]
+  return sorted(m.__name__.rpartition('.')[2] for m in modules
+                if hasattr(m, 'SIGNATURE'))
+
+
+def find(name):
+  """The source called `name`; UserError if there is none."""
+  if name not in formats():
+    raise errors.UserError(f'--format: no format {name!r}'
+                           + errors.nearest(name, formats()))
+  return importlib.import_module(f'e2e_vlp_jax.weights.{name}')
+
+
+def dense(theirs, ours, group='', form='dense'):
+  """Entries of a linear layer."""
+  return [Entry(f'{theirs}.weight', f'params/{ours}/kernel', form, group),
+          Entry(f'{theirs}.bias', f'params/{ours}/bias',
+                'flip' if form == 'dense_flip' else 'same', group)]
+
+
+def norm(theirs, ours, group=''):
+  """Entries of a LayerNorm."""
+  return [Entry(f'{theirs}.weight', f'params/{ours}/norm/scale', group=group),
+          Entry(f'{theirs}.bias', f'params/{ours}/norm/bias', group=group)]
+
+
+def count(pattern, tensors):
+  """1 + the largest number that `pattern`'s group finds in the names."""
+  found = [int(m.group(1)) for m in map(re.compile(pattern).match, tensors)
+           if m]
+  return 1 + max(found, default=-1)
+
+
+def spelled(source, tensors, path):
+  """{published spelling: (spelling in the file, array)} of a file.
+
+  Raises:
+    UserError: not a file of this source; names what it looks like.
+  """
+  out = {}
+  for name, x in tensors.items():
+    other, _ = out.setdefault(source.canonical(name), (name, x))
+    if other != name:
+      raise errors.UserError(f'--input: {path!r} has the same tensor under '
+                             f'two names, {other!r} and {name!r}')
+  lacking = [name for name in source.SIGNATURE if name not in out]
+  if lacking:
+    name = source.__name__.rpartition('.')[2]
+    others = [f for f in formats() if f != name and all(
+        s in map(find(f).canonical, tensors) for s in find(f).SIGNATURE)]
+    raise errors.UserError(
+        f'--input: {path!r} does not hold {name} weights: no tensor '
+        f'{lacking[0]!r} among its {len(tensors)} (the first is '
+        f'{min(tensors, default="")!r})'
+        + (f'; did you mean --format {others[0]}?' if others else ''))
+  return out
+
+
+def check_config(facts, config, sizes, path):
+  """UserError if the file is of another model than `config` describes.
+
+  Args:
+    facts: from `describe` and `read_config`.
+    config: whole config.
+    sizes: for 'classes' and 'vocabulary': (config key, number of entries,
+      {number: value of that key that has it}).
+    path: of the file, for the message.
+  """
+  found, fitting = [], []
+  for key, value in facts.items():
+    if key in sizes:
+      key, number, settings = sizes[key]
+      if number != value:
+        found.append(f'{key} has {number} entries, the file {value}')
+        fitting.append(f'--config.{key}={settings[value]}'
+                       if value in settings else
+                       f'a {key} of {value} entries')
+      continue
+    node = config
+    for part in key.split('.'):
+      node = node[part] if node is not None and part in node else None
+    if node != value:
+      found.append(f'{key} is {node}, the file has {value}')
+      # A key that the config lacks cannot be set on the command line.
+      fitting.append(f'--config.{key}={value}' if node is not None else
+                     f'a config that has {key}')
+  if found:
+    raise errors.UserError(
+        f'--input {path!r} is of another model than --config: '
+        + '; '.join(found) + '. These would fit: ' + ' '.join(fitting))
+
+
+def to_ours(source, tensors, config, shapes, path):
+  """Their tensors as our variables.
+
+  Args:
+    source: module, see above.
+    tensors: from `spelled`.
+    config: a config that `check_config` accepts.
+    shapes: {path of a variable: shape} of the config's model.
+    path: of the file, for messages.
+
+  Returns:
+    (variables, record): {path: float32 array}, and a JSON-able dict that
+    accounts for every tensor of the file and every variable of the model:
+    'tensors' {path: [name in the file, type]}, 'copies' {name: name of the
+    equal tensor}, 'surplus' {name: reason}, 'missing' [path].
+
+  Raises:
+    UserError: tensors are lacking, or of other shapes or types.
+  """
+  every = source.entries(config)
+  entries = [e for e in every if e.ours in shapes]
+  there = {e.group for e in entries if e.group and e.theirs in tensors}
+  lacking = [e.theirs for e in entries if e.theirs not in tensors
+             and (not e.group or e.group in there)]
+  if lacking:
+    raise errors.UserError(f'--input {path!r} is not whole: it lacks '
+                           + _some(lacking))
+  variables, names, wrong = {}, {}, []
+  for e in entries:
+    if e.theirs not in tensors:
+      continue
+    name, x = tensors[e.theirs]
+    if str(x.dtype) not in io.FLOATS:
+      wrong.append(f'{name} is {x.dtype}, expected one of '
+                   + ', '.join(io.FLOATS))
+      continue
+    expected = _their_shape(e, shapes[e.ours])
+    if x.shape != expected:
+      wrong.append(f'{name} is {list(x.shape)}, expected {list(expected)}')
+      continue
+    variables[e.ours] = np.ascontiguousarray(
+        FORMS[e.form][0](x).astype(np.float32))
+    names[e.ours] = [name, str(x.dtype)]
+  if wrong:
+    raise errors.UserError(f'--input {path!r} does not fit: ' + _some(wrong))
+
+  copies, surplus = {}, {}
+  used = {e.theirs for e in entries}
+  places = {e.theirs: e.ours for e in every}
+  for canonical, (name, x) in tensors.items():
+    if canonical in used:
+      continue
+    original, y = tensors.get(source.COPIES.get(canonical), (None, None))
+    if original and x.dtype == y.dtype and np.array_equal(x, y):
+      copies[name] = original
+    elif original:
+      surplus[name] = f'differs from {original}, which stands for both here'
+    elif canonical in places:
+      surplus[name] = f'the config trains no {places[canonical]}'
+    else:
+      surplus[name] = next((why for pattern, why in source.SURPLUS
+                            if re.fullmatch(pattern, canonical)),
+                           'unknown to this format')
+  return variables, {
+      'tensors': names, 'copies': copies, 'surplus': surplus,
+      'missing': [k for k in shapes if k not in variables]}
+
+
+def to_theirs(source, variables, config, record=None):
+  """Our variables as their tensors, the inverse of `to_ours`.
+
+  Args:
+    source: module.
+    variables: {path: array}.
+    config: config of the checkpoint.
+    record: from `to_ours`, to restore the names and types of that file;
+      without it, published spelling and the variables' types.
+
+  Raises:
+    UserError: the checkpoint lacks what every file of this source has.
+  """
+  entries = source.entries(config)
+  if record is None:
+    names = {e.ours: [e.theirs, str(variables[e.ours].dtype)]
+             for e in entries if e.ours in variables}
+    lacking = [e.ours for e in entries
+               if not e.group and e.ours not in variables]
+    if lacking:
+      raise errors.UserError(
+          '--input: the checkpoint is of another model than --format '
+          f'{source.__name__.rpartition(".")[2]} describes: it lacks '
+          + _some(lacking))
+    copies = {}
+  else:
+    names, copies = record['tensors'], record['copies']
+  forms = {e.ours: e.form for e in entries}
+  out = {name: FORMS[forms[ours]][1](variables[ours]).astype(io.FLOATS[kind])
+         for ours, (name, kind) in names.items()}
+  return {**out, **{name: out[original] for name, original in copies.items()}}
+
+
+def _their_shape(entry, shape):
+  return FORMS[entry.form][1](np.broadcast_to(np.float32(0), shape)).shape
+
+
+def _some(items):
+  """The first three and how many more."""
+  more = f' and {len(items) - 3} more' if len(items) > 3 else ''
+  return '; '.join(items[:3]) + more
