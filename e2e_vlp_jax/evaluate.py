@@ -3,7 +3,6 @@
   python -m e2e_vlp_jax.evaluate --config configs/e2e_vlp.py:tiny \
       --checkpoint W --workdir W
 """
-import json
 import logging
 import os
 
@@ -20,7 +19,6 @@ def evaluate(config, path, workdir):
   from e2e_vlp_jax import evaluation  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.data import label_space  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.data import tokenizer as tokenizer_lib  # pylint: disable=g-import-not-at-top
-  from e2e_vlp_jax.evaluation import report  # pylint: disable=g-import-not-at-top
   # The checkpoint's own vocabularies: the parameters belong to them.
   tokenizer = tokenizer_lib.from_dict(meta['tokenizer'])
   labels = label_space.LabelSpace.from_dict(meta['labels'])
@@ -30,25 +28,15 @@ def evaluate(config, path, workdir):
   models.check_parameters(model, config, params, path)
   mesh = sharding.make_mesh(config.mesh)
   evaluators = evaluation.Evaluators(config, model, tokenizer, labels, mesh)
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    with open(os.path.join(workdir, 'eval.json'), 'a'):
-      pass
-  except OSError as e:
-    raise errors.UserError(f'--workdir {workdir}: cannot be written '
-                           f'({e.strerror})') from e
+  # An unwritable folder is found before the minutes are spent.
+  evaluation.check_writable(workdir)
   scores, pictures = evaluators.run({'params': params, **model_state})
-  out = os.path.join(workdir, 'eval.json')
-  with open(out + '.tmp', 'w') as f:
-    json.dump({'step': meta['step'], 'checkpoint': os.path.abspath(path),
-               **scores}, f, indent=1)
-  os.replace(out + '.tmp', out)
-  evaluation.save_pictures(workdir, meta['step'], pictures)
-  report.write_report(workdir)
+  evaluation.write(workdir, meta['step'], scores, pictures)
   width = max(map(len, scores), default=0)
   for name, value in scores.items():
     print(f'{name:{width}}  {value:.4f}')
-  print(f'written: {out}, {os.path.join(workdir, "report.html")}')
+  print(f'written: {os.path.join(workdir, "eval.json")}, '
+        f'{os.path.join(workdir, "report.html")}')
   return scores
 
 

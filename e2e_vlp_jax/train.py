@@ -35,7 +35,6 @@ def train(config, workdir):
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
   from e2e_vlp_jax import evaluation  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.data import pipeline as pipeline_lib  # pylint: disable=g-import-not-at-top
-  from e2e_vlp_jax.evaluation import report  # pylint: disable=g-import-not-at-top
 
   # --- Data -----------------------------------------------------------------
   tokenizer, labels = data_lib.load_vocabularies(config.data)
@@ -116,8 +115,7 @@ def train(config, workdir):
     monitor.write(step, scores)
     monitor.pictures(step, pictures)
     if jax.process_index() == 0:
-      evaluation.save_pictures(workdir, step, pictures)
-      report.write_report(workdir)
+      evaluation.write(workdir, step, scores, pictures)
       monitor.say(f'step {step}: ' + '  '.join(
           f'{k[len("eval/"):]} {v:.3f}' for k, v in scores.items()))
     metrics.update(scores)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare clone to a trained model: installs, draws the data, pre-trains
-# E2E-VLP `tiny`, evaluates it and reads one picture with it.
+# E2E-VLP `tiny` and evaluates it on held-out scenes.
 #
 #   bash launch/quickstart.sh [WORKDIR] [--config.key=value ...]
 #
@@ -19,9 +19,6 @@ config=configs/e2e_vlp.py:tiny
 
 say 'drawing the data set scenes into data/'
 python -m e2e_vlp_jax.prepare scenes --data_dir data
-say "training $config in $workdir"
+say "training and evaluating $config in $workdir"
 python -m e2e_vlp_jax.train --config "$config" --workdir "$workdir" "$@"
-say 'evaluating the last checkpoint'
-python -m e2e_vlp_jax.evaluate --config "$config" --checkpoint "$workdir" \
-  --workdir "$workdir" "$@"
 say "done: open $workdir/report.html"

@@ -4,7 +4,9 @@ An evaluator is one file with a function
 `evaluate(predictor, variables, pipeline, *, max_examples) -> {metric: value}`.
 """
 import importlib
+import json
 import os
+import tempfile
 
 from e2e_vlp_jax import errors
 
@@ -79,10 +81,31 @@ class Evaluators:
     return scores, sheet
 
 
-def save_pictures(workdir, step, images):
-  """Writes {name: PIL image} to WORKDIR/samples/<name>.png, newest wins."""
-  del step
-  folder = os.path.join(workdir, 'samples')
-  os.makedirs(folder, exist_ok=True)
+def check_writable(workdir):
+  """UserError unless files can be made in `workdir` (created if missing)."""
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    tempfile.TemporaryFile(dir=workdir).close()
+  except OSError as e:
+    raise errors.UserError(f'--workdir {workdir}: cannot be written '
+                           f'({e.strerror})') from e
+
+
+def write(workdir, step, scores, images):
+  """Writes WORKDIR/eval.json, samples/*.png and report.html.
+
+  Args:
+    workdir: folder, made if it is not there.
+    step: of the checkpoint that was evaluated.
+    scores: {'eval/<name>/<metric>': value}.
+    images: {picture name: PIL image}; the newest wins.
+  """
+  from e2e_vlp_jax.evaluation import report  # pylint: disable=g-import-not-at-top
+  path = os.path.join(workdir, 'eval.json')
+  os.makedirs(os.path.join(workdir, 'samples'), exist_ok=True)
   for name, image in images.items():
-    image.save(os.path.join(folder, f'{name}.png'))
+    image.save(os.path.join(workdir, 'samples', f'{name}.png'))
+  with open(path + '.tmp', 'w') as f:
+    json.dump({'step': int(step), **scores}, f, indent=1)
+  os.replace(path + '.tmp', path)
+  report.write_report(workdir)
