@@ -119,10 +119,12 @@ def _list_rows(things, asked, judged):
   rows = []
   if asked:
     right = sum(t['colour'] == RIGHT for t in found)
+    wrong = len(found) - right
     rows.append([(f'found {len(found)}' if found else 'found nothing',
-                  _FAINT)] + (
-        [(f'· {right} right', RIGHT), (f'· {len(found) - right} wrong', WRONG)]
-        if judged and found else []))
+                  _FAINT)])
+    if judged and found:
+      rows[-1] += [(f'· {right} right', RIGHT if right else _FAINT),
+                   (f'· {wrong} wrong', WRONG if wrong else _FAINT)]
   for thing in found:
     rows.append([*thing['row'], *thing['note']])
   if missed:
@@ -270,7 +272,8 @@ def sample_sheet(predictor, variables, pipeline, n, threshold=.5):
     for i, example_id in enumerate(ids):
       if example_id >= 0 and len(images) < n:
         record = pipeline.record(example_id)
-        neighbour = ids[(i + 1) % len(ids)]
+        n = len(batch['example_id'])  # rows of one host: `roll` stays there
+        neighbour = ids[i // n * n + (i + 1) % n]
         images.append(_sample(predictor, record, found[i], captions[i],
                               matches[i], pipeline.record(neighbour)
                               if neighbour >= 0 else None, threshold))

@@ -104,10 +104,11 @@ class Predictor:
     centre, size = jnp.split(out['pred_boxes'].astype(jnp.float32), 2, -1)
     boxes = jnp.concatenate([centre - size / 2, centre + size / 2], -1)
     h, w = jnp.split(batch['image_size'].astype(jnp.float32), 2, -1)
+    # A label space may have no attributes.
+    attributes = out.get('pred_attributes', jnp.zeros((*boxes.shape[:2], 0)))
     return {'boxes': boxes * jnp.concatenate([w, h, w, h], -1)[:, None],
             'scores': scores.max(-1), 'labels': scores.argmax(-1),
-            'attributes': jax.nn.softmax(
-                out['pred_attributes'].astype(jnp.float32))}
+            'attributes': jax.nn.softmax(attributes.astype(jnp.float32))}
 
   def caption(self, variables, batch, beams=None):
     """A caption of every image, from the image alone.
@@ -315,7 +316,7 @@ class Predictor:
 
 
 def fit(image, buckets):
-  """The image in its bucket, as the pipeline's `fit` op, without TensorFlow.
+  """The image in its bucket, as the pipeline's `fit` puts it there.
 
   The bucket of the nearest aspect ratio; the ratio of the image is kept;
   bilinear with antialiasing; zeros at bottom and right.
@@ -327,11 +328,11 @@ def fit(image, buckets):
   Returns:
     (uint8 [BH, BW, 3], bool [BH, BW]), the mask True on the image.
   """
-  size = np.float32(image.shape[:2])
+  size = np.array(image.shape[:2])
   ratio = np.log(size[0] / size[1])
   bucket = min(buckets, key=lambda b: abs(ratio - np.log(b[0] / b[1])))
-  scale = np.min(np.float32(bucket) / size)
-  h, w = np.clip(np.int32(np.round(size * scale)), 1, bucket)
+  scale = min(bucket / size)
+  h, w = np.clip(np.round(size * scale), 1, bucket).astype(int)
   canvas = np.zeros((*bucket, 3), np.uint8)
   canvas[:h, :w] = image if (h, w) == image.shape[:2] else np.asarray(
       Image.fromarray(image).resize((int(w), int(h)),

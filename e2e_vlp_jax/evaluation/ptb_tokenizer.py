@@ -69,7 +69,7 @@ _RULES = [
     r'(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+',
     # mirror/cabinet, and at most two slashes
     rf'{_SLASHED}(?:/{_SLASHED}){{1,2}}',
-    rf'(?:{_either(_ABBREVIATIONS)}|(?:ph|ed)\.d)\.',
+    rf'(?:(?:ph|ed)\.d|{_either(_ABBREVIATIONS)})\.',
     rf'{_either(_BEFORE_NUMBER)}\.(?=\s?\d)',
     _ACRONYM,
     # 'cars.,' keeps its full stop

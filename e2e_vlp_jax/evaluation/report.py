@@ -89,8 +89,8 @@ def _read_metrics(path):
       try:
         row = json.loads(line)
         step = int(row.pop('step'))
-      except (ValueError, KeyError, AttributeError):
-        continue  # A line cut off by an interruption.
+      except (ValueError, KeyError, AttributeError, TypeError):
+        continue  # Not ours, or cut off by an interruption.
       for name, value in row.items():
         if isinstance(value, (int, float)) and np.isfinite(value):
           series[name][step] = float(value)

@@ -1,0 +1,152 @@
+"""Caption metrics against coco-caption's and nlg-eval's own numbers.
+
+tests/data/caption_metrics.json.gz holds a compact part for everybody; with
+the shared reference data all of it is compared.
+"""
+import collections
+import gzip
+import json
+import pathlib
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from e2e_vlp_jax.evaluation import caption_metrics
+from e2e_vlp_jax.evaluation import ptb_tokenizer
+
+DATA = pathlib.Path(__file__).parent / 'data' / 'caption_metrics.json.gz'
+TOLERANCE = 1e-6
+
+
+def read(path):
+  with gzip.open(path, 'rt', encoding='utf-8') as f:
+    return json.load(f)
+
+
+@pytest.fixture(scope='module')
+def compact():
+  return read(DATA)
+
+
+def test_tokens_are_those_of_the_stanford_tokenizer(compact):
+  for text, expected in compact['tokens']:
+    assert ptb_tokenizer.tokenize(text) == expected, text
+  coco = compact['coco']
+  flat = [r for refs in coco['references'] for r in refs]
+  found = [' '.join(t) for t in ptb_tokenizer.tokenize_all(flat)]
+  assert found == [t for refs in coco['tokens'] for t in refs]
+
+
+@pytest.mark.parametrize('text, tokens', [
+    ("A man's dog isn't on it's 2nd-floor balcony.",
+     "a man 's dog is n't on it 's 2nd-floor balcony"),
+    ('A "STOP" sign (red) on St. James St., 50/50!',
+     'a stop sign -lrb- red -rrb- on st. james st. 50/50'),
+    ('a dog\nand  a cat', 'a dog and a cat'),
+    ('', ''), (' ... ', ''), ('caf\xe9 \U0001f600', 'caf\xe9 \U0001f600'),
+])
+def test_tokenizer_examples(text, tokens):
+  assert ' '.join(ptb_tokenizer.tokenize(text)) == tokens
+
+
+def test_a_final_letter_looks_at_the_next_line_as_the_original_does():
+  texts = ['A sign that reads K.', 'A dog.', 'A sign that reads K.', 'dogs']
+  found = [t[-1] for t in ptb_tokenizer.tokenize_all(texts)]
+  assert found == ['k', 'dog', 'k.', 'dogs']
+
+
+def test_hundred_coco_captions_equal_coco_caption(compact):
+  coco = compact['coco']
+  overall, per_image = caption_metrics.caption_metrics(coco['candidates'],
+                                                       coco['references'])
+  assert set(overall) == set(coco['overall']) - {'METEOR'}
+  for name, value in overall.items():
+    assert value == pytest.approx(coco['overall'][name], abs=TOLERANCE), name
+    np.testing.assert_allclose(per_image[name], coco['per_image'][name],
+                               atol=TOLERANCE, err_msg=name)
+
+
+def test_nlg_eval_example(compact):
+  published = compact['nlg_eval']
+  overall, _ = caption_metrics.caption_metrics(published['candidates'],
+                                               published['references'])
+  single = published['single']
+  alone, _ = caption_metrics.caption_metrics([single['hyp']],
+                                             [single['refs']])
+  for name in overall:
+    theirs = name.replace('BLEU', 'Bleu_')
+    assert overall[name] == pytest.approx(published['overall'][theirs],
+                                          abs=1e-5), name
+    assert alone[name] == pytest.approx(single[theirs], abs=1e-5), name
+
+
+@pytest.mark.parametrize('name', ['vinvl_base_val2017',
+                                  'fakecap_val2017_overlap'])
+def test_goldens_from_raw_strings(shared, name):
+  references = collections.defaultdict(list)
+  for a in read(shared / 'data' / 'text' / 'coco_captions_val2017.json.gz'
+                )['annotations']:
+    references[a['image_id']].append(a['caption'])
+  folder = shared / 'data' / 'goldens' / 'captions' / name
+  captions = {r['image_id']: r['caption']
+              for r in read(folder / 'results.json.gz')}
+  expected = json.loads((folder / 'expected_overall.json').read_text())
+  expected_each = read(folder / 'expected_per_image.json.gz')
+  ids = expected_each['image_id']
+
+  start = time.time()
+  overall, per_image = caption_metrics.caption_metrics(
+      [captions[i] for i in ids], [references[i] for i in ids])
+  print(f'{len(ids)} images in {time.time() - start:.1f} s')
+  for key, value in overall.items():
+    theirs = key.replace('BLEU', 'Bleu_')
+    assert value == pytest.approx(expected[theirs], abs=TOLERANCE), key
+    if theirs in expected_each:
+      np.testing.assert_allclose(per_image[key], expected_each[theirs],
+                                 atol=TOLERANCE, err_msg=key)
+
+  tokens = read(folder / 'ptb_tokenized.json.gz')
+  flat = [r for i in ids for r in references[i]]
+  found = [' '.join(t) for t in ptb_tokenizer.tokenize_all(flat)]
+  assert found == [t for i in ids for t in tokens['refs'][str(i)]]
+
+
+def test_perfect_empty_and_repeated_captions():
+  references = [['a red circle', 'one circle'], ['a blue ring is here'],
+                ['two white stars and a cross']]
+  best = [r[0] for r in references]
+  perfect, _ = caption_metrics.caption_metrics(best, references)
+  assert perfect['ROUGE_L'] == pytest.approx(1)
+  assert perfect['BLEU1'] == pytest.approx(1)
+  empty, _ = caption_metrics.caption_metrics(['', '.', ''], references)
+  assert all(0 <= v < 1e-6 for v in empty.values()), empty
+  # Clipping: saying a word again earns nothing.
+  stutter = [' '.join([b] * 4) for b in best]
+  worse, _ = caption_metrics.caption_metrics(stutter, references)
+  assert worse['CIDEr'] < perfect['CIDEr']
+
+
+def test_what_cannot_be_scored_is_an_error():
+  for candidates, references in (([], []), (['a'], []), (['a'], [[]])):
+    with pytest.raises(ValueError):
+      caption_metrics.caption_metrics(candidates, references)
+
+
+@pytest.mark.slow
+def test_meteor_where_it_can_run(compact):
+  pytest.importorskip('pycocoevalcap', reason='pip install '
+                      'e2e_vlp_jax[meteor]')
+  if not shutil.which('java'):
+    pytest.skip('no java')
+  published = compact['nlg_eval']
+  overall, per_image = caption_metrics.meteor(published['candidates'],
+                                              published['references'])
+  assert overall == pytest.approx(published['overall']['METEOR'], abs=1e-5)
+  assert len(per_image) == 2
+
+
+def test_meteor_is_none_without_java(monkeypatch):
+  monkeypatch.setenv('PATH', '/nowhere')
+  assert caption_metrics.meteor(['a dog'], [['a cat']]) is None
