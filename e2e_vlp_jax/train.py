@@ -116,8 +116,12 @@ def train(config, workdir):
     monitor.pictures(step, pictures)
     if jax.process_index() == 0:
       evaluation.write(workdir, step, scores, pictures)
-      monitor.say(f'step {step}: ' + '  '.join(
-          f'{k[len("eval/"):]} {v:.3f}' for k, v in scores.items()))
+      lines = {}
+      for key, value in scores.items():
+        _, name, metric = key.split('/', 2)
+        lines.setdefault(name, []).append(f'{metric} {value:.3f}')
+      for name, found in lines.items():
+        monitor.say(f'step {step} {name}: {"  ".join(found)}')
     metrics.update(scores)
 
   # --- Train ----------------------------------------------------------------
@@ -167,8 +171,7 @@ def train(config, workdir):
         monitor.write(step, {**scalars, **monitor.fractions()})
         monitor.advance(
             step - monitor.position, '  '.join(
-                f'{k} {float(v):.2f}' for k, v in logged.items()
-                if k not in ('skipped', 'grad_norm'))
+                f'{k} {float(logged[k]):.2f}' for k in ('loss', *objectives))
             + f'  {rate:.0f} img/s')
         clock, since, waited = time.perf_counter(), step, 0.
         if int(state.bad_steps) >= config.max_bad_steps:

@@ -16,6 +16,8 @@ fi
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 config=configs/e2e_vlp.py:tiny
+# A run that is continued does not compile again.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 
 say 'drawing the data set scenes into data/'
 python -m e2e_vlp_jax.prepare scenes --data_dir data

@@ -89,8 +89,9 @@ def make_train_step(model, objectives, tx, *, accumulate=1, ema_decay=0.):
   over. Their losses are divided by the weights of the *whole* batch, so the
   result is that of one big step (BatchNorm statistics excepted).
 
-  Metrics: {name: scalar}: 'loss', one a loss term, one a metric, 'grad_norm'
-  and 'skipped' (1 if the update was dropped because it was not finite).
+  Metrics: {name: scalar}: 'loss' (weighted), one an objective and one a loss
+  term of it, one a metric, 'grad_norm' and 'skipped' (1 if the update was
+  dropped because it was not finite).
   """
   requests = objectives_lib.requests(objectives)
 
@@ -158,8 +159,9 @@ def make_train_step(model, objectives, tx, *, accumulate=1, ema_decay=0.):
                          params)
     logged = {'loss': total, 'grad_norm': norm,
               'skipped': 1. - finite.astype(jnp.float32)}
-    for t in values.values():
+    for n, t in values.items():
       logged.update(t)
+      logged[n] = sum(t.values())
     logged.update({k: s / jnp.maximum(w, 1e-9)
                    for k, (s, w) in metrics.items()})
     return state.replace(
