@@ -1,19 +1,22 @@
 """'op|op(argument, key=value)' strings -> one function over an example.
 
 An op is a factory in one of the `ops_*` modules: called with the `Context`
-and the string's arguments it returns `fn(example) -> example`. An example
-is a dict of tensors; `fn` returns a new dict. All randomness comes from
-example['seed'] (int64 [2]), which reaches every op folded with a constant of
-that op, so that two ops never share draws. No state, no other source.
+and the string's arguments it returns `fn(example) -> example`. An example is
+a dict of numpy arrays and plain Python values, starting as a record; `fn`
+returns a new dict. All randomness comes from example['seed'] (an int for
+`draws.uniform`), which reaches every op folded with a constant of that op,
+so that two ops never share draws. No state, no other source.
+
+The ops plan: they are cheap arithmetic in Python. Pixels are touched once,
+by `ops_image.render`, which the pipeline runs in parallel.
 """
 import ast
 import dataclasses
 import inspect
 import zlib
 
-import tensorflow as tf
-
-from e2e_vlp_jax.data import ops_boxes, ops_image, ops_masking, ops_text
+from e2e_vlp_jax.data import (draws, ops_boxes, ops_image, ops_masking,
+                              ops_text)
 from e2e_vlp_jax.errors import UserError, nearest
 
 OPS = {**ops_image.OPS, **ops_boxes.OPS, **ops_text.OPS, **ops_masking.OPS}
@@ -57,8 +60,6 @@ def parse(pp):
       raise UserError(f'pp string {pp!r}: unknown op {name!r}'
                       + nearest(name, OPS))
     try:
-      if any(k.arg is None for k in call.keywords):
-        raise ValueError('** is not allowed')
       parsed.append((name, [ast.literal_eval(a) for a in call.args],
                      {k.arg: ast.literal_eval(k.value)
                       for k in call.keywords}))
@@ -72,17 +73,18 @@ def build(pp, context):
   """The function of a whole pp string.
 
   Raises:
-    UserError: as `parse`; or arguments that the op does not take, or ops in
-      an order that cannot work (the latter when the function is traced).
+    UserError: as `parse`; or arguments that the op does not take. The
+      function itself raises one where the ops' order cannot work.
   """
   steps, seen = [], {}
   for name, args, kwargs in parse(pp):
+    takes = inspect.signature(OPS[name])
     try:
-      inspect.signature(OPS[name]).bind(context, *args, **kwargs)
+      takes.bind(context, *args, **kwargs)
     except TypeError as e:
-      takes = list(inspect.signature(OPS[name]).parameters)[1:]
-      raise UserError(f'pp string {pp!r}: {name}: {e}; it takes '
-                      f'{", ".join(takes) or "no arguments"}') from e
+      raise UserError(
+          f'pp string {pp!r}: {name}: {e}; it takes '
+          f'{", ".join(list(takes.parameters)[1:]) or "no arguments"}') from e
     seen[name] = seen.get(name, 0) + 1
     constant = zlib.crc32(f'{name} {seen[name]}'.encode())
     steps.append((OPS[name](context, *args, **kwargs), constant))
@@ -90,8 +92,7 @@ def build(pp, context):
   def apply(example):
     seed = example['seed']
     for fn, constant in steps:
-      example = fn({**example, 'seed': seed + tf.constant([constant, 0],
-                                                          tf.int64)})
+      example = fn({**example, 'seed': draws.fold(seed, constant)})
     return {**example, 'seed': seed}
 
   return apply

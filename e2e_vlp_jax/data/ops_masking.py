@@ -5,9 +5,8 @@ or the presence of [MASK] would tell the pairs apart; its words are not
 predicted.
 """
 import numpy as np
-import tensorflow as tf
 
-from e2e_vlp_jax.data.ops_image import uniform
+from e2e_vlp_jax.data.draws import uniform
 from e2e_vlp_jax.errors import UserError
 
 
@@ -18,32 +17,29 @@ def mlm(context, rate=.15):
   Changes masked_text [S,L], partner_text and mlm_labels (the true id where
   a word is predicted, else -1).
   """
-  tokenizer, l = context.tokenizer, context.max_text
-  special = np.zeros(tokenizer.vocab_size, bool)
-  special[list(tokenizer.special_ids)] = True
-  words = np.flatnonzero(~special).astype(np.int32)
+  tokenizer, s, l = context.tokenizer, context.sentences, context.max_text
+  is_word = np.ones(tokenizer.vocab_size, bool)
+  is_word[list(tokenizer.special_ids)] = False
+  words = np.flatnonzero(is_word)
 
   def apply(example):
     if 'masked_text' not in example:
       raise UserError('pp: text must stand before mlm')
-    ids = tf.concat([example['masked_text'], example['partner_text']], 0)
-    mask = tf.concat([example['masked_text_mask'],
-                      example['partner_mask']], 0)
-    s = context.sentences
-    pick, how, word = tf.unstack(uniform(example, [3, 2 * s, l]))
-    can = mask & ~tf.gather(tf.constant(special), ids)
+    ids = np.concatenate([example['masked_text'], example['partner_text']])
+    mask = np.concatenate([example['masked_text_mask'],
+                           example['partner_mask']])
+    pick, how, word = uniform(example['seed'], [3, 2 * s, l])
     # The word of the lowest draw is always picked.
-    pick = tf.where(can, pick, 2.)
-    chosen = can & ((pick < rate)
-                    | (pick == tf.reduce_min(pick, -1, keepdims=True)))
-    random = tf.gather(tf.constant(words), tf.minimum(
-        tf.cast(word * len(words), tf.int32), len(words) - 1))
-    new = tf.where(how < .8, tokenizer.mask_id,
-                   tf.where(how < .9, random, ids))
-    new = tf.where(chosen, new, ids)
+    pick = np.where(mask & is_word[ids], pick, 2)
+    chosen = (pick < 1) & ((pick < rate)
+                           | (pick == pick.min(-1, keepdims=True)))
+    new = np.where(how < .8, tokenizer.mask_id,
+                   np.where(how < .9, words[(word * len(words)).astype(int)],
+                            ids))
+    new = np.where(chosen, new, ids).astype(np.int32)
     predicted = chosen[:s] & (example['itm_labels'] == 1)[:, None]
     return {**example, 'masked_text': new[:s], 'partner_text': new[s:],
-            'mlm_labels': tf.where(predicted, ids[:s], -1)}
+            'mlm_labels': np.where(predicted, ids[:s], -1)}
   return apply
 
 
@@ -53,23 +49,22 @@ def itm(context, rate=.5):
   Changes masked_text, masked_text_mask, itm_labels (0 where swapped) and
   mlm_labels (-1 there). A text stays where there is none to take its place.
   """
-  del context
+  s = context.sentences
+
   def apply(example):
     if 'masked_text' not in example:
       raise UserError('pp: text must stand before itm')
-    true = example['itm_labels'] == 1
-    partner_mask = example['partner_mask']
-    swap = (true & tf.reduce_any(partner_mask, -1)
-            & (uniform(example, tf.shape(true)) < rate))
+    swap = ((example['itm_labels'] == 1) & example['partner_mask'][:, 0]
+            & (uniform(example['seed'], [s]) < rate))
     wide = swap[:, None]
     return {
         **example,
-        'masked_text': tf.where(wide, example['partner_text'],
+        'masked_text': np.where(wide, example['partner_text'],
                                 example['masked_text']),
-        'masked_text_mask': tf.where(wide, partner_mask,
+        'masked_text_mask': np.where(wide, example['partner_mask'],
                                      example['masked_text_mask']),
-        'mlm_labels': tf.where(wide, -1, example['mlm_labels']),
-        'itm_labels': tf.where(swap, 0, example['itm_labels']),
+        'mlm_labels': np.where(wide, -1, example['mlm_labels']),
+        'itm_labels': np.where(swap, 0, example['itm_labels']),
     }
   return apply
 

@@ -12,60 +12,17 @@ costs and a resumed run replays nothing:
    `interleave` deals them to the sources in proportion to their weights in
    that bucket, and says how many rows the source had before: c.
 3. Row c of a (source, bucket) with n examples is number c % n of epoch
-   c // n, in an order of its own: `permute`, keyed by (seed, source, bucket,
-   epoch). Every example comes once an epoch.
-
-`permute` is a Feistel network over integers, not numpy's or TensorFlow's
-shuffle: it needs no memory that grows with n, and its order cannot change
-with the version of a library in the middle of a run.
+   c // n, in an order of its own: `draws.permute`, keyed by (seed, source,
+   bucket, epoch). Every example comes once an epoch.
 """
 import fractions
 
 import numpy as np
 
+from e2e_vlp_jax.data import draws
+
 _BLOCK = 64
 _SHARES = 1 << 24  # the shares of a mixture are multiples of 1/_SHARES
-_U = np.uint64
-
-
-def _mix(x):
-  """The finaliser of splitmix64 (Steele et al. 2014); uint64 -> uint64."""
-  x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
-  return x ^ (x >> _U(31))
-
-
-def key(*numbers):
-  """One uint64 [1] out of several integers."""
-  k = np.zeros(1, _U)
-  for n in numbers:
-    k = _mix(k + _U(0x9E3779B97F4A7C15) + _U(n & 0xFFFFFFFFFFFFFFFF))
-  return k
-
-
-def permute(index, n, k):
-  """Element `index` of the pseudo-random permutation `k` of range(n).
-
-  Args:
-    index: int array, in [0, n).
-    n: int.
-    k: uint64 [1] or one for each index, from `key`.
-
-  Returns:
-    int64 array like `index`.
-  """
-  half = _U(max(1, (int(n - 1).bit_length() + 1) // 2))
-  low = _U((1 << int(half)) - 1)
-  x = np.asarray(index).astype(_U)
-  k = np.broadcast_to(k, x.shape)
-  todo = np.ones(x.shape, bool)
-  while todo.any():  # walk the cycle until back inside [0, n)
-    left, right, kt = x[todo] >> half, x[todo] & low, k[todo]
-    for r in range(8):
-      left, right = right, left ^ (_mix(right + kt + _U(r << 56)) & low)
-    x[todo] = (left << half) | right
-    todo = x >= _U(n)
-  return x.astype(np.int64)
 
 
 def shares(weights):
@@ -122,7 +79,8 @@ class TrainOrder:
   def __call__(self, t):
     """(bucket, source int64 [B], record number int64 [B]) of batch t."""
     block, offset = divmod(t, _BLOCK)
-    offset = permute([offset], _BLOCK, key(self._seed, 0, block))
+    offset = draws.permute([offset], _BLOCK,
+                           draws.fold(self._seed, 0, block))
     bucket, count = interleave(block * _BLOCK + offset, self._bucket_shares)
     bucket = int(bucket[0])
     rows = count * self._batch_size + np.arange(self._batch_size)
@@ -134,8 +92,9 @@ class TrainOrder:
       found = np.zeros_like(position)
       for e in np.unique(epoch):
         now = epoch == e
-        found[now] = permute(position[now], len(members),
-                             key(self._seed, 1, int(s), bucket, int(e)))
+        found[now] = draws.permute(
+            position[now], len(members),
+            draws.fold(self._seed, 1, int(s), bucket, int(e)))
       record[mine] = members[found]
     return bucket, source, record
 

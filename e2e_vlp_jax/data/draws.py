@@ -1,0 +1,63 @@
+"""Random numbers and permutations as pure functions of integer keys.
+
+Not numpy's or TensorFlow's: their streams may change with a version, and a
+run that is resumed after an update must go on with the same batches.
+"""
+import numpy as np
+
+_U = np.uint64
+_GOLDEN = 0x9E3779B97F4A7C15
+_ALL = (1 << 64) - 1
+
+
+def _mix(x):
+  """The finaliser of splitmix64 (Steele et al. 2014); uint64 arrays."""
+  x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
+  return x ^ (x >> _U(31))
+
+
+def fold(*numbers):
+  """One key, an int of 64 bits, out of several ints: `_mix` of a chain."""
+  k = 0
+  for n in numbers:
+    k = (k + _GOLDEN + n) & _ALL
+    k = ((k ^ (k >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
+    k = ((k ^ (k >> 27)) * 0x94D049BB133111EB) & _ALL
+    k ^= k >> 31
+  return k
+
+
+def uniform(key, shape):
+  """float64 in [0, 1): the first numbers of splitmix64 started at `key`."""
+  x = np.arange(1, np.prod(shape, dtype=int) + 1, dtype=_U)
+  return ((_mix(x * _U(_GOLDEN) + _U(key)) >> _U(11)) * 2.**-53
+          ).reshape(shape)
+
+
+def permute(index, n, key):
+  """Element `index` of the permutation `key` of range(n).
+
+  A Feistel network over twice the bits that n needs at most, walked until it
+  comes back inside: random access, and no memory that grows with n.
+
+  Args:
+    index: int array, in [0, n).
+    n: int.
+    key: int, see `fold`.
+
+  Returns:
+    int64 array like `index`.
+  """
+  half = max(1, (int(n - 1).bit_length() + 1) // 2)
+  low, half = _U((1 << half) - 1), _U(half)
+  rounds = np.array([fold(key, r) for r in range(8)], _U)
+  x = np.asarray(index).astype(_U)
+  todo = np.ones(x.shape, bool)
+  while todo.any():
+    left, right = x[todo] >> half, x[todo] & low
+    for k in rounds:
+      left, right = right, left ^ (_mix(right + k) & low)
+    x[todo] = (left << half) | right
+    todo = x >= _U(n)
+  return x.astype(np.int64)
