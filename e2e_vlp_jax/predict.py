@@ -8,6 +8,7 @@ no TensorFlow. Without --json the JSON goes to the standard output. Boxes are
 x0, y0, x1, y1 in pixels of the upright image.
 """
 import json
+import logging
 import os
 
 from e2e_vlp_jax import cli
@@ -84,6 +85,8 @@ def main(argv=None):
     parser.add_argument('--beams', type=int, default=1,
                         help='width of the caption search (default 1)')
     args, _ = cli.parse(parser, argv)
+    # Orbax warns of a file that reading an item alone does not need.
+    logging.getLogger('absl').setLevel(logging.ERROR)
     predict(args)
 
 

@@ -100,7 +100,8 @@ def _judge(objects, truth):
         note = [('· is ' + ' '.join([*match['attributes'], match['label']]),
                  _FAINT)]
     things.append(dict(
-        box=thing['box'], tag=f'{k + 1}' if many else f'{k + 1} {thing["label"]}', colour=colour,
+        box=thing['box'], colour=colour,
+        tag=f'{k + 1}' if many else f'{k + 1} {thing["label"]}',
         row=[(f'{k + 1}', colour), *words, (thing['label'], name),
              (f'{thing["score"]:.2f}', _FAINT)], note=note))
   for m, thing in enumerate(truth or ()):

@@ -1,4 +1,4 @@
-"""The Python API of a trained model: what evaluators, predict and notebooks use.
+"""The Python API of a trained model, for evaluators, predict and notebooks.
 
   predictor, variables = Predictor.from_checkpoint('W')
   predictor.predict(variables, 'photo.jpg', 'detect')
