@@ -3,11 +3,11 @@
 Everything is a closed form, so that batch 10,000,000 costs what batch 0
 costs and a resumed run replays nothing:
 
-1. Batch t belongs to one bucket (a static image shape). Within blocks of 64
-   the batches are shuffled by (seed, block), else a pattern such as 0,1,0,1
-   could keep step with whatever happens every k steps; then `interleave`
-   deals them to the buckets in proportion to the weight of their examples,
-   and says how many batches the bucket had before.
+1. Batch t belongs to one bucket (a static image shape). `interleave` deals
+   the batches to the buckets in proportion to the weight of their examples,
+   and says how many batches the bucket had before. Within blocks of 64
+   batches the buckets are shuffled by (seed, block), else a pattern such as
+   0,1,0,1 could keep step with whatever happens every k steps.
 2. The rows of all batches of a bucket are numbered 0, 1, 2, ...;
    `interleave` deals them to the sources in proportion to their weights in
    that bucket, and says how many rows the source had before: c.
@@ -79,10 +79,13 @@ class TrainOrder:
   def __call__(self, t):
     """(bucket, source int64 [B], record number int64 [B]) of batch t."""
     block, offset = divmod(t, _BLOCK)
-    offset = draws.permute([offset], _BLOCK,
-                           draws.fold(self._seed, 0, block))
-    bucket, count = interleave(block * _BLOCK + offset, self._bucket_shares)
-    bucket = int(bucket[0])
+    buckets, counts = interleave(
+        block * _BLOCK + draws.permute(np.arange(_BLOCK), _BLOCK,
+                                       draws.fold(self._seed, 0, block)),
+        self._bucket_shares)
+    bucket = int(buckets[offset])
+    same = buckets == bucket
+    count = np.sort(counts[same])[same[:offset].sum()]
     rows = count * self._batch_size + np.arange(self._batch_size)
     source, count = interleave(rows, self._source_shares[bucket])
     record = np.zeros_like(rows)

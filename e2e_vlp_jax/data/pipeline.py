@@ -61,7 +61,7 @@ _DTYPES = {
 _NOTHING = {'image': b'', 'height': 0, 'width': 0, 'texts': [],
             'objects': [], 'has_attributes': False}
 _AT_ONCE = 2  # batches in the making: one is planned, one is rendered
-_AHEAD = 4    # batches made or in the making before they are asked for
+_AHEAD = 3    # batches made or in the making before they are asked for
 _LABELS_CHECKED = 256  # records of a source that `check_labels` reads
 
 
