@@ -3,6 +3,8 @@
 Not numpy's or TensorFlow's: their streams may change with a version, and a
 run that is resumed after an update must go on with the same batches.
 """
+import math
+
 import numpy as np
 
 _U = np.uint64
@@ -30,7 +32,7 @@ def fold(*numbers):
 
 def uniform(key, shape):
   """float64 in [0, 1): the first numbers of splitmix64 started at `key`."""
-  x = np.arange(1, np.prod(shape, dtype=int) + 1, dtype=_U)
+  x = np.arange(1, math.prod(shape) + 1, dtype=_U)
   return ((_mix(x * _U(_GOLDEN) + _U(key)) >> _U(11)) * 2.**-53
           ).reshape(shape)
 
