@@ -37,7 +37,8 @@ find_python() {
   return 2
 }
 
-if ! suitable .venv/bin/python || ! .venv/bin/python -m pip -V >/dev/null; then
+if ! suitable .venv/bin/python ||
+    ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   python="$(find_python)"
   say "making .venv with $("$python" --version) ($python)"
   "$python" -m venv --clear .venv

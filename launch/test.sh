@@ -10,7 +10,8 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
-# Compiled programs are kept, so that a second run compiles little.
+# Compiled programs are kept: the tests share many, and a second run compiles
+# little. Two processes, as most of the time is compilation on one core.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"
