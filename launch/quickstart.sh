@@ -21,6 +21,19 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 
 say 'drawing the data set scenes into data/'
 python -m e2e_vlp_jax.prepare scenes --data_dir data
-say "training and evaluating $config in $workdir"
+say "training $config in $workdir"
 python -m e2e_vlp_jax.train --config "$config" --workdir "$workdir" "$@"
-say "done: open $workdir/report.html"
+say 'evaluating the last checkpoint'
+python -m e2e_vlp_jax.evaluate --config "$config" --checkpoint "$workdir" \
+  --workdir "$workdir" "$@"
+say 'detecting the objects of one held-out image'
+python - "$workdir/example.png" <<'PYTHON'
+import sys
+from e2e_vlp_jax.data import records
+with open(sys.argv[1], 'wb') as f:
+  f.write(records.open_split('data', 'scenes', 'test').get(0)['image'])
+PYTHON
+python -m e2e_vlp_jax.predict --checkpoint "$workdir" --task detect \
+  --image "$workdir/example.png" --json "$workdir/example.json" \
+  --picture "$workdir/example_objects.png"
+say "done: open $workdir/report.html; see also $workdir/example_objects.png"
