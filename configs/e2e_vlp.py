@@ -80,7 +80,7 @@ def get_config(arg=None):
   config.model = dict(
       name='e2e_vlp', text=True,
       backbone=dict(name='resnet', depth=50, frozen_bn=True, frozen_stages=2,
-                    dilated=False, remat=False),
+                    dilated=False, mask_padding=True, remat=False),
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225),
       width=256, heads=8, ffn=options.get('ffn', 2048), encoder_layers=12,
       decoder_layers=6, dropout=.1, pre_norm=False, act='relu', epsilon=1e-5,
@@ -127,7 +127,7 @@ def _data(config, data, side, multiple, vocabulary):
   """Input, evaluators and samples of one dataset."""
   train = {'scenes': 'train', 'coco': 'train', 'nlvr1': 'dev'}[data]
   test = {'scenes': 'test', 'coco': 'validation', 'nlvr1': 'test'}[data]
-  length = {'scenes': 24, 'coco': 40, 'nlvr1': 40}[data]
+  length = {'scenes': 20, 'coco': 40, 'nlvr1': 40}[data]
   rates = dict(mlm=.2, itm=.5) if config.model.width == 128 else dict(
       mlm=.15, itm=.5)
   crop = '' if data == 'scenes' else 'scale_crop|'
@@ -138,7 +138,7 @@ def _data(config, data, side, multiple, vocabulary):
       'joint' if config.model.width != 128 or data == 'nlvr1' else 'coco',
       buckets=((side, side),) if data == 'scenes' else
       ((side // 2, side * 2),) if data == 'nlvr1' else buckets(side, multiple),
-      max_text=length, sentences=1, max_boxes={'scenes': 8, 'nlvr1': 32,
+      max_text=length, sentences=2 if data == 'scenes' else 1, max_boxes={'scenes': 8, 'nlvr1': 32,
                                                'coco': 100}[data],
       max_attributes=4, threads=0, max_bad_records=100,
       pp_train=f'decode|{crop}fit|boxes|text|mlm({rates["mlm"]})'
@@ -169,28 +169,29 @@ def _tiny(config):
   config.model.update(dict(
       width=128, heads=4, ffn=256, encoder_layers=2, decoder_layers=2,
       dropout=0., pre_norm=True, num_queries=16, queries='reference',
+      itm_pool='mean',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.model.backbone = dict(name='patch_cnn', stem=64, width=128, blocks=2)
-  config.objectives.detection = .5
+  config.objectives.update(dict(mlm=2., itm=3., detection=.4))
   config.objective_options.detection.update(dict(
       class_weight=2., no_object=.2, cost_class=2.))
   groups = ((r'.*(bias|scale|locality|reference)', dict(wd=0.)),
             (r'.*', dict()))
-  config.batch_size = 32
-  config.total_steps = 2600
+  config.batch_size = 16
+  config.total_steps = 4000
   config.optim.update(dict(
-      schedule='cosine', learning_rate=1e-3, warmup_steps=90,
+      schedule='cosine', learning_rate=8e-4, warmup_steps=160,
       final_fraction=.02, weight_decay=.01, clip_norm=1., groups=groups))
   # The papers start from ImageNet weights; this run first teaches its trunk
   # the class and attributes of what covers each grid cell.
-  config.warm_start.steps = 700
+  config.warm_start.steps = 800
   config.warm_start.optim.update(dict(
       schedule='cosine', learning_rate=2e-3, warmup_steps=20,
       final_fraction=.02))
-  config.log_every_steps = 25
-  config.eval_every_steps = 650
+  config.log_every_steps = 50
+  config.eval_every_steps = 1000
   config.eval_batch_size = 64
-  config.checkpoint.every_steps = 200
+  config.checkpoint.every_steps = 250
 
 
 def _detr(config):

@@ -21,11 +21,8 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 
 say 'drawing the data set scenes into data/'
 python -m e2e_vlp_jax.prepare scenes --data_dir data
-say "training $config in $workdir"
+say "training $config in $workdir, with evaluation on held-out scenes"
 python -m e2e_vlp_jax.train --config "$config" --workdir "$workdir" "$@"
-say 'evaluating the last checkpoint'
-python -m e2e_vlp_jax.evaluate --config "$config" --checkpoint "$workdir" \
-  --workdir "$workdir" "$@"
 say 'detecting the objects of one held-out image'
 python - "$workdir/example.png" <<'PYTHON'
 import sys

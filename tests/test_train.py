@@ -1,10 +1,10 @@
 """Training: it learns, resumes exactly, and means the same on any mesh."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ import pytest
 
 from configs import e2e_vlp as config_lib
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import evaluate
 from e2e_vlp_jax import models
 from e2e_vlp_jax import objectives as objectives_lib
 from e2e_vlp_jax import train
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import optim
 from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
@@ -65,9 +67,7 @@ def setup_step(config, mesh, seed=0):
 def test_overfits_one_batch():
   config = small_config(**{'optim.warmup_steps': 5, 'total_steps': 100,
                            'warm_start.steps': 0})
-  mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
-                            jax.devices()[:1])
-  state, step, batch = setup_step(config, mesh)
+  state, step, batch = setup_step(config, mesh_of())
   first = None
   for _ in range(80):
     state, metrics = step(state, batch)
@@ -79,33 +79,41 @@ def test_overfits_one_batch():
     assert last[name] < first[name], name
 
 
-@pytest.mark.parametrize('layout', [
-    dict(mesh=dict(data=8, fsdp=1, tensor=1)),
-    dict(mesh=dict(data=1, fsdp=8, tensor=1)),
-    dict(mesh=dict(data=1, fsdp=1, tensor=1), accumulate=4)])
-def test_layouts_give_the_same_losses(layout, monkeypatch):
-  """Global-batch semantics: 1 device, 8 devices, FSDP, accumulation."""
+def three_steps(mesh, accumulate=1):
+  """(metrics of three steps, state after them) on 8 synthetic examples."""
+  state, step, batch = setup_step(small_config(accumulate=accumulate), mesh)
+  found = []
+  for _ in range(3):
+    state, metrics = step(state, batch)
+    found.append(jax.device_get(metrics))
+  return found, state
+
+
+def mesh_of(**axes):
+  axes = {'data': 1, 'fsdp': 1, 'tensor': 1, **axes}
+  return sharding.make_mesh(axes, jax.devices()[:int(np.prod(
+      list(axes.values())))])
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  return three_steps(mesh_of())[0]
+
+
+@pytest.mark.parametrize('axes, accumulate', [
+    ({'data': 8}, 1), ({'fsdp': 8}, 1), ({}, 4)])
+def test_layouts_give_the_same_losses(one_device, axes, accumulate,
+                                      monkeypatch):
+  """Global-batch semantics: 8 devices, FSDP, accumulation."""
   # Small arrays too are split, or nothing of this model would be.
   monkeypatch.setattr(sharding, 'FSDP_MIN_BYTES', 256)
-  one = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-  losses = []
-  for mesh, accumulate in (
-      (one, 1), (sharding.make_mesh(
-          layout['mesh'], jax.devices()[:int(np.prod(list(
-              layout['mesh'].values())))]), layout.get('accumulate', 1))):
-    config = small_config(accumulate=accumulate)
-    state, step, batch = setup_step(config, mesh)
-    found = []
-    for _ in range(3):
-      state, metrics = step(state, batch)
-      found.append(jax.device_get(metrics))
-    losses.append(found)
-  if layout['mesh']['fsdp'] == 8:
+  found, state = three_steps(mesh_of(**axes), accumulate)
+  if 'fsdp' in axes:
     held = sum(x.addressable_shards[0].data.size
                for x in jax.tree.leaves(state.params))
     total = sum(x.size for x in jax.tree.leaves(state.params))
     assert held < total / 6
-  for a, b in zip(*losses):
+  for a, b in zip(one_device, found):
     for name in a:
       np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5,
                                  err_msg=name)
@@ -113,9 +121,7 @@ def test_layouts_give_the_same_losses(layout, monkeypatch):
 
 def test_nonfinite_update_is_skipped_and_counted():
   config = small_config()
-  mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1),
-                            jax.devices()[:1])
-  state, step, batch = setup_step(config, mesh)
+  state, step, batch = setup_step(config, mesh_of())
   bad = dict(batch, boxes=batch['boxes'].at[0].set(jnp.nan))
   after, metrics = step(state, bad)
   assert metrics['skipped'] == 1 and int(after.bad_steps) == 1
@@ -135,12 +141,18 @@ def read_metrics(workdir):
   return out
 
 
-def test_killed_run_resumes_to_the_same_bits(tiny_scenes, tmp_path):
-  """SIGKILL after a save; the continued run ends like an uninterrupted one."""
-  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-  config = small_config(tiny_scenes)
-  train.train(config, str(whole))
+@pytest.fixture(scope='module')
+def whole(tiny_scenes, tmp_path_factory):
+  """The workdir of a finished, uninterrupted run of `small_config`."""
+  workdir = tmp_path_factory.mktemp('whole') / 'w'
+  train.train(small_config(tiny_scenes), str(workdir))
+  return workdir
 
+
+def test_killed_run_resumes_to_the_same_bits(whole, tiny_scenes, tmp_path):
+  """SIGKILL after a save; the continued run ends like an uninterrupted one."""
+  broken = tmp_path / 'broken'
+  config = small_config(tiny_scenes)
   script = (
       'import json, sys, time\n'
       'from tests.test_train import small_config\n'
@@ -168,17 +180,47 @@ def test_killed_run_resumes_to_the_same_bits(tiny_scenes, tmp_path):
   assert not different
 
 
-def test_damaged_newest_checkpoint_is_set_aside(tiny_scenes, tmp_path):
-  config = small_config(tiny_scenes, total_steps=4)
-  train.train(config, str(tmp_path))
-  newest = tmp_path / 'checkpoints' / '4' / 'params'
-  for path in newest.rglob('*'):
+def test_damaged_newest_checkpoint_is_set_aside(whole, tiny_scenes, tmp_path):
+  workdir = tmp_path / 'w'
+  shutil.copytree(whole, workdir)
+  for path in (workdir / 'checkpoints' / '6' / 'params').rglob('*'):
     if path.is_file():
       path.write_bytes(b'not a checkpoint')
-  before = time.time()
+  train.train(small_config(tiny_scenes), str(workdir))
+  assert (workdir / 'damaged_checkpoint_6').is_dir()
+  # Started again from step 4, and ended in the same place.
+  saved = [checkpoint.load(str(w)) for w in (whole, workdir)]
+  assert [meta['step'] for *_, meta in saved] == [6, 6]
+  jax.tree.map(np.testing.assert_array_equal, saved[0][0], saved[1][0])
+
+
+def test_checkpoint_of_another_size_is_refused(whole, tiny_scenes, tmp_path):
+  """By evaluate and by a run that should go on with it."""
+  wide = small_config(tiny_scenes, **{'model.width': 64})
+  with pytest.raises(errors.UserError, match='another model or size'):
+    evaluate.evaluate(wide, str(whole), str(tmp_path / 'e'))
+  shutil.copytree(whole, tmp_path / 'w')
+  (tmp_path / 'w' / 'config.json').unlink()
+  with pytest.raises(errors.UserError, match='another model or size'):
+    train.train(wide, str(tmp_path / 'w'))
+  assert (tmp_path / 'w' / 'checkpoints' / '6' / 'params').is_dir()
+
+
+def test_init_from_loads_what_fits_and_says_so(whole, tiny_scenes, tmp_path,
+                                               capsys):
+  config = small_config(tiny_scenes, init_from=str(whole),
+                        **{'model.num_queries': 9, 'total_steps': 1,
+                           'warm_start.steps': 0,
+                           'optim.learning_rate': 0.})
   train.train(config, str(tmp_path))
-  assert (tmp_path / 'damaged_checkpoint_4').is_dir()
-  assert (tmp_path / 'checkpoints' / '4' / 'params').stat().st_mtime > before
+  said = capsys.readouterr().out
+  assert 'other_shape' in said and 'query_content' in said
+  a, b = checkpoint.load(str(whole))[0], checkpoint.load(str(tmp_path))[0]
+  np.testing.assert_array_equal(a['encoder']['layer0']['ffn']['in']['kernel'],
+                                b['encoder']['layer0']['ffn']['in']['kernel'])
+  with pytest.raises(errors.UserError, match='none found'):
+    train.train(small_config(tiny_scenes, init_from='/nowhere'),
+                str(tmp_path / 'x'))
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -86,7 +86,8 @@ class Model(nn.Module):
     pixels = (pixels - jnp.asarray(c.image_mean)) / jnp.asarray(c.image_std)
     # Padding is zero after normalisation (DETR), whatever its bytes were.
     pixels = pixels * image_mask[..., None]
-    features = self.backbone(pixels.astype(self.dtype), train)[-1]
+    features = self.backbone(pixels.astype(self.dtype), train,
+                             image_mask)[-1]
     b, h, w, _ = features.shape
     mask = layers.downsample_mask(image_mask, h, w)
     flat = lambda x: x.reshape(b, h * w, -1)
@@ -106,22 +107,20 @@ class Model(nn.Module):
     """Encoder over the grid alone, or over [grid ; text] for each sentence.
 
     Returns:
-      (grid, text): [B, N, D] and None; or [B*S, N, D] and [B, S, L, D].
+      The grid's states [B, N, D]; with text, the text's [B, S, L, D].
     """
     if text is None:
-      return self.encoder(image['tokens'], image['pos'], image['mask'],
-                          train), None
+      return self.encoder(image['tokens'], image['pos'], image['mask'], train)
     b, s, l, d = text['tokens'].shape
     tile = lambda x: jnp.repeat(x, s, axis=0)
-    n = image['tokens'].shape[1]
     words = text['tokens'].reshape(b * s, l, d)
     # Text positions are in the embedding; queries and keys get none (MDETR).
     x = self.encoder(
         jnp.concatenate([tile(image['tokens']), words], 1),
         jnp.concatenate([tile(image['pos']), jnp.zeros_like(words)], 1),
         jnp.concatenate([tile(image['mask']),
-                         text['mask'].reshape(b * s, l)], 1), train)
-    return x[:, :n], x[:, n:].reshape(b, s, l, d)
+                         text['mask'].reshape(b * s, l)], 1), train, last=l)
+    return x.reshape(b, s, l, d)
 
   def decode(self, image, memory, text=None, detect=True, train=False):
     """Decoder over object queries and/or caption tokens; see Decoder."""
@@ -156,12 +155,12 @@ class Model(nn.Module):
         out[view] = {**self.cells_head(image['features']),
                      'cell_xy': image['xy'], 'cell_mask': image['mask']}
       elif view == 'image_only':
-        memory, _ = self.fuse(image, train=train)
+        memory = self.fuse(image, train=train)
         out[view] = self._image_only(image, memory, batch, wanted, train)
       else:
         prefix = {'joint': 'text', 'joint_masked': 'masked_text'}[view]
         text = self.encode_text(batch[prefix], batch[prefix + '_mask'], train)
-        _, text = self.fuse(image, text, train)
+        text = self.fuse(image, text, train)
         out[view] = {}
         if 'mlm' in wanted:
           out[view]['mlm_logits'] = self.mlm_head(text,
@@ -190,7 +189,7 @@ class Model(nn.Module):
   def init_caption(self, batch):
     """What caption generation keeps of the image: dict for `step_caption`."""
     image = self.encode_image(batch['image'], batch['image_mask'])
-    memory, _ = self.fuse(image)
+    memory = self.fuse(image)
     return {k: image[k] for k in ('pos', 'mask', 'xy')} | {'memory': memory}
 
   def step_caption(self, cache, ids):

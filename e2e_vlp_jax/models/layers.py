@@ -114,8 +114,18 @@ class EncoderLayer(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, pos, bias, train=False):
-    """x, pos: [B, T, D]; bias: broadcasts to [B, H, T, T]."""
+  def __call__(self, x, pos, bias, train=False, last=0):
+    """Self-attention over all tokens, output for all or for the last ones.
+
+    Args:
+      x, pos: [B, T, D]; pos may be None.
+      bias: broadcasts to [B, H, T, T], equal for all queries if `last`.
+      train: dropout on.
+      last: return only so many tokens, the last; 0 = all.
+
+    Returns:
+      [B, T or last, D].
+    """
     drop = nn.Dropout(self.dropout, deterministic=not train)
     norm = lambda name: LayerNorm(self.epsilon, name=name)
     attend = MultiHeadAttention(self.width, self.heads, self.dropout,
@@ -124,11 +134,11 @@ class EncoderLayer(nn.Module):
                        self.dtype, name='ffn')
     def self_attention(y):
       q = y if pos is None else y + pos
-      return drop(attend(q, q, y, bias, train))
+      return drop(attend(q[:, -last:], q, y, bias, train))
     if self.pre_norm:
-      x = x + self_attention(norm('norm1')(x))
+      x = x[:, -last:] + self_attention(norm('norm1')(x))
       return x + drop(feed(norm('norm2')(x), train))
-    x = norm('norm1')(x + self_attention(x))
+    x = norm('norm1')(x[:, -last:] + self_attention(x))
     return norm('norm2')(x + drop(feed(x, train)))
 
 
@@ -146,16 +156,20 @@ class Encoder(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, pos, mask, train=False):
-    """x, pos [B, T, D], mask [B, T] -> [B, T, D]."""
+  def __call__(self, x, pos, mask, train=False, last=0):
+    """x, pos [B, T, D], mask [B, T] -> [B, T, D], or the last tokens of it.
+
+    With `last`, the last layer computes nothing for the other tokens.
+    """
     layer = EncoderLayer
     if self.remat:
-      layer = nn.remat(EncoderLayer, static_argnums=(4,))
+      layer = nn.remat(EncoderLayer, static_argnums=(4, 5))
     bias = mask_bias(mask)[:, None, None, :]
     for i in range(self.layers):
       x = layer(self.width, self.heads, self.ffn, self.dropout, self.pre_norm,
                 self.act, self.epsilon, self.dtype, name=f'layer{i}')(
-                    x, pos, bias, train)
+                    x, pos, bias, train,
+                    last if i == self.layers - 1 else 0)
     if self.pre_norm:
       x = LayerNorm(self.epsilon, name='norm')(x)
     return x
@@ -230,6 +244,19 @@ def downsample_mask(mask: Array, height: int, width: int) -> Array:
   rows = (np.arange(height) * mask.shape[1]) // height
   cols = (np.arange(width) * mask.shape[2]) // width
   return mask[:, rows][:, :, cols]
+
+
+def hide_padding(x: Array, mask: Optional[Array]) -> Array:
+  """Zeroes the padded cells of a feature map [B, h, w, C].
+
+  A convolution that follows sees at the edge of an image what it would see
+  without the padding; exactly so where the canvas is a multiple of the
+  trunk's stride, as buckets are. mask: [B, H, W] of the pixels, or None.
+  """
+  if mask is None:
+    return x
+  return x * downsample_mask(mask, x.shape[1], x.shape[2])[..., None].astype(
+      x.dtype)
 
 
 def masked_mean(x: Array, mask: Array) -> Array:

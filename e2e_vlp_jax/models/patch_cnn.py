@@ -49,15 +49,27 @@ class PatchCNN(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, train=False):
-    """x: normalised pixels [B, H, W, 3] -> [map [B, H/12, W/12, width]]."""
+  def __call__(self, x, train=False, mask=None):
+    """Trunk.
+
+    Args:
+      x: normalised pixels [B, H, W, 3], zero where padded.
+      train: without effect.
+      mask: [B, H, W] True on real pixels; None if nothing is padded.
+
+    Returns:
+      [map [B, H/12, W/12, width]], which does not depend on the padding.
+    """
     del train
     dense = lambda n, name, **kw: nn.Dense(n, dtype=self.dtype, name=name,
                                            **kw)
     norm = lambda name: layers.LayerNorm(name=name)
     x = x.astype(self.dtype)
     b, h, w, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -h % STRIDE), (0, -w % STRIDE), (0, 0)))
+    edge = (0, -h % STRIDE), (0, -w % STRIDE)
+    x = jnp.pad(x, ((0, 0), *edge, (0, 0)))
+    if mask is not None:
+      mask = jnp.pad(mask, ((0, 0), *edge))
     # 8x8 patches at stride 4 are 2x2 neighbourhoods of 4x4 blocks.
     x = space_to_depth(x, 4)
     x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
@@ -70,7 +82,7 @@ class PatchCNN(nn.Module):
           dense(self.width // 2, f'block{i}_in')(x)))
       y = jax.nn.relu(norm(f'block{i}_norm2')(
           dense(self.width // 2, f'block{i}_mid')(
-              gather_patches(y, 3, 1, 1))))
+              gather_patches(layers.hide_padding(y, mask), 3, 1, 1))))
       x = x + dense(self.width, f'block{i}_out',
                     kernel_init=nn.initializers.normal(.02))(y)
     return [norm('norm')(x)]

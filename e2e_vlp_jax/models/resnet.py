@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from e2e_vlp_jax.models import layers
+
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3),
           101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BOTTLENECK = {18: False, 34: False, 50: True, 101: True, 152: True}
@@ -74,7 +76,7 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, train=False):
+  def __call__(self, x, train=False, mask=None):
     out = self.features * (4 if self.bottleneck else 1)
     if self.bottleneck:
       plan = ((self.features, 1, 1, 1),
@@ -83,6 +85,8 @@ class Block(nn.Module):
       plan = ((out, 3, self.stride, 1), (out, 3, 1, self.dilation))
     y = x
     for i, (features, kernel, stride, dilation) in enumerate(plan, 1):
+      if kernel > 1:
+        y = layers.hide_padding(y, mask)
       y = conv(features, kernel, stride, dilation, self.dtype, f'conv{i}')(y)
       y = BatchNorm(self.frozen_bn, zero_init=i == len(plan),
                     name=f'bn{i}')(y, train)
@@ -105,6 +109,9 @@ class ResNet(nn.Module):
       A frozen part passes no gradient and keeps its BN statistics.
     dilated: stride 1 and dilation 2 in the last stage (DC5).
     out_stages: which of the stages 1..4 are returned.
+    mask_padding: zero the padded cells before every convolution that would
+      see them, so that features do not depend on the canvas that an image
+      lies on. Without it they do, as in DETR (its issues 63 and 217).
     remat: recompute each block in the backward pass.
   """
   depth: int = 50
@@ -112,12 +119,23 @@ class ResNet(nn.Module):
   frozen_stages: int = 2
   dilated: bool = False
   out_stages: Tuple[int, ...] = (4,)
+  mask_padding: bool = True
   remat: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, train=False):
-    """x: normalised pixels [B, H, W, 3] -> list of [B, h, w, C] maps."""
+  def __call__(self, x, train=False, mask=None):
+    """Trunk.
+
+    Args:
+      x: normalised pixels [B, H, W, 3], zero where padded.
+      train: update and use batch statistics where they are not frozen.
+      mask: [B, H, W] True on real pixels; None if nothing is padded.
+
+    Returns:
+      list of [B, h, w, C] maps.
+    """
+    mask = mask if self.mask_padding else None
     frozen = lambda stage: stage < self.frozen_stages
     stop = lambda y, stage: (jax.lax.stop_gradient(y)
                              if stage == self.frozen_stages - 1 else y)
@@ -126,7 +144,9 @@ class ResNet(nn.Module):
                 kernel_init=nn.initializers.variance_scaling(
                     2., 'fan_out', 'normal'))(x.astype(self.dtype))
     x = BatchNorm(self.frozen_bn or frozen(0), name='bn1')(x, train)
-    x = nn.max_pool(jax.nn.relu(x), (3, 3), (2, 2), [(1, 1)] * 2)
+    # After the ReLU, zero is what an empty border counts in a maximum.
+    x = layers.hide_padding(jax.nn.relu(x), mask)
+    x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2)
     x = stop(x, 0)
     block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
     maps = []
@@ -138,7 +158,7 @@ class ResNet(nn.Module):
         dilation = 2 if last_dilated and i > 0 else 1
         x = block(64 * 2**(stage - 1), BOTTLENECK[self.depth], stride,
                   dilation, self.frozen_bn or frozen(stage), self.dtype,
-                  name=f'layer{stage}_{i}')(x, train)
+                  name=f'layer{stage}_{i}')(x, train, mask)
       x = stop(x, stage)
       if stage in self.out_stages:
         maps.append(x)
