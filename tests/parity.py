@@ -264,7 +264,7 @@ def text_variables(config, model, batch, read):
 
 
 def text_states(model, variables, batch):
-  """What a BERT returns: {name: array} of states and heads, float32.
+  """What a BERT returns: {name: array} of states and heads.
 
   'embedding' and 'layer<i>': [B, L, D] after the embedding and each layer;
   'pooler' [B, D]; 'mlm' [B, L, V]; 'nsp' [B, 2].
@@ -281,7 +281,7 @@ def text_states(model, variables, batch):
   for name, layer in seen['encoder'].items():
     if name.startswith('layer'):
       out[name] = layer['__call__'][0][:, -n:]
-  return {k: np.asarray(v) for k, v in out.items()}
+  return out
 
 
 # --- Comparing --------------------------------------------------------------
