@@ -14,11 +14,13 @@ from configs import e2e_vlp
 
 
 def get_config(arg=None):
-  config = e2e_vlp.get_config('tiny,data=coco' + (f',{arg}' if arg else ''))
+  config = e2e_vlp.get_config('tiny,data=coco,side=156'
+                              + (f',{arg}' if arg else ''))
   config.data.dir = 'data/photos'
   config.data.pp_train = 'decode|fit|boxes|text|mlm(.15)|itm(.5)'
   config.data.update(dict(max_text=24, max_boxes=40))
   config.model.update(dict(max_text=24, num_queries=40))
+  config.objectives.update(dict(mlm=1., itm=1., detection=1.))
   config.batch_size = 8
   config.eval_batch_size = 8
   config.total_steps = 1600
