@@ -20,7 +20,11 @@ def _assign(cost, mask):
   # Padded targets cost the same everywhere, so they take what is left over
   # and cannot change the real targets' optimum.
   finite = jnp.isfinite(cost)
-  cost = jnp.where(finite, cost, 1e6)
+  # A pair without a finite cost costs more than all that it could save
+  # elsewhere, so it is taken only where nothing else is left. Not more than
+  # that: the sums below have 24 bits.
+  span = jnp.max(jnp.where(finite & mask[None, :], jnp.abs(cost), 0.))
+  cost = jnp.where(finite, cost, (2 * span + 1) * cost.shape[1])
   cost = jnp.where(mask[None, :], cost, 0.)
   rows, cols = optax.assignment.hungarian_algorithm(cost)
   index = jnp.zeros(cost.shape[1], jnp.int32).at[cols].set(
