@@ -1,0 +1,226 @@
+"""The assignment is optimal, counts what is not finite, and fits the loss."""
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.objectives import detection
+from e2e_vlp_jax.ops import matching
+
+SEED = 11
+SHAPES = ((5, 5), (12, 7), (30, 30), (100, 20))  # queries, targets
+KINDS = ('uniform', 'detr', 'ties', 'equal')
+fast = hypothesis.settings(max_examples=40, deadline=None)
+
+
+def problems(count, queries, targets, kind, draw):
+  """(cost [count, Q, M], mask [count, M]); from no target to all of them."""
+  shape = (count, queries, targets)
+  if kind == 'uniform':
+    cost = draw.uniform(-1, 1, shape)
+  elif kind == 'detr':  # 1 class, 5 L1, 2 GIoU
+    cost = (-draw.random(shape) + 5 * draw.random(shape) * 4
+            - 2 * draw.uniform(-1, 1, shape))
+  elif kind == 'ties':
+    cost = draw.integers(0, 4, shape)
+  else:
+    cost = np.full(shape, 2.5)
+  mask = np.arange(targets) < draw.integers(0, targets + 1, (count, 1))
+  # Targets may be anywhere, and padding may hold anything.
+  mask = draw.permuted(mask, axis=1)
+  cost = np.where(mask[:, None], cost, draw.normal(0, 1e3, shape))
+  return cost.astype(np.float32), mask
+
+
+def best(cost, mask):
+  """scipy's optimal cost of one problem."""
+  real = cost[:, mask].astype(float)
+  return real[scipy.optimize.linear_sum_assignment(real)].sum()
+
+
+def ours(cost, mask, index):
+  return cost[index, np.arange(len(index))].astype(float)[mask].sum()
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_optimal_on_1000_problems(record_property, shape):
+  """250 problems of each shape: padded targets, ties, no targets at all."""
+  print(f'seed {SEED}')
+  draw = np.random.default_rng([SEED, *shape])
+  parts = [problems(c, *shape, kind, draw)
+           for kind, c in zip(KINDS, (80, 80, 80, 10))]
+  cost, mask = (np.concatenate(x) for x in zip(*parts))
+  assert len(cost) == 250
+  index, bad = jax.device_get(matching.hungarian(cost, mask))
+  assert not bad.any()
+  worst = 0.
+  for c, m, i in zip(cost, mask, index):
+    assert len(set(i)) == len(i) and i.min() >= 0 and i.max() < shape[0]
+    want = best(c, m)
+    worst = max(worst, abs(ours(c, m, i) - want) / max(1, abs(want)))
+  from tests import parity  # pylint: disable=import-outside-toplevel
+  parity.note(record_property,
+              f'Matching, 250 problems of {shape[0]} queries and up to '
+              f'{shape[1]} targets: cost', 'scipy linear_sum_assignment',
+              worst, 1e-6)
+
+
+def test_equal_on_a_mesh():
+  """Inside shard_map on 8 devices: the same queries."""
+  draw = np.random.default_rng(SEED)
+  cost, mask = problems(16, 12, 7, 'detr', draw)
+  alone = matching.hungarian(cost, mask)
+  mesh = jax.make_mesh((4, 2), ('data', 'fsdp'),
+                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  sharded = matching.hungarian(cost, mask, mesh, ('data', 'fsdp'))
+  jax.tree.map(np.testing.assert_array_equal, alone, sharded)
+  assert len(sharded[0].sharding.device_set) == 8
+
+
+def test_no_collectives_inside_the_loop():
+  """The reason for shard_map: devices must not talk while they match."""
+  mesh = jax.make_mesh((8,), ('data',),
+                       axis_types=(jax.sharding.AxisType.Auto,))
+  where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  like = lambda shape, t: jax.ShapeDtypeStruct(shape, t, sharding=where)
+  text = matching.hungarian.lower(
+      like((16, 12, 7), np.float32), like((16, 7), bool), mesh,
+      ('data',)).compile().as_text()
+  for word in ('all-reduce', 'all-gather', 'all-to-all'):
+    assert word not in text
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_costs_that_are_not_finite_are_counted_and_avoided(value):
+  draw = np.random.default_rng(SEED)
+  cost, mask = problems(40, 12, 7, 'detr', draw)
+  broken = draw.random(cost.shape) < .3
+  broken[:, :, 0] = False  # a target without any finite cost comes below
+  index, bad = jax.device_get(
+      matching.hungarian(np.where(broken, value, cost), mask))
+  np.testing.assert_array_equal(
+      bad, (broken & mask[:, None]).sum((1, 2)))  # padding does not count
+  for c, m, b, i in zip(cost, mask, broken, index):
+    assert not b[i, np.arange(7)][m].any(), 'matched though it had a choice'
+    # Among the finite pairs still the best.
+    finite = np.where(b, 1e9, c)
+    np.testing.assert_allclose(ours(c, m, i), best(finite, m), rtol=1e-4,
+                               atol=1e-4)
+
+
+def test_no_finite_cost_is_too_high():
+  """A NaN is avoided for any finite cost."""
+  cost = np.array([[[3e6, np.nan], [4e6, 5e6], [9e6, 9e6]]], np.float32)
+  index, bad = matching.hungarian(cost, np.ones((1, 2), bool))
+  assert index.tolist() == [[0, 1]] and bad.tolist() == [1]
+
+
+def test_a_target_without_a_finite_cost_leaves_the_others_alone():
+  draw = np.random.default_rng(SEED)
+  cost, mask = problems(10, 12, 7, 'detr', draw)
+  mask[:] = True
+  broken = cost.copy()
+  broken[:, :, 3] = np.nan
+  index, bad = jax.device_get(matching.hungarian(broken, mask))
+  assert (bad == 12).all()
+  others = np.arange(7) != 3
+  for c, i in zip(cost, index):
+    assert len(set(i)) == 7
+    np.testing.assert_allclose(ours(c, others, i), best(c, others), rtol=1e-4)
+
+
+def test_more_targets_than_queries_is_an_error():
+  with pytest.raises(errors.UserError, match='data.max_boxes: 6 boxes for 5'):
+    matching.hungarian(np.zeros((1, 5, 6)), np.ones((1, 6), bool))
+
+
+# --- The loss around it -----------------------------------------------------
+B, Q, M, C, A = 3, 6, 4, 5, 7
+
+
+@st.composite
+def cases(draw):
+  """(outputs, batch) of the detection objective."""
+  r = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+  def layer():
+    return {'pred_logits': r.normal(0, 2, (B, Q, C + 1)),
+            'pred_boxes': r.uniform(.1, .6, (B, Q, 4)),
+            'pred_attributes': r.normal(0, 2, (B, Q, A))}
+  outputs = {**layer(), 'aux_outputs': [layer()]}
+  counts = draw(st.lists(st.integers(0, M), min_size=B, max_size=B))
+  batch = {
+      'boxes': r.uniform(.1, .6, (B, M, 4)),
+      'box_labels': r.integers(0, C, (B, M)),
+      'box_attributes': r.integers(-1, A, (B, M, 2)),
+      'box_mask': np.arange(M) < np.array(counts)[:, None],
+      'task_mask/detection': np.ones(B, bool),
+      'task_mask/attributes': r.random(B) < .7}
+  return outputs, batch
+
+
+@jax.jit
+def losses(outputs, batch):
+  terms, metrics = detection.Objective()({'image_only': outputs}, batch)
+  return ({k: s / jnp.maximum(w, 1e-9) for k, (s, w) in terms.items()},
+          metrics['matching_nonfinite'][0])
+
+
+def total(outputs, batch):
+  terms, bad = jax.device_get(losses(outputs, batch))
+  assert bad == 0 and set(terms) == {'class', 'box', 'giou', 'attributes'}
+  return terms
+
+
+def same(a, b):
+  for k in a:
+    np.testing.assert_allclose(a[k], b[k], rtol=1e-4, atol=1e-5, err_msg=k)
+
+
+@fast
+@hypothesis.given(cases(), st.randoms(use_true_random=False))
+def test_order_of_queries_and_targets_does_not_matter(case, random):
+  outputs, batch = case
+  want = total(outputs, batch)
+  order = random.sample(range(Q), Q)
+  same(want, total(jax.tree.map(lambda x: x[:, order], outputs), batch))
+  order = random.sample(range(M), M)
+  same(want, total(outputs, {k: v[:, order] if k.startswith('box') else v
+                             for k, v in batch.items()}))
+  order = random.sample(range(B), B)
+  same(want, total(*jax.tree.map(lambda x: x[order], case)))
+
+
+@fast
+@hypothesis.given(cases(), st.integers(0, 2**32 - 1))
+def test_padding_does_not_matter(case, seed):
+  """Neither padded targets, whatever they hold, nor padded examples."""
+  outputs, batch = case
+  want = total(outputs, batch)
+  r = np.random.default_rng(seed)
+  noise = {'boxes': r.uniform(-3, 3, (B, 2, 4)),
+           'box_labels': r.integers(0, C, (B, 2)),
+           'box_attributes': r.integers(-1, A, (B, 2, 2)),
+           'box_mask': np.zeros((B, 2), bool)}
+  same(want, total(outputs, {
+      k: np.concatenate([v, noise[k]], 1) if k in noise else v
+      for k, v in batch.items()}))
+  more_outputs, more = jax.tree.map(
+      lambda x: np.concatenate([x, x[:1]], 0), case)
+  for k in ('box_mask', 'task_mask/detection', 'task_mask/attributes'):
+    more[k][-1] = False
+  same(want, total(more_outputs, more))
+
+
+@fast
+@hypothesis.given(cases())
+def test_nan_outputs_are_reported(case):
+  outputs, batch = case
+  outputs['pred_boxes'][1, 2] = np.nan  # one query of the second example
+  _, bad = losses(outputs, batch)
+  assert bad == batch['box_mask'][1].sum()
