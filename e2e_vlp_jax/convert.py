@@ -15,6 +15,7 @@ published files.
 """
 import collections
 import json
+import logging
 import os
 import re
 
@@ -62,8 +63,10 @@ def import_weights(format_name, path, config, output):
   variables, record = mapping.to_ours(
       source, tensors, config, {k: x.shape for k, x in shapes.items()}, path)
   if record['missing']:
-    drawn = flax.traverse_util.flatten_dict(jax.jit(init)(), sep='/')
-    variables |= {k: np.asarray(drawn[k]) for k in record['missing']}
+    def draw():
+      every = flax.traverse_util.flatten_dict(init(), sep='/')
+      return {k: every[k] for k in record['missing']}
+    variables |= jax.tree.map(np.asarray, jax.jit(draw)())
   record = {'format': format_name, 'file': os.path.basename(path), **record}
 
   tree = flax.traverse_util.unflatten_dict(variables, sep='/')
@@ -150,6 +153,8 @@ def main(argv=None):
     parser.add_argument('--export', action='store_true',
                         help='from a checkpoint to a weights file')
     args, config = cli.parse(parser, argv)
+    # Orbax warns of a file that reading an item alone does not need.
+    logging.getLogger('absl').setLevel(logging.ERROR)
     if args.export:
       if config:
         raise errors.UserError('--config: not with --export; the checkpoint '
