@@ -56,6 +56,6 @@ setuptools.setup(
         'torch': ['torch', 'transformers'],  # live parity tests
         'meteor': ['pycocoevalcap'],         # METEOR, which also needs Java
         'gpu': ['jax[cuda13]'],
-        'tpu': ['jax[tpu]'],                 # brings the libtpu it was built for
+        'tpu': ['jax[tpu]'],                 # brings the libtpu that fits
     },
 )

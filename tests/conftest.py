@@ -28,9 +28,9 @@ for _flag, _value in (
     os.environ['XLA_FLAGS'] = (
         f'{os.environ.get("XLA_FLAGS", "")} {_flag}={_value}')
 
-import importlib.util  # pylint: disable=wrong-import-position
+import importlib.util  # noqa: E402
 
-import pytest  # pylint: disable=wrong-import-position
+import pytest  # noqa: E402
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SEED = 0  # of `tiny_scenes`
