@@ -28,6 +28,7 @@ from ml_collections.config_dict import placeholder
 
 SIZES = ('tiny', 'r50', 'r101', 'r152', 'detr')
 KEYS = {'data': str, 'side': int, 'ffn': int}
+DATA = ('scenes', 'coco', 'nlvr1')
 
 
 def parse_argument(arg):
@@ -41,6 +42,9 @@ def parse_argument(arg):
     if key not in KEYS:
       raise ValueError(f'no argument {key!r}; choose from {", ".join(KEYS)}')
     options[key] = KEYS[key](value)
+  if options.get('data', DATA[0]) not in DATA:
+    raise ValueError(f'no data {options["data"]!r}; choose one of '
+                     f'{", ".join(DATA)}')
   return size, options
 
 

@@ -30,6 +30,7 @@ def small_config(data_dir):
   config.model.update(dict(width=32, heads=4, ffn=48, num_queries=5,
                            encoder_layers=1, decoder_layers=1))
   config.data.max_text = config.model.max_text = 10
+  config.data.sentences = 1
   config.model.backbone.update(dict(stem=8, width=16, blocks=1))
   return config
 

@@ -66,7 +66,7 @@ def test_a_whole_run(workdir):
   assert kinds.count('data:image/jpeg') == 1
   # loss, mlm, images_per_s; AP50 and CIDEr; 'skipped' was always 0.
   assert kinds.count('data:image/svg+xml') == 5
-  for shown in ('0.500', '0.250', '1.250', 'unseen', '1,000 of 2,600',
+  for shown in ('0.500', '0.250', '1.250', 'unseen', '1,000 of 4,000',
                 'scenes/train', 'detection/AP50', '123'):
     assert shown in page.text, shown
   assert 'skipped' not in page.text

@@ -174,6 +174,9 @@ def test_killed_run_resumes_to_the_same_bits(whole, tiny_scenes, tmp_path):
   process.send_signal(signal.SIGKILL)
   process.wait()
   train.train(config, str(broken))
+  steps = [json.loads(line)['step'] for line in open(broken / 'metrics.jsonl')
+           if '"train/loss"' in line]
+  assert steps == [1, 2, 3, 4, 5, 6], 'steps were repeated or lost'
   a, b = read_metrics(whole), read_metrics(broken)
   assert set(a) == set(b)
   different = {k: (a[k], b[k]) for k in a if a[k] != b[k]}
@@ -188,7 +191,11 @@ def test_damaged_newest_checkpoint_is_set_aside(whole, tiny_scenes, tmp_path):
       path.write_bytes(b'not a checkpoint')
   train.train(small_config(tiny_scenes), str(workdir))
   assert (workdir / 'damaged_checkpoint_6').is_dir()
-  # Started again from step 4, and ended in the same place.
+  assert not (workdir / 'damaged_checkpoint_4').exists()
+  # Went on from step 4, and ended in the same place.
+  steps = [json.loads(line)['step'] for line in open(workdir / 'metrics.jsonl')
+           if '"train/loss"' in line]
+  assert steps == [1, 2, 3, 4, 5, 6, 5, 6]
   saved = [checkpoint.load(str(w)) for w in (whole, workdir)]
   assert [meta['step'] for *_, meta in saved] == [6, 6]
   jax.tree.map(np.testing.assert_array_equal, saved[0][0], saved[1][0])

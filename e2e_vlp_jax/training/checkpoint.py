@@ -19,12 +19,20 @@ from e2e_vlp_jax.training import sharding
 FOLDER = 'checkpoints'
 
 
+def _key_data(rng):
+  """The numbers of a typed key, or their shape if `rng` is only a shape."""
+  if not isinstance(rng, jax.ShapeDtypeStruct):
+    return jax.random.key_data(rng)
+  data = jax.eval_shape(jax.random.key_data, rng)
+  return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=rng.sharding)
+
+
 def _items(state):
   """A TrainState as a dict of trees, the form in which it is saved."""
   items = {
       'params': state.params, 'model_state': dict(state.model_state),
       'opt_state': {'optimizer': state.opt_state,
-                    'rng': jax.random.key_data(state.rng),
+                    'rng': _key_data(state.rng),
                     'bad_steps': state.bad_steps}}
   if state.ema_params is not None:
     items['ema_params'] = state.ema_params
@@ -80,11 +88,14 @@ class Checkpointer:
       a TrainState, or None if there is no checkpoint.
 
     Raises:
-      UserError: the checkpoint is of another model (first differences).
+      UserError: the checkpoint is of another model (first differences), or
+        there are checkpoints and none can be read.
     """
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    wanted = _items(state)
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
       try:
-        return self._restore_step(step, state)
+        out = self._restore_step(step, wanted)
       except errors.UserError:
         raise
       except Exception as e:  # Whatever a damaged file makes Orbax raise.
@@ -96,21 +107,26 @@ class Checkpointer:
         if jax.process_index() == 0:
           os.rename(os.path.join(self._root, str(step)), aside)
         self._manager.reload()
+        continue
+      return state.replace(
+          step=jnp.asarray(step, jnp.int32), params=out['params'],
+          model_state=out.get('model_state') or {},
+          opt_state=out['opt_state']['optimizer'],
+          ema_params=out.get('ema_params'),
+          rng=jax.random.wrap_key_data(out['opt_state']['rng']),
+          bad_steps=out['opt_state']['bad_steps'])
+    if steps:
+      raise errors.UserError(
+          f'checkpoint: none of {len(steps)} in {self._root!r} can be read; '
+          'they were set aside beside it, run again to start from step 0')
     return None
 
-  def _restore_step(self, step, state):
-    wanted = _items(state)
+  def _restore_step(self, step, wanted):
+    """The items of a step, in the shapes and shardings of `wanted`."""
     for name, tree in wanted.items():
       _check_tree(os.path.join(self._root, str(step)), name, tree)
-    out = self._manager.restore(step, args=ocp.args.Composite(
+    return self._manager.restore(step, args=ocp.args.Composite(
         **{k: ocp.args.StandardRestore(v) for k, v in wanted.items()}))
-    return state.replace(
-        step=jnp.asarray(step, jnp.int32), params=out['params'],
-        model_state=out.get('model_state') or {},
-        opt_state=out['opt_state']['optimizer'],
-        ema_params=out.get('ema_params'),
-        rng=jax.random.wrap_key_data(out['opt_state']['rng']),
-        bad_steps=out['opt_state']['bad_steps'])
 
 
 def write(workdir, params, model_state, meta):
