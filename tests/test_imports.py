@@ -113,6 +113,16 @@ def test_extras_are_imported_where_used():
   assert not wrong
 
 
+def test_tensorflow_is_imported_where_used():
+  """So that a wrong config fails, and a prediction is made, without it."""
+  wrong = [f'{f.relative_to(REPO)} imports {name}'
+           for f in PACKAGE.rglob('*.py') for name, top in imports(f)
+           if top and name.split('.')[0] in ('tensorflow',
+                                             'tensorflow_datasets')
+           and f.parent.name != 'datasets' and f.name != 'prepare.py']
+  assert not wrong
+
+
 def test_no_flags_are_defined_at_import():
   wrong = []
   for f in PACKAGE.rglob('*.py'):

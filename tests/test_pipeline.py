@@ -118,7 +118,6 @@ config = dict(buckets=t.BUCKETS, threads=int(sys.argv[1]))
 p = t.make(t.mixture(), config=config)
 ahead = p.iterate(3)
 print(*[t.digest(next(ahead)[1]) for _ in range(4)])
-# The iterator is alive, and reading ahead, when the process ends.
 '''
 
 
@@ -146,6 +145,62 @@ def test_a_batch_depends_on_seed_and_step_alone(open_):
   assert len({digest(b) for b in first}) == 12
   other = open_(mixture(), config=dict(buckets=BUCKETS), seed=1)
   assert all(digest(other.batch(t)) != digest(first[t]) for t in range(12))
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_dataset_is_made_in_parts_of_batches(open_, monkeypatch, train):
+  """Parts of 3, 3 and 2 rows, several buckets, and tf.data's own tools."""
+  monkeypatch.setattr(pipeline, '_CHUNK', 3)
+  p = open_(mixture(), config=dict(buckets=BUCKETS, threads=3), train=train)
+  dataset = p.dataset(1)
+  assert dataset.element_spec['boxes'].shape == (8, 3, 4)
+  assert dataset.element_spec['image'].shape.as_list() == [8, None, None, 3]
+  count = p.num_batches or 9
+  batches = list(dataset.enumerate().take(count - 1).as_numpy_iterator())
+  assert len(batches) == count - 1
+  for t, batch in batches:
+    assert_equal(batch, p.batch(1 + t))  # t is numpy's
+
+
+EXITS = '''
+import os, signal, sys
+sys.path.insert(0, 'tests')
+import tensorflow
+import test_pipeline as t
+
+running = []
+for how in ['end', 'raise', 'exit'] * 3:
+  child = os.fork()  # A process of its own, for one import of TensorFlow.
+  if not child:
+    break
+  running.append((how, child))
+  if len(running) == 3:
+    for way, child in running:
+      _, status = os.waitpid(child, 0)
+      print(way, os.waitstatus_to_exitcode(status), flush=True)
+    running = []
+else:
+  sys.exit()
+p = t.make(t.mixture(), config=dict(buckets=t.BUCKETS, threads=2))
+batches, elements = p.iterate(), iter(p.dataset())
+next(elements)
+for n, _ in batches:
+  if n == 1:
+    signal.alarm(20)  # kills this process if it hangs
+    if how == 'raise':
+      raise ValueError('meant')
+    if how == 'exit':
+      sys.exit(3)
+    break
+# Both iterators are alive, and read ahead, when the process ends.
+'''
+
+
+def test_a_process_ends_under_a_living_iterator():
+  run = subprocess.run([sys.executable, '-c', EXITS], check=True, timeout=300,
+                       capture_output=True, text=True, cwd=REPO)
+  assert run.stdout.split('\n')[:-1] == ['end 0', 'raise 1', 'exit 3'] * 3, (
+      run.stderr)
 
 
 @pytest.mark.parametrize('train', [True, False])
@@ -373,6 +428,21 @@ def test_too_many_bad_records_end_the_run(open_):
       pass
 
 
+def test_errors_in_rows_arrive_as_they_are(open_, monkeypatch):
+  """And after the batches before them."""
+  p = open_(FakeSplit(16), batch_size=4, pp='decode|fit', train=False)
+  render = pipeline.ops_image.render
+  def broken(example, canvas):
+    if example['image_id'] == '9':
+      raise ZeroDivisionError('a bug in an op')
+    return render(example, canvas)
+  monkeypatch.setattr(pipeline.ops_image, 'render', broken)
+  batches = p.iterate()
+  assert [next(batches)[0] for _ in range(2)] == [0, 1]
+  with pytest.raises(ZeroDivisionError, match='a bug in an op'):
+    next(batches)
+
+
 def test_labels_are_checked_before_the_run(open_):
   splits = [(FakeSplit(5), 1.), (FakeSplit(5, label='cubes'), 1.)]
   p = open_(splits)
@@ -380,7 +450,7 @@ def test_labels_are_checked_before_the_run(open_):
   with pytest.raises(UserError, match=expected):
     p.check_labels()
   with pytest.raises(UserError, match=expected):
-    next(p.iterate())
+    list(zip(range(2), p.iterate()))
   open_(splits, pp='decode|fit|boxes(drop_unknown=True)').check_labels()
   open_(splits, pp='decode|fit').check_labels()
 

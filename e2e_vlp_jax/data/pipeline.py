@@ -6,13 +6,14 @@ from the row's seed: (seed, t, row), in evaluation (seed, example_id). Nothing
 depends on the number of hosts, threads or restarts: a host makes a
 contiguous range of the rows of the global batch.
 
-The ops plan (tokens, boxes, windows; some 0.2 ms an image), then a pool of
-threads renders the pixels of the batch outside the interpreter's lock, and
-`iterate` keeps a few batches ahead of the training. Why not tf.data: most of
-the work is small arrays, on which TensorFlow's ops cost 3 ms an image (2 CPU
-cores, 96x96 images), its antialiased resize takes three times as long as
-Pillow's, it buries errors, and an iterator over Python functions that is
-alive when the process ends can hang it.
+tf.data drives it: it asks for parts of batches from its own threads, puts
+them together in order and reads ahead. The rows themselves are made by numpy
+(the ops plan: tokens, boxes, windows) and Pillow (`ops_image.render`), not by
+TensorFlow's ops: most of the work is small arrays, and on two CPU cores a
+row of 96x96 takes 0.8 ms so, 3 ms with TensorFlow's ops. Being driven by
+tf.data costs 0.95 times (96x96) to 1.04 times (512x512) the CPU time of a
+pool of threads of our own; asked for row by row instead of _CHUNK rows a
+call, it would cost 1.5 times.
 
 Keys of a batch (B rows, bucket H x W, S texts of L tokens, M boxes, K
 attributes). Masks are True where VALID. What a record lacks is masked:
@@ -34,10 +35,10 @@ example_id       int64   [B]       for `Pipeline.record`; -1 padding
 image_size       int32   [B,2]     h, w of the original, upright
 valid            bool    [B]       False for padding and unreadable records
 """
-import collections
-from concurrent import futures
+import atexit
 import contextlib
 import functools
+import gc
 import itertools
 import logging
 import os
@@ -60,8 +61,8 @@ _DTYPES = {
 # A record of nothing, for rows of padding.
 _NOTHING = {'image': b'', 'height': 0, 'width': 0, 'texts': [],
             'objects': [], 'has_attributes': False}
-_AT_ONCE = 2  # batches in the making: one is planned, one is rendered
-_AHEAD = 3    # batches made or in the making before they are asked for
+_CHUNK = 16  # rows that tf.data asks for at once: a call has its price
+_AHEAD = 2  # finished batches that wait to be asked for
 _LABELS_CHECKED = 256  # records of a source that `check_labels` reads
 
 
@@ -70,7 +71,7 @@ class Pipeline:
 
   Args:
     data_config: `config.data`: dir, buckets, sentences, max_text, max_boxes,
-      max_attributes; optional threads (that render; 0 = as many as cores) and
+      max_attributes; optional threads (of tf.data; 0 = as many as cores) and
       max_bad_records (100; more unreadable records end the run).
     tokenizer: a `tokenizer.Tokenizer`.
     labels: a `label_space.LabelSpace`.
@@ -103,9 +104,7 @@ class Pipeline:
     self._rows = batch_size // host_count
     self._first_row = host_index * self._rows
     self._buckets = _checked_buckets(data_config)
-    self._makers = futures.ThreadPoolExecutor(_AT_ONCE)
-    self._renderers = futures.ThreadPoolExecutor(
-        data_config.get('threads', 0) or os.cpu_count())
+    self._threads = data_config.get('threads', 0) or os.cpu_count()
     self._max_bad = data_config.get('max_bad_records', 100)
     self.bad_records = set()
 
@@ -130,9 +129,11 @@ class Pipeline:
                        for s in self._splits]
 
     members = [_bucket_members(s.index, self._buckets) for s in self._splits]
-    self._order = (order.TrainOrder(members, weights, batch_size, seed)
-                   if train else order.EvalOrder(members, batch_size))
-    self.num_batches = None if train else len(self._order)
+    rows = (order.TrainOrder(members, weights, batch_size, seed) if train
+            else order.EvalOrder(members, batch_size))
+    self.num_batches = None if train else len(rows)
+    # The parts of a batch ask for the same thing, one after the other.
+    self._order = functools.lru_cache(64)(rows)
 
     ops = {name: kwargs for name, _, kwargs in builder.parse(pp)}
     self._reads_text, self._swaps_text = 'text' in ops, 'itm' in ops
@@ -148,6 +149,10 @@ class Pipeline:
     if 'target' not in self._blank[0]:
       raise UserError(f'pp string {pp!r}: no fit, which makes the image of a '
                       'batch')
+    self._shapes = {k: np.shape(self._blank[0][k]) for k in _DTYPES
+                    if k in self._blank[0]}
+    same = self._buckets[0] if len(self._buckets) == 1 else (None, None)
+    self._shapes |= {'image': (*same, 3), 'image_mask': same}
 
   def batch(self, t):
     """This host's rows of batch t: dict of numpy arrays, see above.
@@ -156,28 +161,54 @@ class Pipeline:
       UserError: more than data.max_bad_records unreadable records, or a
         name that the label space lacks.
     """
-    return self._counted(self._make(t))
+    return self._counted(self._make(int(t), 0, self._rows))
+
+  def dataset(self, start=0):
+    """Batches start, start + 1, ... as a tf.data.Dataset of dicts.
+
+    In order, read ahead, endless in training; for tf.data's own tools.
+    Unlike `iterate` it does not count the unreadable records, and an error
+    in a row comes as one of TensorFlow's, with the error's text in it.
+    """
+    tf = _tensorflow()
+    parts = -(-self._rows // _CHUNK)  # of a batch
+
+    def make(number):
+      t, part = divmod(int(number), parts)
+      return list(self._make(t, part * _CHUNK, (part + 1) * _CHUNK).values())
+
+    def make_op(number):
+      values = tf.numpy_function(
+          make, [number], [_DTYPES[k] for k in self._shapes], stateful=False)
+      return {k: tf.ensure_shape(v, [None, *self._shapes[k]])
+              for k, v in zip(self._shapes, values)}
+
+    options = tf.data.Options()
+    options.deterministic = True
+    options.threading.private_threadpool_size = self._threads
+    stop = (np.iinfo(np.int64).max // parts if self._train
+            else self.num_batches)
+    return (tf.data.Dataset.range(start * parts, stop * parts)
+            .map(make_op, num_parallel_calls=self._threads)
+            .rebatch(self._rows, drop_remainder=True)
+            .prefetch(_AHEAD).with_options(options))
 
   def iterate(self, start=0):
-    """Yields (t, batch) for t = start, start + 1, ..., read ahead.
+    """Yields (t, batch) for t = start, start + 1, ..., from `dataset`.
 
-    Endless in training. Raises as `batch`.
+    Endless in training. The arrays are read-only. Raises as `batch`.
     """
-    steps = (itertools.count(start) if self._train else
-             range(start, self.num_batches))
-    ahead = collections.deque()
-    try:
-      for t in steps:
-        ahead.append((t, self._makers.submit(self._make, t)))
-        if len(ahead) > _AHEAD:
-          t, batch = ahead.popleft()
-          yield t, self._counted(batch.result())
-      while ahead:
-        t, batch = ahead.popleft()
-        yield t, self._counted(batch.result())
-    finally:
-      for _, batch in ahead:
-        batch.cancel()
+    failures = _tensorflow().errors.OpError
+    batches = self.dataset(start).as_numpy_iterator()
+    for t in itertools.count(start):
+      try:
+        batch = next(batches)
+      except StopIteration:
+        return
+      except failures:
+        self.batch(t)  # Fails as well, and says it without TensorFlow.
+        raise
+      yield t, self._counted(batch)
 
   def record(self, example_id):
     """The record behind an example_id, as `records.Split.get` returns it."""
@@ -205,30 +236,30 @@ class Pipeline:
 
   # From here on: how a batch is made.
 
-  def _make(self, t):
-    """This host's rows of batch t."""
+  def _make(self, t, start, stop):
+    """Rows start..stop of this host's rows of batch t."""
     bucket, sources, numbers = self._order(t)
     ids = np.where(numbers < 0, -1, self._offsets[sources] + numbers)
     read = functools.cache(lambda row: self._read(ids[row]))
     rows = []
-    for row in range(self._first_row, self._first_row + self._rows):
+    image = np.zeros((min(stop, self._rows) - start,
+                      *self._buckets[bucket], 3), np.uint8)
+    for row, canvas in enumerate(image, self._first_row + start):
+      blank = {**self._blank[bucket], 'example_id': ids[row]}
       record = read(row)
       if record is None:
-        rows.append({**self._blank[bucket], 'example_id': ids[row]})
+        rows.append(blank)
         continue
       seed = (t, row) if self._train else (int(ids[row]),)
-      rows.append(self._row(
+      made = self._row(
           ids[row], record, bucket, draws.fold(self._seed, 2, *seed),
           _partner_texts(row, ids, sources, read) if self._swaps_text else (),
-          self._has_boxes[sources[row]]))
-
-    image = np.zeros((self._rows, *self._buckets[bucket], 3), np.uint8)
-    for k, ok in enumerate(self._renderers.map(ops_image.render, rows, image)):
-      if not ok:
-        rows[k] = {**self._blank[bucket],
-                   **{n: rows[k][n] for n in ('example_id', 'image_size')}}
-    batch = {k: np.array([row[k] for row in rows], dtype)
-             for k, dtype in _DTYPES.items() if k in rows[0] and k != 'image'}
+          self._has_boxes[sources[row]])
+      if not ops_image.render(made, canvas):
+        made = {**blank, 'image_size': made['image_size']}
+      rows.append(made)
+    batch = {k: np.array([row[k] for row in rows], _DTYPES[k])
+             for k in self._shapes if k != 'image'}
     return {'image': image, **batch}
 
   def _row(self, example_id, record, bucket, seed=0, partner_texts=(),
@@ -288,6 +319,28 @@ class Pipeline:
   def _name(self, example_id):
     source, number = self._locate(example_id)
     return f'{self._names[source]} record {number}'
+
+
+@functools.cache
+def _tensorflow():
+  """TensorFlow, imported when it is first needed."""
+  import tensorflow as tf  # pylint: disable=g-import-not-at-top
+  with contextlib.suppress(RuntimeError):  # It is in use already.
+    tf.config.set_visible_devices([], 'GPU')  # They belong to JAX.
+  atexit.register(_empty_iterators, tf.data.Iterator)
+  return tf
+
+
+def _empty_iterators(kind):
+  """Frees what the tf.data iterators hold that are alive at exit.
+
+  Python could not be taken down under one that reads ahead: it waits for
+  TensorFlow's threads, and they wait for Python's lock. Who holds them (a
+  generator, the traceback of an error) is left with an empty object.
+  """
+  for thing in gc.get_objects():
+    if issubclass(type(thing), kind):
+      vars(thing).clear()
 
 
 def _partner_texts(row, ids, sources, read):
