@@ -68,7 +68,7 @@ def test_hundred_coco_captions_equal_coco_caption(compact):
                                atol=TOLERANCE, err_msg=name)
 
 
-def test_nlg_eval_example(compact):
+def test_nlg_eval_example(record_property, compact):
   published = compact['nlg_eval']
   overall, _ = caption_metrics.caption_metrics(published['candidates'],
                                                published['references'])
@@ -77,6 +77,9 @@ def test_nlg_eval_example(compact):
                                              [single['refs']])
   for name in overall:
     theirs = name.replace('BLEU', 'Bleu_')
+    record_property('parity', (
+        f'Captions, nlg-eval\'s example: {name}', 'published in its README',
+        abs(overall[name] - published['overall'][theirs]), 1e-5))
     assert overall[name] == pytest.approx(published['overall'][theirs],
                                           abs=1e-5), name
     assert alone[name] == pytest.approx(single[theirs], abs=1e-5), name
@@ -84,7 +87,7 @@ def test_nlg_eval_example(compact):
 
 @pytest.mark.parametrize('name', ['vinvl_base_val2017',
                                   'fakecap_val2017_overlap'])
-def test_goldens_from_raw_strings(shared, name):
+def test_goldens_from_raw_strings(record_property, shared, name):
   references = collections.defaultdict(list)
   for a in read(shared / 'data' / 'text' / 'coco_captions_val2017.json.gz'
                 )['annotations']:
@@ -102,6 +105,9 @@ def test_goldens_from_raw_strings(shared, name):
   print(f'{len(ids)} images in {time.time() - start:.1f} s')
   for key, value in overall.items():
     theirs = key.replace('BLEU', 'Bleu_')
+    record_property('parity', (
+        f'Captions, {name}, {len(ids)} images: {key}', 'pycocoevalcap 1.2',
+        abs(value - expected[theirs]), TOLERANCE))
     assert value == pytest.approx(expected[theirs], abs=TOLERANCE), key
     if theirs in expected_each:
       np.testing.assert_allclose(per_image[key], expected_each[theirs],
