@@ -195,6 +195,7 @@ def train(config, workdir):
       if at_eval:
         evaluate(state, final=False)
         clock, since, waited = time.perf_counter(), step, 0.
+  stop.release()
   evaluate(state, final=True)
   saver.wait()
   monitor.close()
@@ -206,8 +207,13 @@ class _StopSignal:
 
   def __init__(self):
     self.requested, self.exit_code = False, 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._handle)
+    self._before = {number: signal.signal(number, self._handle)
+                    for number in (signal.SIGTERM, signal.SIGINT)}
+
+  def release(self):
+    """Gives the signals back to whoever called us (a notebook, say)."""
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
   def _handle(self, number, frame):
     if self.requested and number == signal.SIGINT:
