@@ -195,9 +195,9 @@ def train(config, workdir):
       if at_eval:
         evaluate(state, final=False)
         clock, since, waited = time.perf_counter(), step, 0.
+  saver.wait()
   stop.release()
   evaluate(state, final=True)
-  saver.wait()
   monitor.close()
   return metrics
 
