@@ -19,8 +19,11 @@ import safetensors.numpy
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import convert
 from e2e_vlp_jax import evaluate
+from e2e_vlp_jax import models
 from e2e_vlp_jax import predict
 from e2e_vlp_jax import train
+from e2e_vlp_jax.data import load_vocabularies
+from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.weights import io as weights_io
 from e2e_vlp_jax.weights import mapping
@@ -60,8 +63,6 @@ def load_config(name):
 def published(source, config, classes=6, vocabulary=75):
   """{published name: seeded tensor} of a small model."""
   sizes = dict(vocab_size=vocabulary, num_classes=classes, num_attributes=0)
-  from e2e_vlp_jax import models  # pylint: disable=import-outside-toplevel
-  from e2e_vlp_jax.data import synthetic  # pylint: disable=import-outside-toplevel
   model = models.build(config, **sizes)
   batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
   shapes = parity.flat(jax.eval_shape(
@@ -263,7 +264,6 @@ def test_predict_evaluate_and_train_accept_it(converted, tmp_path,
 def test_published_detr_label_space():
   """91 classes with holes: the config that fits the published files."""
   config = cli.load_config(f'{BASE}:detr', [('data.labels', 'coco91')])
-  from e2e_vlp_jax.data import load_vocabularies  # pylint: disable=import-outside-toplevel
   _, labels = load_vocabularies(config.data)
   _, coco = load_vocabularies(cli.load_config(f'{BASE}:detr').data)
   assert len(labels.classes) == 91

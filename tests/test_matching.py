@@ -11,6 +11,7 @@ import scipy.optimize
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.objectives import detection
 from e2e_vlp_jax.ops import matching
+from tests import parity
 
 SEED = 11
 SHAPES = ((5, 5), (12, 7), (30, 30), (100, 20))  # queries, targets
@@ -63,7 +64,6 @@ def test_optimal_on_1000_problems(record_property, shape):
     assert len(set(i)) == len(i) and i.min() >= 0 and i.max() < shape[0]
     want = best(c, m)
     worst = max(worst, abs(ours(c, m, i) - want) / max(1, abs(want)))
-  from tests import parity  # pylint: disable=import-outside-toplevel
   parity.note(record_property,
               f'Matching, 250 problems of {shape[0]} queries and up to '
               f'{shape[1]} targets: cost', 'scipy linear_sum_assignment',
