@@ -1,5 +1,5 @@
 """Output heads. Each is a small module; logits are float32."""
-from typing import Any
+from typing import Any, Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,18 +25,20 @@ class Detection(nn.Module):
 
 
 class MaskedLM(nn.Module):
-  """BERT's masked-LM head: dense, GELU, LayerNorm, tied output, bias."""
+  """BERT's masked-LM head: dense, GELU, LayerNorm, output layer, bias."""
   vocab_size: int
   width: int
   act: str = 'gelu'
   epsilon: float = 1e-12
   dtype: Any = jnp.float32
+  kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(self, x, attend):
-    """x: [..., D]; attend: the tied output layer -> [..., V] logits."""
+    """x: [..., D]; attend: the output layer -> [..., V] logits."""
     x = layers.activation(self.act)(
-        nn.Dense(self.width, dtype=self.dtype, name='dense')(x))
+        nn.Dense(self.width, dtype=self.dtype, name='dense',
+                 kernel_init=self.kernel_init)(x))
     x = layers.LayerNorm(self.epsilon, name='norm')(x)
     bias = self.param('bias', nn.initializers.zeros, (self.vocab_size,))
     return attend(x) + bias

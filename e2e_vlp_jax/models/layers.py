@@ -23,13 +23,18 @@ def activation(name: str) -> Callable[[Array], Array]:
           'gelu': lambda x: jax.nn.gelu(x, approximate=False)}[name]
 
 
+def wide(x: Array) -> Any:
+  """The type in which to sum what is of x's type: at least float32."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
 class LayerNorm(nn.Module):
   """LayerNorm over the last axis, computed in float32 (torch eps 1e-5)."""
   epsilon: float = 1e-5
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    norm = nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name='norm')
+    norm = nn.LayerNorm(epsilon=self.epsilon, dtype=wide(x), name='norm')
     return norm(x).astype(x.dtype)
 
 
@@ -38,20 +43,21 @@ def attention(query: Array, key: Array, value: Array, bias: Optional[Array],
   """Softmax attention.
 
   Args:
-    query: [B, T, H, D/H].
-    key, value: [B, N, H, D/H].
-    bias: added to the logits; broadcasts to [B, H, T, N].
+    query: [..., T, H, D/H].
+    key, value: [..., N, H, D/H].
+    bias: added to the logits; broadcasts to [..., H, T, N].
     dropout: applied to the attention weights.
 
   Returns:
-    [B, T, H, D/H].
+    [..., T, H, D/H].
   """
-  logits = jnp.einsum('bthd,bnhd->bhtn', query / math.sqrt(query.shape[-1]),
-                      key, preferred_element_type=jnp.float32)
+  logits = jnp.einsum('...thd,...nhd->...htn',
+                      query / math.sqrt(query.shape[-1]), key,
+                      preferred_element_type=wide(query))
   if bias is not None:
     logits = logits + bias
   weights = dropout(jax.nn.softmax(logits).astype(value.dtype))
-  return jnp.einsum('bhtn,bnhd->bthd', weights, value)
+  return jnp.einsum('...htn,...nhd->...thd', weights, value)
 
 
 def mask_bias(mask: Array) -> Array:
@@ -68,19 +74,20 @@ class MultiHeadAttention(nn.Module):
   heads: int
   dropout: float = 0.
   dtype: Any = jnp.float32
+  kernel_init: Callable[..., Array] = nn.initializers.xavier_uniform()
 
   @nn.compact
   def __call__(self, query, key, value, bias=None, train=False):
     """[B, T, D], [B, N, D], [B, N, D], bias to [B, H, T, N] -> [B, T, D]."""
     def project(name, x):
       x = nn.Dense(self.width, dtype=self.dtype, name=name,
-                   kernel_init=nn.initializers.xavier_uniform())(x)
+                   kernel_init=self.kernel_init)(x)
       return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
     drop = nn.Dropout(self.dropout, deterministic=not train)
     y = attention(project('query', query), project('key', key),
                   project('value', value), bias, drop)
     return nn.Dense(self.width, dtype=self.dtype, name='out',
-                    kernel_init=nn.initializers.xavier_uniform())(
+                    kernel_init=self.kernel_init)(
                         y.reshape(*y.shape[:2], self.width))
 
 
@@ -91,12 +98,12 @@ class FeedForward(nn.Module):
   dropout: float = 0.
   act: str = 'relu'
   dtype: Any = jnp.float32
+  kernel_init: Callable[..., Array] = nn.initializers.xavier_uniform()
 
   @nn.compact
   def __call__(self, x, train=False):
-    dense = lambda n, name: nn.Dense(
-        n, dtype=self.dtype, name=name,
-        kernel_init=nn.initializers.xavier_uniform())
+    dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
+                                     kernel_init=self.kernel_init)
     x = activation(self.act)(dense(self.hidden, 'in')(x))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return dense(self.width, 'out')(x)
@@ -290,9 +297,12 @@ class TextEmbedding(nn.Module):
     self.norm = LayerNorm(self.epsilon)
     self.drop = nn.Dropout(self.dropout)
 
-  def __call__(self, ids: Array, train: bool = False) -> Array:
-    """[..., L] token ids -> [..., L, D]."""
-    x = self.words(ids) + self.positions(jnp.arange(ids.shape[-1]))
+  def __call__(self, ids: Array, train: bool = False,
+               positions: Optional[Array] = None) -> Array:
+    """[..., L] token ids and their positions (0, 1, ...) -> [..., L, D]."""
+    if positions is None:
+      positions = jnp.arange(ids.shape[-1])
+    x = self.words(ids) + self.positions(positions)
     if self.types:
       x = x + self.token_types(jnp.zeros((), jnp.int32))
     x = self.norm(x).astype(self.dtype)
