@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2e_vlp_jax import errors
+
 Array = jax.Array
 # Added to the logits of masked positions. Finite, so that a row without any
 # valid key (an all-padding example) stays finite instead of becoming NaN.
@@ -119,6 +121,8 @@ class EncoderLayer(nn.Module):
   act: str = 'relu'
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
+  # Between the two layers of the feed-forward; None = `dropout`, as DETR.
+  inner_dropout: Optional[float] = None
 
   @nn.compact
   def __call__(self, x, pos, bias, train=False, last=0):
@@ -137,8 +141,9 @@ class EncoderLayer(nn.Module):
     norm = lambda name: LayerNorm(self.epsilon, name=name)
     attend = MultiHeadAttention(self.width, self.heads, self.dropout,
                                 self.dtype, name='self_attention')
-    feed = FeedForward(self.width, self.ffn, self.dropout, self.act,
-                       self.dtype, name='ffn')
+    inner = self.dropout if self.inner_dropout is None else self.inner_dropout
+    feed = FeedForward(self.width, self.ffn, inner, self.act, self.dtype,
+                       name='ffn')
     def self_attention(y):
       q = y if pos is None else y + pos
       return drop(attend(q[:, -last:], q, y, bias, train))
@@ -161,6 +166,7 @@ class Encoder(nn.Module):
   epsilon: float = 1e-5
   remat: bool = False
   dtype: Any = jnp.float32
+  inner_dropout: Optional[float] = None
 
   @nn.compact
   def __call__(self, x, pos, mask, train=False, last=0):
@@ -174,7 +180,8 @@ class Encoder(nn.Module):
     bias = mask_bias(mask)[:, None, None, :]
     for i in range(self.layers):
       x = layer(self.width, self.heads, self.ffn, self.dropout, self.pre_norm,
-                self.act, self.epsilon, self.dtype, name=f'layer{i}')(
+                self.act, self.epsilon, self.dtype, self.inner_dropout,
+                name=f'layer{i}')(
                     x, pos, bias, train,
                     last if i == self.layers - 1 else 0)
     if self.pre_norm:
@@ -301,6 +308,11 @@ class TextEmbedding(nn.Module):
                positions: Optional[Array] = None) -> Array:
     """[..., L] token ids and their positions (0, 1, ...) -> [..., L, D]."""
     if positions is None:
+      if ids.shape[-1] > self.max_length:
+        raise errors.UserError(
+            f'data.max_text: texts of {ids.shape[-1]} tokens for '
+            f'model.max_text: {self.max_length} positions; expected '
+            'data.max_text <= model.max_text')
       positions = jnp.arange(ids.shape[-1])
     x = self.words(ids) + self.positions(positions)
     if self.types:

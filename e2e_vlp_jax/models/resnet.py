@@ -30,7 +30,8 @@ class BatchNorm(nn.Module):
   epsilon: float = 1e-5
 
   @nn.compact
-  def __call__(self, x, train=False):
+  def __call__(self, x, train=False, copies=1):
+    """x [B, H, W, C]; `copies`: the batch is counted as so many of itself."""
     c = x.shape[-1]
     init = (nn.initializers.zeros if self.zero_init and not self.frozen
             else nn.initializers.ones)
@@ -48,7 +49,7 @@ class BatchNorm(nn.Module):
     m, v = y.mean((0, 1, 2)), y.var((0, 1, 2))
     if not self.is_initializing() and self.is_mutable_collection(
         'batch_stats'):
-      n = x.size // c
+      n = copies * x.size // c
       a = self.momentum
       mean.value = (1 - a) * mean.value + a * m
       var.value = (1 - a) * var.value + a * v * (n / max(n - 1, 1))
@@ -112,6 +113,8 @@ class ResNet(nn.Module):
     mask_padding: zero the padded cells before every convolution that would
       see them, so that features do not depend on the canvas that an image
       lies on. Without it they do, as in DETR (its issues 63 and 217).
+    stem, width: channels of the stem and of layer1's blocks, 64 in every
+      published ResNet.
     remat: recompute each block in the backward pass.
   """
   depth: int = 50
@@ -120,6 +123,8 @@ class ResNet(nn.Module):
   dilated: bool = False
   out_stages: Tuple[int, ...] = (4,)
   mask_padding: bool = True
+  stem: int = 64
+  width: int = 64
   remat: bool = False
   dtype: Any = jnp.float32
 
@@ -139,7 +144,7 @@ class ResNet(nn.Module):
     frozen = lambda stage: stage < self.frozen_stages
     stop = lambda y, stage: (jax.lax.stop_gradient(y)
                              if stage == self.frozen_stages - 1 else y)
-    x = nn.Conv(64, (7, 7), (2, 2), [(3, 3)] * 2, use_bias=False,
+    x = nn.Conv(self.stem, (7, 7), (2, 2), [(3, 3)] * 2, use_bias=False,
                 dtype=self.dtype, name='conv1',
                 kernel_init=nn.initializers.variance_scaling(
                     2., 'fan_out', 'normal'))(x.astype(self.dtype))
@@ -156,7 +161,7 @@ class ResNet(nn.Module):
         stride = 2 if i == 0 and stage > 1 and not last_dilated else 1
         # torchvision dilates a dilated stage's blocks after the first one.
         dilation = 2 if last_dilated and i > 0 else 1
-        x = block(64 * 2**(stage - 1), BOTTLENECK[self.depth], stride,
+        x = block(self.width * 2**(stage - 1), BOTTLENECK[self.depth], stride,
                   dilation, self.frozen_bn or frozen(stage), self.dtype,
                   name=f'layer{stage}_{i}')(x, train, mask)
       x = stop(x, stage)
