@@ -1,0 +1,93 @@
+"""A config, its model and a mesh -> the state and the jitted steps of a run.
+
+Training runs them, preflight compiles them for machines that are not there,
+benchmark times them: one place puts them together, so that all three mean
+the same program.
+"""
+import jax
+
+from e2e_vlp_jax import objectives as objectives_lib
+from e2e_vlp_jax.training import optim
+from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import sharding
+from e2e_vlp_jax.training import train_step
+
+
+class Assembly:
+  """What a config trains. Making one touches no device.
+
+  Args:
+    config: whole config.
+    model: from `models.build`.
+    mesh: from `sharding.make_mesh`; its devices need not be attached.
+    example: a batch of any size (only shapes and types matter).
+
+  Attributes:
+    stages: from `run.stages`.
+    objectives: a stage's {name: (weight, objective)}, in the stages' order.
+    requests: what all stages ask of the model.
+    shapes: TrainState of ShapeDtypeStructs.
+    shardings: TrainState of NamedShardings.
+
+  Raises:
+    UserError: whatever of the config does not fit together.
+  """
+
+  def __init__(self, config, model, mesh, example):
+    self.config, self.model, self.mesh, self._example = (
+        config, model, mesh, example)
+    self.stages = run.stages(config)
+    self.objectives = [
+        objectives_lib.build(config, mesh, sharding.BATCH_AXES,
+                             stage.objectives) for stage in self.stages]
+    self.requests = objectives_lib.requests(
+        {f'{i}/{k}': v for i, built in enumerate(self.objectives)
+         for k, v in built.items()})
+    self.shapes = jax.eval_shape(self._init)
+    self.shardings = train_step.state_shardings(
+        self.shapes, mesh, tuple(config.sharding_rules))
+
+  def schedule(self, stage):
+    """Learning rate as a function of the steps since the stage's start."""
+    return optim.make_schedule(stage.optim, stage.end, stage.start)
+
+  def optimizer(self, stage, params=None):
+    """The stage's optax transformation."""
+    return optim.make_optimizer(
+        self.config.optim, self.shapes.params if params is None else params,
+        self.schedule(stage))
+
+  def _init(self):
+    return train_step.init_state(
+        self.model, lambda params: self.optimizer(self.stages[0], params),
+        self._example, self.requests, self.config.seed,
+        ema=self.config.ema_decay > 0)
+
+  def init(self):
+    """A fresh TrainState, every array born on the devices that keep it."""
+    return jax.jit(self._init, out_shardings=self.shardings)()
+
+  def step(self, index=-1):
+    """The jitted (state, batch) -> (state, metrics) of a stage; -1: the last.
+
+    The state that is passed in is consumed.
+    """
+    function = train_step.make_train_step(
+        self.model, self.objectives[index],
+        self.optimizer(self.stages[index]),
+        accumulate=self.config.accumulate, ema_decay=self.config.ema_decay)
+    return jax.jit(function, donate_argnums=0,
+                   out_shardings=(self.shardings, None))
+
+  def state_target(self):
+    """`shapes` with their shardings: to restore into, or to compile for."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        self.shapes, self.shardings)
+
+  def batch_target(self, batch_size):
+    """Shapes and shardings of a global batch like the example."""
+    where = sharding.batch_sharding(self.mesh)
+    return {k: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype,
+                                    sharding=where)
+            for k, x in self._example.items()}

@@ -1,0 +1,102 @@
+"""Accelerators: memory, peak rates, and the slices that TPUs come in.
+
+TPU figures are Google Cloud's ("TPU v4", "v5e", "v5p", "v6e",
+docs.cloud.google.com/tpu/docs): peak bf16 FLOP/s, HBM bandwidth, slices, and
+the interconnect of a chip in one direction, all links together (half of the
+bidirectional figure of those pages; v4: 6 links of 50 GB/s, Jouppi et al.
+2023). GPU figures are NVIDIA's data sheets for the SXM part: dense bf16
+without sparsity, NVLink in one direction.
+"""
+from typing import NamedTuple
+
+import jax
+
+from e2e_vlp_jax import errors
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """One accelerator. None: not known, or no such thing.
+
+  Attributes:
+    name: for people.
+    kind: how jax's `device_kind` begins.
+    hbm: bytes that a program may have.
+    flops: peak dense bfloat16 FLOP/s.
+    hbm_bandwidth, ici_bandwidth: bytes/s.
+  """
+  name: str
+  kind: str
+  hbm: float
+  flops: float = None
+  hbm_bandwidth: float = None
+  ici_bandwidth: float = None
+
+
+TPUS = {
+    'v4': Chip('TPU v4', 'TPU v4', 32 * GIB, 275e12, 1200e9, 300e9),
+    'v5e': Chip('TPU v5e', 'TPU v5 lite', 16 * GIB, 197e12, 819e9, 200e9),
+    'v5p': Chip('TPU v5p', 'TPU v5', 95 * GIB, 459e12, 2765e9, 600e9),
+    'v6e': Chip('TPU v6e', 'TPU v6 lite', 32 * GIB, 918e12, 1638e9, 400e9),
+}
+GPUS = (
+    Chip('H200', 'NVIDIA H200', 141e9, 989e12, 4800e9, 450e9),
+    Chip('H100', 'NVIDIA H100', 80e9, 989e12, 3350e9, 450e9),
+    Chip('A100 80GB', 'NVIDIA A100-SXM4-80GB', 80e9, 312e12, 2039e9, 300e9),
+    Chip('A100 40GB', 'NVIDIA A100-SXM4-40GB', 40e9, 312e12, 1555e9, 300e9),
+    Chip('L4', 'NVIDIA L4', 24e9, 121e12, 300e9),
+)
+_FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8',
+          '8x8x8', '8x8x16', '8x16x16', '16x16x16')
+SLICES = {'v4': _CUBES, 'v5e': _FLAT, 'v5p': _CUBES, 'v6e': _FLAT}
+LOCAL = 'local'
+
+
+def of_device(device):
+  """The `Chip` of an attached jax device; memory from the device itself."""
+  known = [c for c in (*GPUS, *sorted(TPUS.values(), key=lambda c: c.kind,
+                                      reverse=True))
+           if device.device_kind.startswith(c.kind)]
+  chip = known[0] if known else Chip(device.device_kind, '', None)
+  limit = (device.memory_stats() or {}).get('bytes_limit')
+  return chip._replace(hbm=limit) if limit else chip
+
+
+def slices():
+  """Every topology that `devices` takes, as 'v5e:2x2'."""
+  return [f'{chip}:{shape}' for chip, shapes in SLICES.items()
+          for shape in shapes]
+
+
+def devices(topology):
+  """('v5e:4x4' | 'local') -> (Chip, its devices), attached or not.
+
+  Raises:
+    UserError: an unknown topology; no libtpu to compile for one with.
+  """
+  if topology == LOCAL:
+    return of_device(jax.devices()[0]), jax.devices()
+  if topology not in slices():
+    raise errors.UserError(
+        f'--topology: no {topology!r}'
+        + errors.nearest(topology, [*slices(), LOCAL]) + '; there are '
+        + '; '.join(f'{c}: {" ".join(s)}' for c, s in SLICES.items())
+        + f'; and {LOCAL!r}: the devices of this machine')
+  from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
+  chip, shape = topology.split(':')
+  # Without it libtpu lays out whole hosts, of more chips than the slice has.
+  sides = [int(n) for n in shape.split('x')] + [1]
+  options = {}
+  if sides[0] * sides[1] * sides[2] < 4:
+    options['chips_per_host_bounds'] = sides[:3]
+  try:
+    found = topologies.get_topology_desc(topology, 'tpu', **options).devices
+  except RuntimeError as e:
+    if 'not installed' not in str(e):
+      raise
+    raise errors.UserError(
+        '--topology: compiling for a TPU that is not there needs libtpu '
+        "(700 MB): pip install 'e2e_vlp_jax[preflight]'") from e
+  return TPUS[chip], found

@@ -1,0 +1,194 @@
+"""What a step costs, read from the program itself.
+
+FLOPs come from the jaxpr: XLA's own analysis counts the body of a loop once,
+however often it runs, and sees no more than one chip's part. Collectives
+come from the text of the compiled program: only the compiler knows them.
+"""
+import math
+import re
+from typing import NamedTuple
+
+import jax
+from jax.interpreters import partial_eval as pe
+
+
+# --- FLOPs ------------------------------------------------------------------
+def flops(jaxpr):
+  """FLOPs of matrix products and convolutions: 2 a multiply-add.
+
+  Scans count as often as they run and what is recomputed counts again, as
+  executed. Elementwise work and reductions are left out, as is usual; so is
+  what XLA will drop because nothing reads it. A while loop's body counts
+  once: no jaxpr says how often it runs (ours, the matching, multiplies
+  nothing).
+
+  Args:
+    jaxpr: ClosedJaxpr of the whole, global computation.
+  """
+  live, _ = pe.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+  return _flops(live)
+
+
+def _flops(jaxpr):
+  return sum(_equation(e) for e in jaxpr.eqns)
+
+
+def _equation(eqn):
+  name, params = eqn.primitive.name, eqn.params
+  if name == 'dot_general':
+    (contract, _), _ = params['dimension_numbers']
+    shape = eqn.invars[0].aval.shape
+    return 2. * eqn.outvars[0].aval.size * math.prod(
+        shape[d] for d in contract)
+  if name == 'conv_general_dilated':
+    # The kernel's positions and its input features make one output value. Of
+    # an input with holes (the gradient of a strided convolution) only the
+    # part that is there is multiplied; padding counts as if it were pixels.
+    kernel = eqn.invars[1].aval.shape
+    _, features, *space = params['dimension_numbers'].rhs_spec
+    taps = kernel[features] * math.prod(kernel[d] for d in space)
+    return 2. * eqn.outvars[0].aval.size * taps / math.prod(
+        params['lhs_dilation'])
+  if name == 'cond':
+    return max(_flops(b.jaxpr) for b in params['branches'])
+  times = params['length'] if name == 'scan' else 1
+  if name == 'shard_map':  # Its body is what one device does.
+    times = math.prod(params['mesh'].shape[a] for a in params['manual_axes'])
+  return times * sum(_flops(j) for j in _inner(params))
+
+
+def _inner(params):
+  """The jaxprs among an equation's parameters."""
+  for value in params.values():
+    for x in value if isinstance(value, (tuple, list)) else (value,):
+      if hasattr(x, 'jaxpr'):
+        x = x.jaxpr
+      if hasattr(x, 'eqns'):
+        yield x
+
+
+# --- Collectives ------------------------------------------------------------
+class Collective(NamedTuple):
+  """A collective operation of a compiled program.
+
+  Attributes:
+    kind: 'all-reduce', 'all-gather', ...
+    bytes: of the larger of operand and result, on one chip.
+    group: chips that take part together.
+    times: how often a step runs it.
+    in_loop: inside a loop of unknown length (and then `times` is too low).
+  """
+  kind: str
+  bytes: int
+  group: int
+  times: int
+  in_loop: bool
+
+  @property
+  def traffic(self):
+    """Bytes that a chip must send each step, at least (ring algorithms)."""
+    share = (self.group - 1) / self.group
+    factor = {'all-reduce': 2 * share, 'collective-permute': 1.,
+              'collective-broadcast': 1.}.get(self.kind, share)
+    return factor * self.bytes * self.times
+
+
+_KINDS = ('all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|'
+          'collective-permute|collective-broadcast')
+_OPERATION = re.compile(
+    rf'= (?P<type>.*?)[\s)](?P<kind>{_KINDS})(?P<start>-start)?\(')
+_SHAPE = re.compile(r'\b(pred|bf16|c64|c128|[suf]\d+)(?:e\w+)?\[([\d,]*)\]')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+)[^=]*\{\s*$')
+_CALLED = re.compile(
+    r'\b(body|condition|calls|to_apply|true_computation|false_computation)='
+    r'%?([\w.\-]+)|branch_computations=\{([^}]*)\}')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])')
+
+
+def collectives(hlo):
+  """[Collective] of `compiled.as_text()`, each with how often it runs."""
+  parts = re.search(r'num_partitions=(\d+)', hlo)
+  replicas = re.search(r'replica_count=(\d+)', hlo)
+  everyone = int((parts or replicas or [0, 1])[1])
+  bodies, entry = _computations(hlo)
+  found = []
+
+  def visit(name, times, in_loop):
+    for line in bodies.get(name, ()):
+      match = _OPERATION.search(line)
+      if match:
+        found.append(_collective(match, line, everyone, times, in_loop))
+      loop = re.search(r'\bwhile\(', line)
+      if re.search(r'-(done|update)\(', line):
+        continue  # Its start was counted.
+      trips = _TRIPS.search(line)
+      for key, called, branches in _CALLED.findall(line):
+        for inner in [called] if called else branches.split(','):
+          inside = loop and key in ('body', 'condition')
+          visit(inner.strip().lstrip('%'),
+                times * (int(trips[1]) if inside and trips else 1),
+                in_loop or bool(inside and not trips))
+  visit(entry, 1, False)
+  return [c for c in found if c.group > 1]
+
+
+def _computations(hlo):
+  """({computation: its lines}, the entry computation's name)."""
+  bodies, entry, lines = {}, None, []
+  for line in hlo.splitlines():
+    match = None if line.startswith(' ') else _COMPUTATION.match(line)
+    if match:
+      lines = bodies.setdefault(match[2], [])
+      if match[1]:
+        entry = match[2]
+    else:
+      lines.append(line)
+  return bodies, entry
+
+
+def _collective(match, line, everyone, times, in_loop):
+  sizes = [_bytes(*shape) for shape in _SHAPE.findall(match['type'])]
+  if match['start'] and match['kind'] != 'all-reduce':
+    # (operands, results): an asynchronous start names both.
+    sizes = [s for s in sizes if s > 4] if len(sizes) > 2 else sizes
+    sizes = sizes[len(sizes) // 2:]
+  groups = _GROUPS.search(line)
+  group = everyone
+  if groups:
+    group = int(groups[2]) if groups[2] else len(groups[1].split(','))
+  total = sum(sizes)
+  if match['kind'] == 'reduce-scatter':
+    total *= group
+  return Collective(match['kind'], int(total), group, times, in_loop)
+
+
+def _bytes(kind, dims):
+  bits = {'pred': 8, 'bf16': 16, 'c64': 64, 'c128': 128}.get(kind)
+  bits = bits or int(re.sub(r'\D', '', kind))
+  return math.prod(int(d) for d in dims.split(',') if d) * bits / 8
+
+
+# --- Memory -----------------------------------------------------------------
+def memory(compiled):
+  """Bytes on one chip: {'arguments', 'temporaries', 'peak'}.
+
+  Arguments are the state and the batch; what a step returns takes their
+  place (donated). The peak is all that must be there at once.
+  """
+  m = compiled.memory_analysis()
+  fixed = (m.argument_size_in_bytes + m.output_size_in_bytes
+           - m.alias_size_in_bytes + m.generated_code_size_in_bytes)
+  return {'arguments': m.argument_size_in_bytes,
+          'temporaries': m.temp_size_in_bytes,
+          'peak': fixed + m.temp_size_in_bytes}
+
+
+def bytes_per_chip(shapes, shardings):
+  """Bytes of a tree of ShapeDtypeStructs on each chip of its shardings."""
+  def one(x, s):
+    size = math.prod(s.shard_shape(x.shape)) if x.shape else 1
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return size * 8
+    return size * x.dtype.itemsize
+  return sum(jax.tree.leaves(jax.tree.map(one, shapes, shardings)))
