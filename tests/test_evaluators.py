@@ -176,14 +176,16 @@ def test_boxes_do_not_depend_on_the_padding(built):
                                atol=1e-3)
 
 
+@pytest.mark.parametrize('pp', [SEE, 'decode|squash|text'])
 @pytest.mark.parametrize('bucket', [(96, 96), (80, 70), (50, 64), (200, 131)])
 def test_one_image_is_prepared_as_the_pipeline_prepares_it(config, built,
-                                                           bucket):
+                                                           bucket, pp):
   config = config.copy_and_resolve_references()
   config.data.buckets = (bucket,)
+  config.samples.pp = pp
   predictor = predictor_lib.Predictor(
       built[0].model, config, built[0].tokenizer, built[0].labels)
-  pipeline = open_pipeline(config, predictor, SEE, 2)
+  pipeline = open_pipeline(config, predictor, pp, 2)
   batch = pipeline.batch(0)
   record = pipeline.record(batch['example_id'][1])
   one = predictor.batch_of(records.decode_image(record['image']),

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from e2e_vlp_jax.data import builder, draws, ops_image
+from e2e_vlp_jax.data import builder, draws, ops_image, ops_randaug
 from e2e_vlp_jax.data import tokenizer as tokenizer_lib
 from e2e_vlp_jax.data.label_space import LabelSpace
 from e2e_vlp_jax.errors import UserError
@@ -78,7 +78,8 @@ def test_strings_are_parsed_not_evaluated():
     ('decode.x', "'decode.x' is not an op"),
     ('decode + fit', 'is not an op'),
     ('flip(q=1)', 'flip: .*it takes swap_words, p'),
-    ('fit(1)', 'it takes no arguments'),
+    ('decode(1)', 'it takes no arguments'),
+    ('decode|fit(600)', r'fit\(limits=600\); expected \(long, short\)'),
 ])
 def test_bad_strings(build, pp, expected):
   with pytest.raises(UserError, match=expected):
@@ -93,6 +94,12 @@ def test_bad_strings(build, pp, expected):
     ('decode|text|flip(True)', 'flip must stand before text'),
     ('mlm', 'text must stand before mlm'),
     ('itm|text', 'text must stand before itm'),
+    ('squash', 'decode must stand before squash'),
+    ('decode|squash|random_crop', 'random_crop must stand before fit'),
+    ('randaug', 'decode must stand before randaug'),
+    ('decode|squash|randaug|boxes', 'boxes cannot follow'),
+    ('decode|squash|boxes|randaug', 'boxes cannot follow'),
+    ("decode|fit(resample='bicubik')", "did you mean 'bicubic'"),
 ])
 def test_wrong_order(build, pp, expected):
   with pytest.raises(UserError, match=expected):
@@ -182,6 +189,81 @@ def test_boxes_agree_with_pixels(build, texts):
         [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1], atol=1.1)
     seen += 1
   assert seen > 90 and len(windows) > 60
+
+
+@pytest.mark.parametrize('resample', ['bilinear', 'bicubic', 'opencv'])
+def test_boxes_agree_with_squashed_pixels(build, resample):
+  apply = build('decode|random_crop((.3, 1.))|flip'
+                f'|squash({resample!r})|boxes')
+  size, seen, windows = (50, 70), 0, set()
+  for seed in range(80):
+    rng = np.random.default_rng(seed)
+    y0, x0 = rng.integers(0, (30, 50))
+    y1, x1 = (y0, x0) + rng.integers(12, 20, 2)
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[y0:y1, x0:x1, 0] = 255
+    out = apply(example(
+        seed, size, (48, 40), pixels=pixels,
+        objects=[thing([y0 / 50, x0 / 70, y1 / 50, x1 / 70])]))
+    red = render(out)[..., 0] > 127
+    windows.add((*out['window'], out['flipped']))
+    assert out['image_mask'].all() and tuple(out['target']) == (48, 40)
+    if not out['box_mask'][0]:
+      assert red.sum() == 0
+      continue
+    cx, cy, w, h = out['boxes'][0] * [40, 48, 40, 48]
+    if min(w, h) < 2:
+      continue
+    rows, cols = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    np.testing.assert_allclose(
+        [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2],
+        [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1], atol=1.3)
+    seen += 1
+  assert seen > 60 and len(windows) > 70
+
+
+@pytest.mark.parametrize('size', [(480, 640), (30, 400), (500, 20)])
+def test_random_crop_is_torchvisions(build, size):
+  """Area and shape within their limits; the middle where they cannot be."""
+  apply = build('decode|random_crop')
+  shares, shapes, corners = [], [], set()
+  for seed in range(300):
+    out = apply({**example(seed, (2, 2)), 'height': size[0],
+                 'width': size[1]})
+    y, x, h, w = out['window']
+    assert 0 <= y and y + h <= size[0] and 0 <= x and x + w <= size[1]
+    shares.append(h * w / np.prod(size))
+    shapes.append(w / h)
+    corners.add((y, x))
+  assert .72 < min(shapes) and max(shapes) < 1.36
+  if size == (480, 640):
+    assert .49 < min(shares) < .55 and .85 < max(shares) < 1.01
+    assert len(corners) > 250 and min(shapes) < .85 and max(shapes) > 1.25
+  else:  # (30, 400) holds no window of half its area
+    assert len(corners) == 1
+    (y, x), = corners
+    assert abs((size[0] - h) / 2 - y) <= 1 and abs((size[1] - w) / 2 - x) <= 1
+
+
+def test_randaug_draws(build):
+  """Two changes with p=.5 each, all ten alike, both signs."""
+  apply = build('decode|squash|randaug')
+  counts, names, signs = collections.Counter(), collections.Counter(), set()
+  for seed in range(2000):
+    plan = apply(example(seed, (2, 2)))['augment']
+    counts[len(plan)] += 1
+    names.update(n for n, _ in plan)
+    signs |= {(n, np.sign(level)) for n, level in plan if level}
+  assert abs(counts[0] - 500) < 80 and abs(counts[2] - 500) < 80
+  assert set(names) == set(ops_randaug.NAMES) and len(names) == 10
+  assert all(140 < n < 260 for n in names.values()), names
+  assert len(signs) == 2 + 2 * 5  # factors are positive
+  pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+  pictures = set()
+  for seed in (3, 3, 4, 5, 6, 7):
+    out = apply(example(seed, pixels=pixels))
+    pictures.add(render(out).tobytes())
+  assert 2 <= len(pictures) <= 5  # seed 3 gives one picture, however often
 
 
 def test_scale_crop_is_detrs(build):

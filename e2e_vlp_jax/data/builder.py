@@ -16,10 +16,11 @@ import inspect
 import zlib
 
 from e2e_vlp_jax.data import (draws, ops_boxes, ops_image, ops_masking,
-                              ops_text)
+                              ops_randaug, ops_text)
 from e2e_vlp_jax.errors import UserError, nearest
 
-OPS = {**ops_image.OPS, **ops_boxes.OPS, **ops_text.OPS, **ops_masking.OPS}
+OPS = {**ops_image.OPS, **ops_randaug.OPS, **ops_boxes.OPS, **ops_text.OPS,
+       **ops_masking.OPS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,13 @@ def parse(pp):
   return parsed
 
 
-def build(pp, context):
+def build(pp, context, only=None):
   """The function of a whole pp string.
+
+  Args:
+    pp: 'op|op(arg)'.
+    context: a `Context`.
+    only: names of ops; all others are left out.
 
   Raises:
     UserError: as `parse`; or arguments that the op does not take. The
@@ -78,6 +84,8 @@ def build(pp, context):
   """
   steps, seen = [], {}
   for name, args, kwargs in parse(pp):
+    if only is not None and name not in only:
+      continue
     takes = inspect.signature(OPS[name])
     try:
       takes.bind(context, *args, **kwargs)

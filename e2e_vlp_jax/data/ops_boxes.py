@@ -1,6 +1,7 @@
 """Objects of a record -> padded boxes, class ids and attribute ids."""
 import numpy as np
 
+from e2e_vlp_jax.data import ops_randaug
 from e2e_vlp_jax.errors import UserError
 
 
@@ -37,6 +38,8 @@ def boxes(context, drop_unknown=False):
   def apply(example):
     if 'window' not in example:
       raise UserError('pp: decode must stand before boxes')
+    if 'augment' in example:
+      raise UserError(ops_randaug.NO_BOXES)
     objects = [o for o in example['objects'] if not o['is_crowd']]
     corners = np.array([o['bbox'] for o in objects], float).reshape(-1, 4)
     size = (example['height'], example['width'])

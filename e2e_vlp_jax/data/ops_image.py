@@ -5,8 +5,8 @@ it is mirrored; `render` then decodes, cuts, mirrors, resizes and pads.
 
 An example holds here: height, width; bucket (H, W); window int64 [4]
 (y, x, h, w) in pixels of the original; short_side, the wanted shorter side
-of the window on the canvas; flipped; from `fit` on target int64 [2], the
-(h, w) of the picture on the canvas.
+of the window on the canvas; flipped; from `fit` or `squash` on target int64
+[2], the (h, w) of the picture on the canvas, and resample, how it gets there.
 """
 import io
 import re
@@ -14,8 +14,9 @@ import re
 import numpy as np
 from PIL import Image
 
+from e2e_vlp_jax.data import opencv, ops_randaug
 from e2e_vlp_jax.data.draws import uniform
-from e2e_vlp_jax.errors import UserError
+from e2e_vlp_jax.errors import UserError, nearest
 
 
 def _check_order(example, op, after=None, before=()):
@@ -28,7 +29,7 @@ def _check_order(example, op, after=None, before=()):
 
 
 _DECODE = ('window', 'decode')
-_LATER = (('target', 'fit'), ('box_mask', 'boxes'))
+_LATER = (('target', 'fit or squash'), ('box_mask', 'boxes'))
 
 
 def decode(context):
@@ -129,31 +130,101 @@ def flip(context, swap_words=False, p=.5):
   return apply
 
 
-def fit(context):
-  """The size at which the window fits the bucket; image_mask bool [H,W].
+def random_crop(context, area=(.5, 1.), ratio=(3 / 4, 4 / 3)):
+  """torchvision's RandomResizedCrop: a window of random size and shape.
 
-  The aspect ratio is kept; padding is at bottom and right.
+  Its share of the image's area is uniform in `area`, the logarithm of
+  width / height uniform in `ratio`'s; after ten windows that the image could
+  not hold, the largest in its middle of an allowed shape. Boxes outside the
+  window are lost, and what a text says of them is not true any more.
   """
   del context
   def apply(example):
+    _check_order(example, 'random_crop', _DECODE, _LATER)
+    size = np.array([example['height'], example['width']])
+    if not size.all():
+      return example
+    u = uniform(example['seed'], [10, 4])
+    low, high = np.log(ratio)
+    for share, shape, *corner in u:
+      pixels = size.prod() * (area[0] + share * (area[1] - area[0]))
+      shape = np.exp(low + shape * (high - low))
+      window = np.round(np.sqrt([pixels / shape, pixels * shape])).astype(int)
+      if (window > 0).all() and (window <= size).all():
+        corner = np.floor(corner * (size - window + 1)).astype(int)
+        break
+    else:
+      wide = np.clip(size[1] / size[0], *ratio)
+      window = np.minimum(size, np.round([size[1] / wide, size[0] * wide]))
+      window = np.maximum(window, 1).astype(int)
+      corner = (size - window) // 2
+    return {**example, 'window': np.concatenate([corner, window])}
+  return apply
+
+
+def fit(context, limits=None, resample='bilinear'):
+  """The size at which the window fits the bucket; image_mask bool [H,W].
+
+  The aspect ratio is kept; padding is at bottom and right.
+
+  Args:
+    context: unused.
+    limits: (long, short), the most pixels of the two sides besides what the
+      bucket holds. SOHO: (1000, 600), with buckets of multiples of 32.
+    resample: 'bilinear' or 'bicubic' (Pillow's, with antialiasing) or
+      'opencv' (bilinear without).
+  """
+  del context
+  _check_resample(resample)
+  if limits is not None and np.shape(limits) != (2,):
+    raise UserError(f'pp: fit(limits={limits!r}); expected (long, short)')
+  def apply(example):
     _check_order(example, 'fit', _DECODE)
     size = example['window'][2:]
-    mask = np.zeros(example['bucket'], bool)
     target = np.zeros(2, int)
     if size.all():
       ratio = min(example['short_side'] / size.min(),
                   *(example['bucket'] / size))
-      target = np.clip(np.round(size * ratio), 1,
+      if limits:
+        ratio = min(ratio, max(limits) / size.max(),
+                    min(limits) / size.min())
+      target = np.clip(np.floor(size * ratio + .5), 1,
                        example['bucket']).astype(int)
-    mask[:target[0], :target[1]] = True
-    return {**example, 'target': target, 'image_mask': mask}
+    return _placed(example, target, resample)
   return apply
+
+
+def squash(context, resample='bicubic'):
+  """The window fills the bucket, whatever its shape; nothing is padding.
+
+  Args:
+    context: unused.
+    resample: see `fit`.
+  """
+  del context
+  _check_resample(resample)
+  def apply(example):
+    _check_order(example, 'squash', _DECODE)
+    there = example['window'][2:].all()
+    return _placed(example, np.array(example['bucket']) * there, resample)
+  return apply
+
+
+def _check_resample(name):
+  if name not in _RESAMPLE:
+    raise UserError(f'pp: resample={name!r}' + nearest(name, _RESAMPLE))
+
+
+def _placed(example, target, resample):
+  """The example with its picture of `target` (h, w) at the upper left."""
+  mask = np.zeros(example['bucket'], bool)
+  mask[:target[0], :target[1]] = True
+  return {**example, 'target': target, 'image_mask': mask,
+          'resample': resample}
 
 
 def render(example, canvas):
   """Writes the planned picture into `canvas`.
-
-  Bilinear with antialiasing.
 
   Args:
     example: has image (an encoded file) and what the ops planned.
@@ -174,16 +245,35 @@ def render(example, canvas):
     return False
   if image.mode != 'RGB':
     image = image.convert('RGB')
-  y, x, h, w = example['window'].tolist()
-  target_h, target_w = example['target'].tolist()
-  if (h, w) != (image.height, image.width):
-    image = image.crop((x, y, x + w, y + h))
-  if (h, w) != (target_h, target_w):
-    image = image.resize((target_w, target_h), Image.Resampling.BILINEAR)
-  if example['flipped']:
-    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  canvas[:target_h, :target_w] = image
+  paint(example, image, canvas)
   return True
 
 
-OPS = {'decode': decode, 'scale_crop': scale_crop, 'flip': flip, 'fit': fit}
+def paint(example, image, canvas):
+  """`render` of an image that is decoded: a PIL image, RGB."""
+  y, x, h, w = example['window'].tolist()
+  size = tuple(example['target'].tolist())
+  if (h, w) != (image.height, image.width):
+    image = image.crop((x, y, x + w, y + h))
+  if (h, w) != size:
+    image = _RESAMPLE[example['resample']](image, size)
+  if example['flipped']:
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  if example.get('augment'):
+    image = ops_randaug.augment(np.asarray(image), example['augment'],
+                                example['augment_released'])
+  canvas[:size[0], :size[1]] = image
+
+
+def _pillow(kind):
+  return lambda image, size: image.resize(size[::-1], kind)
+
+
+_RESAMPLE = {
+    'bilinear': _pillow(Image.Resampling.BILINEAR),
+    'bicubic': _pillow(Image.Resampling.BICUBIC),
+    'opencv': lambda image, size: Image.fromarray(
+        opencv.resize(np.asarray(image), size))}
+
+OPS = {'decode': decode, 'scale_crop': scale_crop, 'random_crop': random_crop,
+       'flip': flip, 'fit': fit, 'squash': squash}

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import builder
+from e2e_vlp_jax.data import ops_image
 from e2e_vlp_jax.data import records
 
 # What `predict` can be asked for, and the head that it takes.
@@ -169,9 +171,7 @@ class Predictor:
     found = {k: np.asarray(batch[k]) for k in keys}
     if self._mesh is not None and jax.process_count() > 1:
       from e2e_vlp_jax.training import sharding  # pylint: disable=g-import-not-at-top
-      small = {k: v.astype(np.int32) if v.dtype == np.int64 else v
-               for k, v in found.items()}
-      found = sharding.to_host(sharding.shard_batch(self._mesh, small))
+      found = sharding.to_host(sharding.shard_batch(self._mesh, found))
     return found[keys[0]] if len(keys) == 1 else [found[k] for k in keys]
 
   def _run(self, fn, variables, batch, keys):
@@ -290,7 +290,7 @@ class Predictor:
       raise errors.UserError("task 'match' needs a text to compare (--text)")
 
   def batch_of(self, image, texts=None):
-    """A batch of one image, made as the evaluation's 'decode|fit|text' does.
+    """A batch of one image, made as the pipeline makes it for `samples.pp`.
 
     Args:
       image: uint8 [H, W, 3], upright.
@@ -299,7 +299,8 @@ class Predictor:
     Returns:
       dict: image, image_mask, image_size and, with texts, text and text_mask.
     """
-    canvas, mask = fit(image, self.config.data.buckets)
+    canvas, mask = fit(image, self.config.data.buckets,
+                       self.config.samples.pp)
     batch = {'image': canvas[None], 'image_mask': mask[None],
              'image_size': np.array([image.shape[:2]], np.int32)}
     if texts:
@@ -315,31 +316,25 @@ class Predictor:
     return batch
 
 
-def fit(image, buckets):
-  """The image in its bucket, as the pipeline's `fit` puts it there.
-
-  The bucket of the nearest aspect ratio; the ratio of the image is kept;
-  bilinear with antialiasing; zeros at bottom and right.
+def fit(image, buckets, pp='decode|fit'):
+  """The image in the bucket of the nearest aspect ratio, as the pipeline's.
 
   Args:
     image: uint8 [H, W, 3].
     buckets: [(height, width)].
+    pp: whose image ops decide how it lies there.
 
   Returns:
     (uint8 [BH, BW, 3], bool [BH, BW]), the mask True on the image.
   """
-  size = np.array(image.shape[:2])
-  ratio = np.log(size[0] / size[1])
-  bucket = min(buckets, key=lambda b: abs(ratio - np.log(b[0] / b[1])))
-  scale = min(bucket / size)
-  h, w = np.clip(np.round(size * scale), 1, bucket).astype(int)
+  h, w = image.shape[:2]
+  bucket = min(buckets, key=lambda b: abs(np.log(h / w) - np.log(b[0] / b[1])))
+  plan = builder.build(pp, None, only=ops_image.OPS)(
+      {'height': h, 'width': w, 'bucket': tuple(bucket), 'texts': [],
+       'objects': [], 'seed': 0})
   canvas = np.zeros((*bucket, 3), np.uint8)
-  canvas[:h, :w] = image if (h, w) == image.shape[:2] else np.asarray(
-      Image.fromarray(image).resize((int(w), int(h)),
-                                    Image.Resampling.BILINEAR))
-  mask = np.zeros(bucket, bool)
-  mask[:h, :w] = True
-  return canvas, mask
+  ops_image.paint(plan, Image.fromarray(image), canvas)
+  return canvas, plan['image_mask']
 
 
 def batches(predictor, pipeline, max_examples=None, progress=None):
