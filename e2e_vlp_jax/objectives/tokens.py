@@ -14,7 +14,7 @@ def cross_entropy(logits, labels, valid):
   Returns:
     (loss, accuracy), each (sum over valid tokens, number of valid tokens).
   """
-  logits = logits.astype(jnp.float32)
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   labels = jnp.where(valid, labels, 0)
   target = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
   loss = jax.nn.logsumexp(logits, -1) - target

@@ -1,0 +1,297 @@
+"""Swin Transformer (Liu et al., ICCV 2021), block by block.
+
+Whoever fuses text into it needs the tokens between two blocks, so the trunk
+is a list of blocks that is called one at a time: `embed`, then for i in
+range(depth): `enter(i)`, `block(i)`. Numerically as the public code and
+timm's swin_*: qkv in one layer, relative positions as a table of one value a
+head and offset, shifted windows with a mask.
+
+An image whose grid the window does not divide is refused, as there; a window
+larger than a grid shrinks to it and is not shifted, as there too.
+"""
+import functools
+from typing import Any, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.models import fusion
+from e2e_vlp_jax.models import layers
+
+INIT = fusion.IMAGE_INIT
+_PATCH_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+_OTHER_REGION = -100.  # added to the logits between regions of a window
+
+
+def relative_index(window):
+  """[n, n] row of the table for each pair of the n tokens of a window."""
+  h, w = window
+  y, x = np.mgrid[:h, :w].reshape(2, -1)
+  return ((y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1)
+
+
+def partition(x, window):
+  """[B, H, W, C] -> [B, windows, tokens of a window, C], row by row."""
+  b, h, w, c = x.shape
+  r, s = window
+  x = x.reshape(b, h // r, r, w // s, s, c).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(b, -1, r * s, c)
+
+
+def unpartition(x, window, grid):
+  """The inverse of `partition` for a grid (H, W)."""
+  (r, s), (h, w) = window, grid
+  x = x.reshape(x.shape[0], h // r, w // s, r, s, -1)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], h, w, -1)
+
+
+def shift_bias(grid, window, shift):
+  """[windows, 1, n, n]: 0 within a region of the shifted grid, else -100.
+
+  After the cyclic shift a window at the edge holds tokens from opposite
+  sides of the image; these must not see each other.
+  """
+  def region(size, r, s):  # 0 | 1 | 2 along one axis
+    i = np.arange(size)
+    return (i >= size - r).astype(int) + (i >= size - s)
+  rows, cols = (region(*a) for a in zip(grid, window, shift))
+  ids = partition((3 * rows[:, None] + cols)[None, ..., None], window)[0, ...,
+                                                                      0]
+  same = ids[:, :, None] == ids[:, None, :]
+  return np.where(same, 0., _OTHER_REGION).astype(np.float32)[:, None]
+
+
+def _cubic(x, a=-.75):
+  """Keys' cubic convolution kernel with torch's coefficient."""
+  x = np.abs(x)
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = ((x - 5) * x + 8) * a * x - 4 * a
+  return np.where(x <= 1, near, np.where(x < 2, far, 0.))
+
+
+def _resize_matrix(old, new):
+  """[new, old] weights of torch's bicubic interpolation along one axis.
+
+  Half-pixel centres, no antialiasing, edges repeated. `jax.image.resize` has
+  another coefficient (-0.5).
+  """
+  at = (np.arange(new) + .5) * old / new - .5
+  first = np.floor(at).astype(int) - 1
+  out = np.zeros((new, old))
+  for k in range(4):
+    np.add.at(out, (np.arange(new), np.clip(first + k, 0, old - 1)),
+              _cubic(at - first - k))
+  return out
+
+
+def resize_relative_bias(table, rows):
+  """A relative position table for windows of another size.
+
+  Args:
+    table: [(2a-1)^2, H] of windows a x a.
+    rows: (2b-1)^2 of the new windows.
+
+  Returns:
+    [rows, H] float32 numpy array, as FIBER's code resizes it at loading.
+  """
+  table = np.asarray(table, np.float64)
+  old, new = (int(round(n**.5)) for n in (table.shape[0], rows))
+  if old**2 != table.shape[0] or new**2 != rows:
+    raise errors.UserError(
+        f'relative positions: tables of {table.shape[0]} and {rows} rows; '
+        'only tables of square windows can be resized')
+  m = _resize_matrix(old, new)
+  out = np.einsum('ij,kl,jlh->ikh', m, m, table.reshape(old, old, -1))
+  return out.reshape(rows, -1).astype(np.float32)
+
+
+class WindowAttention(nn.Module):
+  """Self-attention within windows."""
+  heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, window, bias=None):
+    """[B, windows, n, C], (rows, columns), bias to [windows, H, n, n] -> x."""
+    c = x.shape[-1]
+    dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=INIT)
+    qkv = dense(3 * c, name='qkv')(x)
+    q, k, v = jnp.moveaxis(
+        qkv.reshape(*x.shape[:-1], 3, self.heads, c // self.heads), -3, 0)
+    rows = np.prod([2 * r - 1 for r in window])
+    table = self.param('relative_bias', INIT, (rows, self.heads))
+    position = jnp.moveaxis(table[relative_index(window)], -1, 0)
+    position = position.astype(layers.wide(x))
+    y = layers.attention(q, k, v,
+                         position if bias is None else position + bias)
+    return dense(c, name='out')(y.reshape(x.shape))
+
+
+class Block(nn.Module):
+  """(Shifted-)window attention and feed-forward, both pre-norm.
+
+  Attributes:
+    window: side of the square windows.
+    shift: rows and columns of the cyclic shift; 0 = none.
+    drop_path: probability of leaving out a residual branch of a sample.
+  """
+  heads: int
+  window: int
+  shift: int = 0
+  mlp_ratio: float = 4.
+  drop_path: float = 0.
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, text=None, text_bias=None, train=False):
+    """One block.
+
+    Args:
+      x: [B, H, W, C].
+      text: [B, L, D] tokens to attend to as well, or None.
+      text_bias: broadcasts to [B, heads, HW, L].
+      train: stochastic depth; drops the cross-attention with its branch.
+
+    Returns:
+      [B, H, W, C].
+
+    Raises:
+      UserError: the window does not divide the grid.
+    """
+    grid, c = x.shape[1:3], x.shape[-1]
+    side = min(self.window, *grid)
+    if grid[0] % side or grid[1] % side:
+      raise errors.UserError(
+          f'model.swin.window: {self.window} does not divide a grid of '
+          f'{grid[0]}x{grid[1]} tokens; choose data.buckets that are '
+          'multiples of patch * window * 2**(stages - 1) pixels')
+    window = side, side
+    shift = self.shift if min(grid) > self.window else 0
+    drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3),
+                      deterministic=not train)
+    norm = lambda name: layers.LayerNorm(self.epsilon, name=name)
+    y = norm('norm1')(x)
+    bias = None
+    if shift:
+      y = jnp.roll(y, (-shift, -shift), (1, 2))
+      bias = shift_bias(grid, window, (shift, shift))
+    y = WindowAttention(self.heads, self.dtype, name='attention')(
+        partition(y, window), window, bias)
+    if text is not None:
+      # Every window attends to the whole text: no need to tell them apart.
+      cross = fusion.ImageFromText(self.heads, self.epsilon, self.dtype,
+                                   name='cross')
+      tokens = y.reshape(y.shape[0], -1, c)
+      y = (tokens + cross(tokens, text, text_bias)).reshape(y.shape)
+    y = unpartition(y, window, grid)
+    if shift:
+      y = jnp.roll(y, (shift, shift), (1, 2))
+    x = x + drop(y)
+    feed = layers.FeedForward(c, int(c * self.mlp_ratio), act='gelu',
+                              dtype=self.dtype, kernel_init=INIT, name='ffn')
+    return x + drop(feed(norm('norm2')(x)))
+
+
+class Merge(nn.Module):
+  """Patch merging: 2x2 tokens become one of twice the width."""
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """[B, H, W, C] -> [B, H/2, W/2, 2C]."""
+    if x.shape[1] % 2 or x.shape[2] % 2:
+      raise errors.UserError(
+          f'data.buckets: a grid of {x.shape[1]}x{x.shape[2]} tokens cannot '
+          'be halved; choose multiples of patch * window * 2**(stages - 1) '
+          'pixels')
+    x = jnp.concatenate([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)],
+                        -1)
+    x = layers.LayerNorm(self.epsilon, name='norm')(x)
+    return nn.Dense(x.shape[-1] // 2, use_bias=False, dtype=self.dtype,
+                    kernel_init=INIT, name='reduce')(x)
+
+
+class Swin(nn.Module):
+  """The trunk.
+
+  Attributes:
+    depths, heads: blocks and heads of each stage.
+    width: channels of the first stage; doubled with each stage.
+    window: side of the windows; odd blocks of a stage shift by half of it.
+    patch: pixels a token, along each axis.
+    drop_path: of the last block; rises linearly from 0 at the first.
+    remat: recompute blocks in the backward pass.
+  """
+  depths: Sequence[int]
+  heads: Sequence[int]
+  width: int = 128
+  window: int = 12
+  patch: int = 4
+  mlp_ratio: float = 4.
+  drop_path: float = 0.
+  epsilon: float = 1e-5
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    self.patch_embed = nn.Conv(
+        self.width, (self.patch,) * 2, (self.patch,) * 2, 'VALID',
+        dtype=self.dtype, kernel_init=_PATCH_INIT)
+    self.patch_norm = layers.LayerNorm(self.epsilon)
+    rates = np.linspace(0, self.drop_path, self.depth)
+    block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
+    self.blocks = [[
+        block(self.heads[s], self.window, self.window // 2 * (k % 2),
+              self.mlp_ratio, float(rates[self.first(s) + k]), self.epsilon,
+              self.dtype)
+        for k in range(depth)] for s, depth in enumerate(self.depths)]
+    self.merges = [Merge(self.epsilon, self.dtype)
+                   for _ in self.depths[1:]]
+    self.norm = layers.LayerNorm(self.epsilon)
+
+  @property
+  def depth(self):
+    """Number of blocks."""
+    return sum(self.depths)
+
+  def first(self, stage):
+    """Number of a stage's first block."""
+    return sum(self.depths[:stage])
+
+  def stage(self, i):
+    """Stage of block i."""
+    return next(s for s in range(len(self.depths))
+                if i < self.first(s + 1))
+
+  def width_at(self, i):
+    """Width of the tokens that block i reads."""
+    return self.width * 2**self.stage(i)
+
+  def embed(self, pixels):
+    """[B, H, W, 3] normalised pixels -> tokens [B, h, w, width]."""
+    if pixels.shape[1] % self.patch or pixels.shape[2] % self.patch:
+      raise errors.UserError(
+          f'data.buckets: {pixels.shape[1]}x{pixels.shape[2]} pixels are no '
+          f'multiple of model.swin.patch, {self.patch}')
+    return self.patch_norm(self.patch_embed(pixels))
+
+  def enter(self, i, x):
+    """Tokens as block i reads them: merged where a stage begins."""
+    s = self.stage(i)
+    return self.merges[s - 1](x) if s and i == self.first(s) else x
+
+  def block(self, i, x, text=None, text_bias=None, train=False):
+    """Block i, with cross-attention if there is a text; see Block."""
+    s = self.stage(i)
+    return self.blocks[s][i - self.first(s)](x, text, text_bias, train)
+
+  def run(self, x, start, stop, train=False):
+    """Blocks start .. stop - 1 without text."""
+    for i in range(start, stop):
+      x = self.block(i, self.enter(i, x), train=train)
+    return x
