@@ -3,7 +3,7 @@
 `optim.groups` is one list of (regex of a parameter's path, options); the
 first match wins, a parameter without a match and a regex without a parameter
 are errors. Options: `freeze` (no update), `lr` (multiplies the schedule),
-`wd` (replaces weight_decay), `optimizer` ('adamw' | 'sgd').
+`wd` (replaces weight_decay), `optimizer` ('adamw' | 'adamw_hf' | 'sgd').
 """
 import re
 
@@ -15,6 +15,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax.training import sharding
 
 _GROUP_KEYS = ('freeze', 'lr', 'wd', 'optimizer')
+_OPTIMIZERS = ('adamw', 'adamw_hf', 'sgd')
 _SCHEDULES = ('constant', 'cosine', 'linear', 'step')
 
 
@@ -24,6 +25,8 @@ def make_schedule(optim, total_steps, start=0):
   Linear warm-up over `warmup_steps`, then by `schedule`:
     'constant'; 'cosine' and 'linear' down to `final_fraction` at total_steps;
     'step': times `decay_factor` at each step of `decay_steps`.
+  The warm-up's first step has 1 / warmup_steps of the rate, or the fraction
+  `warmup_init` where the config has one (transformers: 0, SOHO: 1/3).
 
   Args:
     optim: config.optim (or config.warm_start.optim).
@@ -37,10 +40,16 @@ def make_schedule(optim, total_steps, start=0):
   length = total_steps - start
   warmup = optim.warmup_steps
   peak, final = optim.learning_rate, optim.final_fraction
+  first = optim.get('warmup_init')
+  if first is None:
+    first, ramp = 0., lambda count: (count + 1) / warmup
+  else:
+    ramp = lambda count: count / warmup
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
-    warm = jnp.minimum(1., (count + 1) / warmup) if warmup else 1.
+    warm = (first + (1 - first) * jnp.minimum(1., ramp(count)) if warmup
+            else 1.)
     done = jnp.clip((count - warmup) / max(length - warmup, 1), 0., 1.)
     if name == 'cosine':
       factor = final + (1 - final) * .5 * (1 + jnp.cos(jnp.pi * done))
@@ -76,6 +85,40 @@ def group_of(params, groups):
   return labels
 
 
+def adamw_hf(schedule, b1, b2, eps, weight_decay):
+  """AdamW as BERT's PyTorch ports have it; SOHO and FIBER train with it.
+
+  It differs from torch's and optax's: eps is added to the root of the second
+  moment before its bias is corrected, and the decay acts on the parameter
+  after the step (transformers 4, optimization.AdamW).
+
+  Args:
+    schedule: step count -> learning rate.
+    b1, b2, eps, weight_decay: of AdamW.
+
+  Returns:
+    an optax transformation whose updates hold the learning rate.
+  """
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+  def update(grads, state, params):
+    mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+    square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu,
+                          grads)
+    t = state.count + 1
+    rate = schedule(state.count)
+    size = rate * jnp.sqrt(1 - b2**t) / (1 - b1**t)
+
+    def change(p, m, v):
+      step = size * m / (jnp.sqrt(v) + eps)
+      return -step - rate * weight_decay * (p - step)
+    return (jax.tree.map(change, params, mean, square),
+            optax.ScaleByAdamState(t, mean, square))
+  return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(optim, params, schedule):
   """The optax transformation of a config.
 
@@ -99,18 +142,20 @@ def make_optimizer(optim, params, schedule):
       return optax.set_to_zero()
     kind = options.get('optimizer', 'adamw')
     decay = options.get('wd', optim.weight_decay)
+    factor = options.get('lr', 1.)
+    rate = lambda count: factor * schedule(count)
     if kind == 'adamw':
       steps = [optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
                optax.add_decayed_weights(decay)]
+    elif kind == 'adamw_hf':
+      return adamw_hf(rate, optim.b1, optim.b2, optim.eps, decay)
     elif kind == 'sgd':
       # torch's order: decay enters the gradient before the momentum.
       steps = [optax.add_decayed_weights(decay), optax.trace(optim.momentum)]
     else:
       raise errors.UserError(f'optim.groups: optimizer {kind!r}'
-                             + errors.nearest(kind, ('adamw', 'sgd')))
-    factor = options.get('lr', 1.)
-    return optax.chain(*steps, optax.scale_by_learning_rate(
-        lambda count: factor * schedule(count)))
+                             + errors.nearest(kind, _OPTIMIZERS))
+    return optax.chain(*steps, optax.scale_by_learning_rate(rate))
 
   # Frozen parameters must not weigh in the gradient norm.
   chain = [optax.masked(optax.set_to_zero(), frozen)]
