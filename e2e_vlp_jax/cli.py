@@ -80,6 +80,16 @@ def parse(p, argv=None):
   return args, load_config(spec, overrides) if spec else None
 
 
+def check_writable(name, path):
+  """UserError unless argument `name` gives a file that can be written."""
+  try:
+    with open(path, 'a'):
+      pass
+  except OSError as e:
+    raise errors.UserError(f'{name}: {path!r} cannot be written '
+                           f'({e.strerror})') from e
+
+
 def load_config(spec, overrides=()):
   """Reads a config file and overrides some of its values.
 

@@ -9,6 +9,12 @@ PAD, CLS, SEP, MASK = 0, 1, 2, 3  # as in our own vocabularies
 _FIRST_WORD = 4
 
 
+def largest_bucket(data_config):
+  """Index of the bucket with the most pixels, which decides what fits."""
+  buckets = data_config['buckets']
+  return max(range(len(buckets)), key=lambda i: buckets[i][0] * buckets[i][1])
+
+
 def synthetic_batch(data_config, *, vocab_size, num_classes, num_attributes,
                     batch_size, seed=0, bucket=0):
   """A batch as `Pipeline.batch` yields it, filled with noise.

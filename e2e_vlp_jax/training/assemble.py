@@ -74,10 +74,11 @@ class Assembly:
     """
     function = train_step.make_train_step(
         self.model, self.objectives[index],
-        self.optimizer(self.stages[index]),
+        self.optimizer(self.stages[index]), mesh=self.mesh,
         accumulate=self.config.accumulate, ema_decay=self.config.ema_decay)
     return jax.jit(function, donate_argnums=0,
-                   out_shardings=(self.shardings, None))
+                   out_shardings=(self.shardings,
+                                  sharding.replicated(self.mesh)))
 
   def state_target(self):
     """`shapes` with their shardings: to restore into, or to compile for."""
@@ -88,6 +89,6 @@ class Assembly:
   def batch_target(self, batch_size):
     """Shapes and shardings of a global batch like the example."""
     where = sharding.batch_sharding(self.mesh)
-    return {k: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype,
-                                    sharding=where)
-            for k, x in self._example.items()}
+    return {k: jax.ShapeDtypeStruct(
+        (batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype),
+        sharding=where) for k, x in self._example.items()}

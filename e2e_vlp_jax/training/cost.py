@@ -53,7 +53,8 @@ def _equation(eqn):
     return max(_flops(b.jaxpr) for b in params['branches'])
   times = params['length'] if name == 'scan' else 1
   if name == 'shard_map':  # Its body is what one device does.
-    times = math.prod(params['mesh'].shape[a] for a in params['manual_axes'])
+    axes = params.get('newly_manual_axes') or params['manual_axes']
+    times = math.prod(params['mesh'].shape[a] for a in axes)
   return times * sum(_flops(j) for j in _inner(params))
 
 
@@ -98,12 +99,14 @@ _KINDS = ('all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|'
 _OPERATION = re.compile(
     rf'= (?P<type>.*?)[\s)](?P<kind>{_KINDS})(?P<start>-start)?\(')
 _SHAPE = re.compile(r'\b(pred|bf16|c64|c128|[suf]\d+)(?:e\w+)?\[([\d,]*)\]')
-_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+)[^=]*\{\s*$')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{\s*$')
 _CALLED = re.compile(
     r'\b(body|condition|calls|to_apply|true_computation|false_computation)='
     r'%?([\w.\-]+)|branch_computations=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])')
+# {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2,'b'=2] {'b'}.
+_GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|'
+                     r'mesh\[([^\]]*)\] *\{([^}]*)\})')
 
 
 def collectives(hlo):
@@ -153,14 +156,26 @@ def _collective(match, line, everyone, times, in_loop):
     # (operands, results): an asynchronous start names both.
     sizes = [s for s in sizes if s > 4] if len(sizes) > 2 else sizes
     sizes = sizes[len(sizes) // 2:]
-  groups = _GROUPS.search(line)
-  group = everyone
-  if groups:
-    group = int(groups[2]) if groups[2] else len(groups[1].split(','))
+  group = _group_size(line) or everyone
   total = sum(sizes)
   if match['kind'] == 'reduce-scatter':
     total *= group
   return Collective(match['kind'], int(total), group, times, in_loop)
+
+
+def _group_size(line):
+  groups = _GROUPS.search(line)
+  if not groups:
+    return None
+  listed, iota, axes, chosen = groups.groups()
+  if listed:
+    return len(listed.split(','))
+  if iota:
+    return int(iota)
+  sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))
+  # An axis in part is written 'a':(1)2, of size 2.
+  return math.prod(int(part or sizes[axis]) for axis, part in re.findall(
+      r"'(\w+)'(?::\(\d+\)(\d+))?", chosen))
 
 
 def _bytes(kind, dims):

@@ -1,0 +1,293 @@
+"""Compiles a config's train step for a TPU slice that need not be there.
+
+  python -m e2e_vlp_jax.preflight --config configs/e2e_vlp.py:r50 \\
+      --topology v5e:4x4
+
+The real program, through the real compiler: what it needs of every chip's
+memory, its FLOPs, what the chips send each other, the least time a step can
+take and why, and the largest batch that fits. docs/pods.md explains the
+figures. `--topology local` plans for the devices of this machine.
+"""
+import json
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from e2e_vlp_jax import cli
+from e2e_vlp_jax import data as data_lib
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import models
+from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.training import assemble
+from e2e_vlp_jax.training import chips
+from e2e_vlp_jax.training import cost
+from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import sharding
+
+# The search ends when the largest batch is known to one in so many.
+RESOLUTION = 16
+
+
+def preflight(config, topology, search=True, say=print):
+  """What a train step of `config` costs on `topology`.
+
+  Args:
+    config: of a training run; the last of its stages is compiled, with a
+      batch of the largest bucket.
+    topology: see `chips.devices`.
+    search: also find the largest batch that fits (a compilation a trial).
+    say: is given a line now and then.
+
+  Returns:
+    dict, JSON-able: what `--json` writes (docs/pods.md).
+
+  Raises:
+    UserError: the topology, the mesh, the batch or the memory does not fit.
+  """
+  chip, devices = chips.devices(topology)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
+  tokenizer, labels = data_lib.load_vocabularies(config.data)
+  sizes = dict(vocab_size=tokenizer.vocab_size,
+               num_classes=len(labels.classes),
+               num_attributes=len(labels.attributes))
+  bucket = synthetic.largest_bucket(config.data)
+  plan = assemble.Assembly(
+      config, models.build(config, **sizes), mesh,
+      synthetic.synthetic_batch(config.data, batch_size=1, bucket=bucket,
+                                **sizes))
+  state = cost.bytes_per_chip(plan.shapes, plan.shardings)
+  counts = run.count_parameters(plan.shapes.params)
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  say(f'{counts["total"]:,} parameters; compiling for {mesh.size} x '
+      f'{chip.name}: minutes for a large model')
+  _check_state(plan.shapes, state, chip, topology, mesh)
+
+  program = _compile(plan, config.batch_size)
+  largest = None
+  if chip.hbm and (search or program.peak > chip.hbm):
+    unit = shards * config.accumulate
+    largest = config.accumulate * _largest(
+        lambda n: _compile(plan, n * unit).peak, config.batch_size // unit,
+        program.peak, state, chip.hbm, say, most=8 if search else 0)
+  if chip.hbm and program.peak > chip.hbm:
+    raise errors.UserError(_too_large(config, program, chip, shards, largest))
+  roofline = _roofline(program, chip, mesh, config, state)
+  return {
+      'config': config.model.name, 'topology': topology, 'chip': chip.name,
+      'chips': mesh.size, 'mesh': dict(mesh.shape),
+      'batch_size': config.batch_size,
+      'batch_per_chip': config.batch_size // shards,
+      'bucket': list(config.data.buckets[bucket]), 'dtype': config.dtype,
+      'parameters': counts['total'], 'parameters_by_part': counts,
+      'state_bytes_per_chip': state,
+      'hbm_bytes_per_chip': {**program.memory, 'capacity': chip.hbm},
+      'flops_per_step': program.flops,
+      'collective_bytes': _by_kind(program.collectives),
+      'collectives_in_unknown_loops': sum(
+          c.in_loop for c in program.collectives),
+      'roofline': roofline,
+      'days': (None if roofline['step_time_s'] is None else
+               roofline['step_time_s'] * config.total_steps / 86400),
+      'total_steps': config.total_steps,
+      'largest_batch_per_chip': largest, 'compile_s': program.seconds}
+
+
+class _Program(NamedTuple):
+  """A compiled step; one that is too large for the chip knows only `peak`."""
+  peak: float
+  seconds: float
+  flops: float
+  memory: Any = None
+  collectives: Any = ()
+  bytes_accessed: Any = None
+
+
+def _compile(plan, batch_size):
+  start = time.perf_counter()
+  traced = plan.step().trace(plan.state_target(),
+                             plan.batch_target(batch_size))
+  flops = cost.flops(traced.jaxpr)
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as e:
+    used = re.search(r'Used ([\d.]+)([KMGT]?) of', str(e))
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    scale = 2**(10 * ' KMGT'.index(used[2] or ' ')) if used else 1
+    return _Program(float(used[1]) * scale if used else float('inf'),
+                    time.perf_counter() - start, flops)
+  seconds = time.perf_counter() - start
+  memory = cost.memory(compiled)
+  return _Program(memory['peak'], seconds, flops, memory,
+                  cost.collectives(compiled.as_text()),
+                  compiled.cost_analysis().get('bytes accessed'))
+
+
+def _largest(peak_of, first, first_peak, state, capacity, say, most):
+  """Largest n whose program fits, by compiling at most `most` more.
+
+  Memory grows almost linearly with the batch, so each trial is where the
+  line through the two nearest known points meets the capacity, kept inside
+  what is known to fit and known not to.
+  """
+  known = {0: state, first: first_peak}
+  for _ in range(most):
+    fits = max(n for n, peak in known.items() if peak <= capacity)
+    fails = min((n for n, peak in known.items() if peak > capacity),
+                default=None)
+    gap = max(1, fits // RESOLUTION)
+    if fails is not None and fails - fits <= gap:
+      break
+    a, b = sorted(sorted(n for n in known if known[n] < float('inf')),
+                  key=lambda n: abs(known[n] - capacity))[:2]
+    slope = max((known[b] - known[a]) / (b - a), 1.)
+    guess = int(a + (capacity - known[a]) / slope)
+    highest = 8 * max(fits, 1) if fails is None else fails - 1
+    guess = min(max(guess, fits + gap if fails is None else fits + 1),
+                highest)
+    known[guess] = peak_of(guess)
+    say(f'batch of {guess} a chip and micro-step: '
+        f'{_size(known[guess])} of {_size(capacity)}')
+  return max(n for n, peak in known.items() if peak <= capacity)
+
+
+def _roofline(program, chip, mesh, config, state):
+  """Least time of a step if all that can overlap does.
+
+  Matrix products at the chip's peak, memory traffic as XLA counts it, the
+  collectives' traffic over all links. Real steps take longer.
+  """
+  if chip.flops is None or program.bytes_accessed is None:
+    return {'step_time_s': None, 'bound': None,
+            'reason': f'peak rates of {chip.name} are not known'}
+  # Rows are spread over data and fsdp; 'tensor' shares work by rule only.
+  shards = mesh.size if config.sharding_rules else (
+      mesh.shape['data'] * mesh.shape['fsdp'])
+  # XLA counts a loop's body once: micro-steps are such a body, the optimizer
+  # (which reads and writes the state) is not.
+  moved = max(program.bytes_accessed - 2 * state, 0.) * config.accumulate + (
+      2 * state)
+  times = {'compute': program.flops / shards / chip.flops,
+           'memory': moved / chip.hbm_bandwidth}
+  if chip.ici_bandwidth:
+    times['interconnect'] = sum(
+        c.traffic for c in program.collectives) / chip.ici_bandwidth
+  bound = max(times, key=times.get)
+  return {'step_time_s': times[bound], 'bound': bound,
+          **{f'{k}_s': v for k, v in times.items()}}
+
+
+def _by_kind(collectives):
+  out = {}
+  for c in collectives:
+    out[c.kind] = out.get(c.kind, 0) + c.bytes * c.times
+  return out
+
+
+# --- What does not fit ------------------------------------------------------
+def _check_state(shapes, state, chip, topology, mesh):
+  """UserError if the state alone is more than a chip has."""
+  if not chip.hbm or state <= chip.hbm:
+    return
+
+  def split(parts):
+    def one(x):
+      cut = parts if any(sharding.fsdp_spec(x, parts)) else 1
+      return x.size * x.dtype.itemsize / cut
+    return sum(one(x) for x in jax.tree.leaves(shapes)
+               if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+  fits = [n for n in range(1, mesh.size + 1)
+          if mesh.size % n == 0 and split(n) < chip.hbm]
+  advice = f'--config.mesh.fsdp={fits[0]} would fit' if fits else ''
+  if not fits and topology != chips.LOCAL:
+    name = topology.split(':')[0]
+    size = lambda s: int(eval(s.replace('x', '*')))  # pylint: disable=eval-used
+    larger = [s for s in chips.SLICES[name] if size(s) > mesh.size
+              and split(size(s)) < chip.hbm]
+    advice = (f'{name}:{larger[0]} with --config.mesh.fsdp={size(larger[0])} '
+              'would fit' if larger else
+              f'no slice of {name} is large enough')
+  raise errors.UserError(
+      f'--topology {topology}: parameters and optimizer state take '
+      f'{_size(state)} of a chip that has {_size(chip.hbm)}: '
+      f'{_size(state - chip.hbm)} too much; '
+      + (advice or 'take more devices'))
+
+
+def _too_large(config, program, chip, shards, largest):
+  need = (f'batch_size: {config.batch_size} ({config.batch_size // shards} a '
+          f'chip) needs {_size(program.peak)} of the {_size(chip.hbm)} of a '
+          f'{chip.name}: {_size(program.peak - chip.hbm)} too much')
+  if largest:
+    need += (f'; {largest} a chip fit: --config.batch_size={largest * shards} '
+             'or more chips')
+  return need + ('; or more micro-steps (--config.accumulate), '
+                 '--config.model.remat=true, --config.mesh.fsdp')
+
+
+# --- For people -------------------------------------------------------------
+def _size(n):
+  return 'unknown' if n is None else f'{n / chips.GIB:.2f} GiB'
+
+
+def table(report):
+  """The report as aligned lines."""
+  r, hbm, roof = report, report['hbm_bytes_per_chip'], report['roofline']
+  mesh = ' x '.join(f'{k} {v}' for k, v in r['mesh'].items())
+  rows = [
+      ('model', f'{r["config"]}, {r["parameters"]:,} parameters, '
+                f'{r["dtype"]}'),
+      ('chips', f'{r["chips"]} x {r["chip"]} ({r["topology"]}), {mesh}'),
+      ('batch', f'{r["batch_size"]} ({r["batch_per_chip"]} a chip) of '
+                f'{r["bucket"][0]}x{r["bucket"][1]}'),
+      ('memory a chip', f'arguments {_size(hbm["arguments"])}, temporaries '
+                        f'{_size(hbm["temporaries"])}, peak '
+                        f'{_size(hbm["peak"])} of {_size(hbm["capacity"])}'),
+      ('FLOPs a step', f'{r["flops_per_step"]:.3e} '
+                       f'({r["flops_per_step"] / r["chips"]:.3e} a chip)'),
+      ('collectives', ', '.join(
+          f'{k} {v / 2**20:.1f} MiB'
+          for k, v in r['collective_bytes'].items()) or 'none')]
+  if roof['step_time_s'] is None:
+    rows.append(('step time', f'unknown: {roof["reason"]}'))
+  else:
+    parts = ', '.join(f'{k[:-2]} {v * 1e3:.1f}' for k, v in roof.items()
+                      if k.endswith('_s') and k != 'step_time_s')
+    rows += [
+        ('step time', f'at least {roof["step_time_s"] * 1e3:.1f} ms, bound '
+                      f'by {roof["bound"]} ({parts} ms)'),
+        ('run', f'{r["total_steps"]:,} steps: at least {r["days"]:.2f} days')]
+  if r['largest_batch_per_chip'] is not None:
+    rows.append(('largest batch', f'{r["largest_batch_per_chip"]} a chip'))
+  rows.append(('compiled in', f'{r["compile_s"]:.0f} s'))
+  return '\n'.join(f'{name:14} {text}' for name, text in rows)
+
+
+def main(argv=None):
+  with errors.exit_on_user_error():
+    parser = cli.parser(__doc__, config='required')
+    parser.add_argument('--topology', required=True, metavar='v5e:4x4',
+                        help=f'a TPU slice, or {chips.LOCAL!r}')
+    parser.add_argument('--no-search', action='store_true',
+                        help='do not look for the largest batch')
+    parser.add_argument('--json', metavar='OUT', help='write the figures')
+    args, config = cli.parse(parser, argv)
+    if args.topology != chips.LOCAL:
+      # The compiler needs no TPU, and must not look for one.
+      os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+      jax.config.update('jax_platforms', 'cpu')
+    if args.json:  # Before the minutes, not after them.
+      cli.check_writable('--json', args.json)
+    report = preflight(config, args.topology, not args.no_search)
+    print(table(report))
+    if args.json:
+      with open(args.json, 'w') as f:
+        json.dump(report, f, indent=1)
+
+
+if __name__ == '__main__':
+  main()
