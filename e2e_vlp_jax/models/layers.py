@@ -316,7 +316,7 @@ class TextEmbedding(nn.Module):
       positions = jnp.arange(ids.shape[-1])
     x = self.words(ids) + self.positions(positions)
     if self.types:
-      x = x + self.token_types(jnp.zeros((), jnp.int32))
+      x = x + self.token_types(jnp.zeros((1,), jnp.int32))
     x = self.norm(x).astype(self.dtype)
     return self.drop(x, deterministic=not train)
 
