@@ -7,7 +7,7 @@
 #   PYTHON           interpreter to build .venv with (default: the newest of
 #                    python3.13, 3.12, 3.11 and python3 that runs)
 #   E2E_VLP_EXTRAS   extras of setup.py to install (default: test), such as
-#                    test,tpu or test,gpu
+#                    test,tpu, test,gpu (CUDA 13) or test,gpu_cuda12
 #   E2E_VLP_TORCH=1  also torch, transformers and the weights of MiniLM, for
 #                    the live parity tests.
 #                    On Linux PyPI's torch brings CUDA; for the CPU build set
