@@ -114,17 +114,21 @@ def _compile(plan, batch_size):
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
-    used = re.search(r'Used ([\d.]+)([KMGT]?) of', str(e))
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    scale = 2**(10 * ' KMGT'.index(used[2] or ' ')) if used else 1
-    return _Program(float(used[1]) * scale if used else float('inf'),
-                    time.perf_counter() - start, flops)
+    return _Program(_wanted(str(e)), time.perf_counter() - start, flops)
   seconds = time.perf_counter() - start
   memory = cost.memory(compiled)
   return _Program(memory['peak'], seconds, flops, memory,
                   cost.collectives(compiled.as_text()),
                   compiled.cost_analysis().get('bytes accessed'))
+
+
+def _wanted(message):
+  """Bytes that a program wanted, from the compiler's refusal of it."""
+  found = re.search(r'(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)', message)
+  return (float(found[1]) * 2**(10 * ' KMGT'.index(found[2])) if found
+          else float('inf'))
 
 
 def _largest(peak_of, first, first_peak, state, capacity, say, most):

@@ -4,9 +4,11 @@ TPU figures are Google Cloud's ("TPU v4", "v5e", "v5p", "v6e",
 docs.cloud.google.com/tpu/docs): peak bf16 FLOP/s, HBM bandwidth, slices, and
 the interconnect of a chip in one direction, all links together (half of the
 bidirectional figure of those pages; v4: 6 links of 50 GB/s, Jouppi et al.
-2023). GPU figures are NVIDIA's data sheets for the SXM part: dense bf16
+2023). Their memory is what libtpu 0.0.42 lets a program have, a little less
+than the 32, 16, 95 and 32 GB of the pages. GPU figures are NVIDIA's data sheets for the SXM part: dense bf16
 without sparsity, NVLink in one direction.
 """
+import os
 from typing import NamedTuple
 
 import jax
@@ -35,10 +37,12 @@ class Chip(NamedTuple):
 
 
 TPUS = {
-    'v4': Chip('TPU v4', 'TPU v4', 32 * GIB, 275e12, 1200e9, 300e9),
-    'v5e': Chip('TPU v5e', 'TPU v5 lite', 16 * GIB, 197e12, 819e9, 200e9),
-    'v5p': Chip('TPU v5p', 'TPU v5', 95 * GIB, 459e12, 2765e9, 600e9),
-    'v6e': Chip('TPU v6e', 'TPU v6 lite', 32 * GIB, 918e12, 1638e9, 400e9),
+    'v4': Chip('TPU v4', 'TPU v4', 30.75 * GIB, 275e12, 1200e9, 300e9),
+    'v5e': Chip('TPU v5e', 'TPU v5 lite', 15.75 * GIB, 197e12, 819e9,
+                200e9),
+    'v5p': Chip('TPU v5p', 'TPU v5', 95.74 * GIB, 459e12, 2765e9, 600e9),
+    'v6e': Chip('TPU v6e', 'TPU v6 lite', 31.25 * GIB, 918e12, 1638e9,
+                400e9),
 }
 GPUS = (
     Chip('H200', 'NVIDIA H200', 141e9, 989e12, 4800e9, 450e9),
@@ -77,7 +81,12 @@ def devices(topology):
     UserError: an unknown topology; no libtpu to compile for one with.
   """
   if topology == LOCAL:
-    return of_device(jax.devices()[0]), jax.devices()
+    found = jax.devices()
+    chip = of_device(found[0])
+    if found[0].platform == 'cpu':  # They share the machine's memory.
+      memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+      chip = chip._replace(hbm=memory // len(found))
+    return chip, found
   if topology not in slices():
     raise errors.UserError(
         f'--topology: no {topology!r}'
@@ -86,11 +95,11 @@ def devices(topology):
         + f'; and {LOCAL!r}: the devices of this machine')
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
   chip, shape = topology.split(':')
-  # Without it libtpu lays out whole hosts, of more chips than the slice has.
-  sides = [int(n) for n in shape.split('x')] + [1]
   options = {}
-  if sides[0] * sides[1] * sides[2] < 4:
-    options['chips_per_host_bounds'] = sides[:3]
+  if chip == 'v4':  # One device a chip, as on the machines; not two cores.
+    options['chip_config_name'] = 'megacore'
+  if shape == '1x1':  # Otherwise libtpu expects hosts of 2x2.
+    options['chips_per_host_bounds'] = (1, 1, 1)
   try:
     found = topologies.get_topology_desc(topology, 'tpu', **options).devices
   except RuntimeError as e:
