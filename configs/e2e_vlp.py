@@ -70,7 +70,14 @@ def get_config(arg=None):
   config.init_from = placeholder(str)
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.sharding_rules = ()     # ((regex, spec), ...); default: FSDP
-  config.checkpoint = dict(every_steps=1000, keep=2, keep_every=0)
+  # Saved every so many steps or minutes, whichever comes (0 = never); kept:
+  # the newest, each step that keep_every divides, and the one with the best
+  # metric of the evaluations during training ('eval/itm/accuracy', say).
+  config.checkpoint = dict(every_steps=1000, every_minutes=0., keep=2,
+                           keep_every=0, best='')
+  # A trace of `steps` steps from step `start` on; 0 = only when somebody
+  # makes the file WORKDIR/profile_now.
+  config.profile = dict(start=0, steps=5)
   config.tensorboard = True
 
   config.objectives = dict(mlm=1., itm=1., detection=1., captioning=1.,

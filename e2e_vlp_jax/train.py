@@ -4,12 +4,14 @@
 
 Reads top to bottom in the order in which things happen.
 """
+import json
 import logging
 import os
 import signal
 import time
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from e2e_vlp_jax import cli
@@ -19,6 +21,7 @@ from e2e_vlp_jax import models
 from e2e_vlp_jax import objectives as objectives_lib
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import distributed
 from e2e_vlp_jax.training import monitor as monitor_lib
 from e2e_vlp_jax.training import optim
 from e2e_vlp_jax.training import run
@@ -26,8 +29,15 @@ from e2e_vlp_jax.training import sharding
 from e2e_vlp_jax.training import train_step
 
 
-def train(config, workdir):
-  """One run from its config; returns the last evaluation's metrics."""
+def train(config, workdir, allow_changes=False):
+  """One run from its config; returns the last evaluation's metrics.
+
+  Args:
+    config: of the run.
+    workdir: made, or gone on with.
+    allow_changes: see `run.open_workdir`.
+  """
+  clock = monitor_lib.Clock('init')
   # TensorFlow feeds the input pipeline only; imported here so that a broken
   # config fails before the seconds that this takes.
   stages = run.stages(config)
@@ -42,9 +52,9 @@ def train(config, workdir):
       config.data, tokenizer=tokenizer, labels=labels,
       sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
       batch_size=config.batch_size, train=True,
-      host_index=jax.process_index(), host_count=jax.process_count())
+      rows=sharding.host_rows(mesh, config.batch_size))
   data.check_labels()
-  run.open_workdir(workdir, config)
+  run.open_workdir(workdir, config, allow_changes)
 
   # --- Model, optimizer, state ----------------------------------------------
   sizes = dict(vocab_size=tokenizer.vocab_size,
@@ -74,7 +84,7 @@ def train(config, workdir):
   saver = checkpoint.Checkpointer(
       workdir, {'config': run.to_dict(config),
                 'tokenizer': tokenizer.to_dict(), 'labels': labels.to_dict()},
-      keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+      config.checkpoint)
   target = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, shardings)
@@ -89,16 +99,15 @@ def train(config, workdir):
                                'parameter that fits this model')
       model_state, _ = checkpoint.merge(state.model_state, model_state)
       state = state.replace(params=params, model_state=model_state)
-      for kind, names in report_.items():
-        print(f'init_from {config.init_from}: {kind} {len(names)}'
-              + (f': {", ".join(names[:5])}' if kind != 'loaded' and names
-                 else ''), flush=True)
+      run.report_loaded(workdir, config.init_from, report_)
   first_step = int(state.step)
 
   # --- Evaluation, monitoring -----------------------------------------------
   evaluators = evaluation.Evaluators(config, model, tokenizer, labels, mesh)
   monitor = monitor_lib.Monitor(workdir, config.total_steps, first_step,
                                 config.tensorboard)
+  profiler = monitor_lib.Profiler(workdir, config.profile.start,
+                                  config.profile.steps)
   if jax.process_index() == 0:
     monitor.say(
         f'{config.model.name}: {counts["total"]:,} parameters ('
@@ -109,8 +118,8 @@ def train(config, workdir):
   metrics = {}
 
   def evaluate(state, final):
-    with monitor.timed('evaluation'):
-      scores, pictures = evaluators.run(state.variables, final=final)
+    clock.enter('evaluation')
+    scores, pictures = evaluators.run(state.variables, final=final)
     step = int(state.step)
     monitor.write(step, scores)
     monitor.pictures(step, pictures)
@@ -123,6 +132,7 @@ def train(config, workdir):
       for name, found in lines.items():
         monitor.say(f'step {step} {name}: {"  ".join(found)}')
     metrics.update(scores)
+    return scores
 
   # --- Train ----------------------------------------------------------------
   stop = _StopSignal()
@@ -137,78 +147,150 @@ def train(config, workdir):
       state = state.replace(opt_state=jax.jit(
           tx.init, out_shardings=shardings.opt_state)(state.params))
     step_fn = jax.jit(
-        train_step.make_train_step(model, objectives, tx,
+        train_step.make_train_step(model, objectives, tx, mesh=mesh,
                                    accumulate=config.accumulate,
                                    ema_decay=config.ema_decay),
-        donate_argnums=0, out_shardings=(shardings, None))
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)))
     schedule = optim.make_schedule(stage.optim, stage.end, stage.start)
     batches = data.iterate(step)
-    clock, since, waited = None, step, 0.
-    while step < stage.end:
-      before = time.perf_counter()
-      with monitor.timed('data'):
-        _, batch = next(batches)
-        batch = sharding.shard_batch(mesh, batch)
-      waited += time.perf_counter() - before
-      with monitor.timed('compile' if clock is None else 'step'):
-        state, logged = step_fn(state, batch)
-        step += 1
-        if clock is None:  # The first call compiles: keep it out of the rate.
-          jax.block_until_ready(logged)
-          clock, since, waited = time.perf_counter(), step, 0.
+    rate = _Rate(clock)
+    before, bad = None, []
+    while step < stage.end and not stop.requested:
+      clock.enter('data')
+      t, batch = next(batches)
+      batch = sharding.shard_batch(mesh, batch)
+      profiler.before(step)
+      clock.enter('step' if rate.running else 'compile')
+      state, logged = step_fn(state, batch)
+      step += 1
+      if not rate.running:  # The first call compiles.
+        jax.block_until_ready(logged)
+        rate.restart(step)
+      # One step is in the making while this host looks at the one before.
+      for number, found in ([(t - 1, before)] if before else []) + (
+          [(t, logged)] if step == stage.end else []):
+        bad = _skipped(workdir, data, number, found, bad)
+      before = logged
       log_now = step % config.log_every_steps == 0 or step == stage.end
       if log_now:
-        with monitor.timed('step'):
-          logged = jax.device_get(logged)
-        seconds = max(time.perf_counter() - clock, 1e-9)
-        rate = (step - since) * config.batch_size / seconds
+        logged = jax.device_get(logged)
         scalars = {f'train/{k}': v for k, v in logged.items()}
         scalars['train/learning_rate'] = float(schedule(step - 1
                                                         - stage.start))
-        if step > since:
-          scalars['perf/images_per_s'] = rate
-          scalars['perf/data_wait'] = waited / seconds
-        monitor.write(step, {**scalars, **monitor.fractions()})
+        speed = rate.since_restart(step)
+        if speed:
+          scalars['perf/images_per_s'] = config.batch_size / speed['step_s']
+          scalars['perf/goodput'] = monitor.goodput(step, speed['step_s'])
+          scalars |= {f'perf/{k}': v for k, v in speed.items()}
+        scalars['perf/bad_records'] = len(data.bad_records)
+        monitor.write(step, {**scalars, **clock.fractions()})
         monitor.advance(
             step - monitor.position, '  '.join(
                 f'{k} {float(logged[k]):.2f}' for k in ('loss', *objectives))
-            + f'  {rate:.0f} img/s')
-        clock, since, waited = time.perf_counter(), step, 0.
-        if int(state.bad_steps) >= config.max_bad_steps:
-          raise errors.UserError(
-              f'step {step}: {int(state.bad_steps)} updates in a row had '
-              'non-finite gradients; lower optim.learning_rate or look at '
-              'the data (checkpoints in the workdir are intact)')
+            + (f'  {config.batch_size / speed["step_s"]:.0f} img/s'
+               if speed else ''))
+        rate.restart(step)
+      profiler.after(step, logged, asked=log_now)
+      if len(bad) >= config.max_bad_steps:
+        raise errors.UserError(
+            f'step {step}: {len(bad)} updates in a row had non-finite losses '
+            f'or gradients; their examples are in {workdir}/nonfinite.jsonl, '
+            'the checkpoints are intact; lower optim.learning_rate or look '
+            'at these examples')
+      stop.look(step)
+      last = step == config.total_steps
       every = config.eval_every_steps
-      at_eval = every and step % every == 0 and step < config.total_steps
-      every = config.checkpoint.every_steps
-      if step == config.total_steps or stop.requested or (
-          every and step % every == 0):
-        with monitor.timed('save'):
-          saver.save(step, state)
-      if stop.requested:
-        saver.wait()
-        monitor.close()
-        print(f'stopped at step {step}; run the same command to go on',
-              flush=True)
-        raise SystemExit(stop.exit_code)
-      if at_eval:
-        evaluate(state, final=False)
-        clock, since, waited = time.perf_counter(), step, 0.
+      scores = None
+      if every and step % every == 0 and not last and not stop.requested:
+        scores = evaluate(state, final=False)
+        rate.restart(step)
+      if (saver.due(step, look_at_clock=log_now) or last or stop.requested
+          or config.checkpoint.best and scores):
+        clock.enter('save')
+        saver.save(step, state, scores)
+        rate.restart(step)
+      elif log_now:
+        saver.check()
+  profiler.close()
+  clock.enter('save')
   saver.wait()
   stop.release()
+  if stop.requested:
+    monitor.write(int(state.step), clock.fractions())
+    monitor.close()
+    if jax.process_index() == 0:
+      print(f'stopped at step {int(state.step)}; run the same command to go '
+            'on', flush=True)
+    raise SystemExit(stop.exit_code)
   evaluate(state, final=True)
+  monitor.write(int(state.step), clock.fractions())
   monitor.close()
   return metrics
 
 
+def _skipped(workdir, data, t, logged, bad):
+  """The skipped updates in a row up to batch t; writes down a new one.
+
+  Args:
+    workdir: its nonfinite.jsonl gets a line with the batch's examples.
+    data: the training Pipeline.
+    t: number of the batch.
+    logged: metrics of its step.
+    bad: batches skipped in a row before it.
+  """
+  if not np.asarray(logged['skipped']):
+    return []
+  if jax.process_index() == 0:
+    ids = [int(i) for i in data.example_ids(t) if i >= 0]
+    with open(os.path.join(workdir, 'nonfinite.jsonl'), 'a') as f:
+      f.write(json.dumps({
+          'step': t + 1, 'example_ids': ids,
+          'examples': [data.name(i) for i in ids],
+          'not_finite': sorted(k for k, v in jax.device_get(logged).items()
+                               if not np.isfinite(v))}) + '\n')
+  return [*bad, t]
+
+
+class _Rate:
+  """Time a step, and how much of it is waiting for data, since a moment."""
+
+  def __init__(self, clock):
+    self._clock, self.running = clock, False
+
+  def restart(self, step):
+    self._step, self._start = step, time.perf_counter()
+    self._waited, self.running = self._clock.seconds('data'), True
+
+  def since_restart(self, step):
+    """{'step_s', 'data_wait'}: seconds and share; {} if no step was done."""
+    if not self.running or step == self._step:
+      return {}
+    seconds = time.perf_counter() - self._start
+    waited = self._clock.seconds('data') - self._waited
+    return {'step_s': seconds / (step - self._step),
+            'data_wait': waited / seconds}
+
+
 class _StopSignal:
-  """SIGTERM (preemption) and Ctrl-C end the run after the current step."""
+  """SIGTERM (preemption) and Ctrl-C end the run after the current step.
+
+  Of several processes each may get the signal at another time, or one of them
+  alone; jax's preemption service, which then owns SIGTERM, names a step that
+  all of them reach.
+  """
 
   def __init__(self):
     self.requested, self.exit_code = False, 0
+    self._several = jax.process_count() > 1
+    numbers = [signal.SIGINT] + [signal.SIGTERM] * (not self._several)
     self._before = {number: signal.signal(number, self._handle)
-                    for number in (signal.SIGTERM, signal.SIGINT)}
+                    for number in numbers}
+
+  def look(self, step):
+    """Sets `requested` if the run ends after `step`, the same on all hosts."""
+    if self._several and multihost_utils.reached_preemption_sync_point(step):
+      self.requested = True
 
   def release(self):
     """Gives the signals back to whoever called us (a notebook, say)."""
@@ -216,20 +298,28 @@ class _StopSignal:
       signal.signal(number, handler)
 
   def _handle(self, number, frame):
-    if self.requested and number == signal.SIGINT:
-      signal.default_int_handler(number, frame)  # A second Ctrl-C is meant.
-    self.requested = True
-    self.exit_code = 0 if number == signal.SIGTERM else 130
+    if number == signal.SIGINT:
+      if self.exit_code:
+        signal.default_int_handler(number, frame)  # A second one is meant.
+      self.exit_code = 130
+    if self._several:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.requested = True
 
 
 def main(argv=None):
   with errors.exit_on_user_error():
     parser = cli.parser(__doc__, config='required', workdir=True)
+    parser.add_argument('--allow-changes', action='store_true',
+                        help='go on with a run whose config was another')
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     np.set_printoptions(precision=4)
-    train(config, args.workdir)
+    run.stages(config)  # A senseless config fails before any peer is asked.
+    distributed.join()
+    train(config, args.workdir, args.allow_changes)
 
 
 if __name__ == '__main__':

@@ -51,7 +51,7 @@ def save(folder, size='tiny', requests=None, **model):
       bad_steps=np.int32(0))
   saver = checkpoint.Checkpointer(str(folder), {
       'config': run.to_dict(config), 'tokenizer': tokenizer.to_dict(),
-      'labels': labels.to_dict()})
+      'labels': labels.to_dict()}, config.checkpoint)
   saver.save(7, state)
   saver.wait()
   return str(folder)

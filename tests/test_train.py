@@ -58,7 +58,7 @@ def setup_step(config, mesh, seed=0):
   shardings = train_step.state_shardings(jax.eval_shape(init), mesh)
   state = jax.jit(init, out_shardings=shardings)()
   step = jax.jit(train_step.make_train_step(
-      model, objectives, make_tx(state.params),
+      model, objectives, make_tx(state.params), mesh=mesh,
       accumulate=config.accumulate, ema_decay=config.ema_decay),
                  out_shardings=(shardings, None))
   return state, step, sharding.shard_batch(mesh, batch)
@@ -221,7 +221,8 @@ def test_init_from_loads_what_fits_and_says_so(whole, tiny_scenes, tmp_path,
                            'optim.learning_rate': 0.})
   train.train(config, str(tmp_path))
   said = capsys.readouterr().out
-  assert 'other_shape' in said and 'query_content' in said
+  assert '1 of another shape' in said and 'query_content' in said
+  assert json.loads((tmp_path / 'init_from.json').read_text())['other_shape']
   a, b = checkpoint.load(str(whole))[0], checkpoint.load(str(tmp_path))[0]
   np.testing.assert_array_equal(a['encoder']['layer0']['ffn']['in']['kernel'],
                                 b['encoder']['layer0']['ffn']['in']['kernel'])

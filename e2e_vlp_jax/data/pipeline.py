@@ -3,8 +3,8 @@
 `order` says which record stands in which row of batch t, in closed form. The
 ops of the pp string (`builder`) then make each row on its own, with draws
 from the row's seed: (seed, t, row), in evaluation (seed, example_id). Nothing
-depends on the number of hosts, threads or restarts: a host makes a
-contiguous range of the rows of the global batch.
+depends on the number of hosts, threads or restarts: a host makes those rows
+of the global batch that its devices will hold.
 
 tf.data drives it: it asks for parts of batches from its own threads, puts
 them together in order and reads ahead. The rows themselves are made by numpy
@@ -82,7 +82,8 @@ class Pipeline:
     batch_size: B of the global batch.
     train: endless and shuffled, or every example once in order, grouped by
       bucket, the last batch of a bucket padded.
-    host_index, host_count: which contiguous part of the rows to make.
+    rows: numbers of the rows of the global batch to make, in this order;
+      None = all (`training.sharding.host_rows` knows a host's).
 
   Attributes:
     num_examples: examples in all sources.
@@ -90,19 +91,16 @@ class Pipeline:
     bad_records: example_ids of the unreadable records met so far.
 
   Raises:
-    UserError: bad values, an empty source, or a batch size that
-      `host_count` does not divide.
+    UserError: bad values or an empty source.
   """
 
   def __init__(self, data_config, *, tokenizer, labels, sources, pp, seed,
-               batch_size, train, host_index=0, host_count=1):
-    if batch_size < 1 or batch_size % host_count:
-      raise UserError(f'batch_size: {batch_size} does not divide over '
-                      f'{host_count} hosts')
+               batch_size, train, rows=None):
+    if batch_size < 1:
+      raise UserError(f'batch_size: {batch_size}; expected at least 1')
     self._labels, self._seed = labels, seed
     self._train, self._batch_size = train, batch_size
-    self._rows = batch_size // host_count
-    self._first_row = host_index * self._rows
+    self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     self._buckets = _checked_buckets(data_config)
     self._threads = data_config.get('threads', 0) or os.cpu_count()
     self._max_bad = data_config.get('max_bad_records', 100)
@@ -147,8 +145,8 @@ class Pipeline:
     self._blank = [self._row(-1, _NOTHING, bucket)
                    for bucket in range(len(self._buckets))]
     if 'target' not in self._blank[0]:
-      raise UserError(f'pp string {pp!r}: no fit, which makes the image of a '
-                      'batch')
+      raise UserError(f'pp string {pp!r}: no fit or squash, which make the '
+                      'image of a batch')
     self._shapes = {k: np.shape(self._blank[0][k]) for k in _DTYPES
                     if k in self._blank[0]}
     same = self._buckets[0] if len(self._buckets) == 1 else (None, None)
@@ -161,7 +159,12 @@ class Pipeline:
       UserError: more than data.max_bad_records unreadable records, or a
         name that the label space lacks.
     """
-    return self._counted(self._make(int(t), 0, self._rows))
+    return self._counted(self._make(int(t), self._rows))
+
+  def example_ids(self, t):
+    """example_id of every row of the global batch t: int64 [B]; -1 padding."""
+    _, sources, numbers = self._order(int(t))
+    return np.where(numbers < 0, -1, self._offsets[sources] + numbers)
 
   def dataset(self, start=0):
     """Batches start, start + 1, ... as a tf.data.Dataset of dicts.
@@ -171,11 +174,13 @@ class Pipeline:
     in a row comes as one of TensorFlow's, with the error's text in it.
     """
     tf = _tensorflow()
-    parts = -(-self._rows // _CHUNK)  # of a batch
+    count = len(self._rows)
+    parts = -(-count // _CHUNK)  # of a batch
 
     def make(number):
       t, part = divmod(int(number), parts)
-      return list(self._make(t, part * _CHUNK, (part + 1) * _CHUNK).values())
+      rows = self._rows[part * _CHUNK:(part + 1) * _CHUNK]
+      return list(self._make(t, rows).values())
 
     def make_op(number):
       values = tf.numpy_function(
@@ -190,7 +195,7 @@ class Pipeline:
             else self.num_batches)
     return (tf.data.Dataset.range(start * parts, stop * parts)
             .map(make_op, num_parallel_calls=self._threads)
-            .rebatch(self._rows, drop_remainder=True)
+            .rebatch(count, drop_remainder=True)
             .prefetch(_AHEAD).with_options(options))
 
   def iterate(self, start=0):
@@ -215,6 +220,11 @@ class Pipeline:
     source, number = self._locate(example_id)
     return self._splits[source].get(number)
 
+  def name(self, example_id):
+    """'dataset/split record n', for messages."""
+    source, number = self._locate(example_id)
+    return f'{self._names[source]} record {number}'
+
   def check_labels(self):
     """Looks for names that the label space lacks, before time is spent.
 
@@ -236,15 +246,15 @@ class Pipeline:
 
   # From here on: how a batch is made.
 
-  def _make(self, t, start, stop):
-    """Rows start..stop of this host's rows of batch t."""
-    bucket, sources, numbers = self._order(t)
-    ids = np.where(numbers < 0, -1, self._offsets[sources] + numbers)
+  def _make(self, t, which):
+    """The given rows of batch t."""
+    bucket, sources, _ = self._order(t)
+    ids = self.example_ids(t)
     read = functools.cache(lambda row: self._read(ids[row]))
     rows = []
-    image = np.zeros((min(stop, self._rows) - start,
-                      *self._buckets[bucket], 3), np.uint8)
-    for row, canvas in enumerate(image, self._first_row + start):
+    image = np.zeros((len(which), *self._buckets[bucket], 3),
+                     np.uint8)
+    for row, canvas in zip(which.tolist(), image):
       blank = {**self._blank[bucket], 'example_id': ids[row]}
       record = read(row)
       if record is None:
@@ -283,7 +293,7 @@ class Pipeline:
     except Exception as e:  # pylint: disable=broad-exception-caught
       # Damaged bytes: the readers of ArrayRecord and protobuf have no error
       # class in common. `_counted` counts it.
-      logging.warning('%s: %s', self._name(example_id), e)
+      logging.warning('%s: %s', self.name(example_id), e)
       return None
 
   def _counted(self, batch):
@@ -291,7 +301,7 @@ class Pipeline:
     bad = batch['example_id'][~batch['valid']].tolist()
     for example_id in set(bad) - self.bad_records - {-1}:
       self.bad_records.add(example_id)
-      name, count = self._name(example_id), len(self.bad_records)
+      name, count = self.name(example_id), len(self.bad_records)
       logging.warning('%s cannot be read; its row is masked (%d so far)',
                       name, count)
       if count > self._max_bad:
@@ -307,7 +317,7 @@ class Pipeline:
     except UserError as e:
       if example_id < 0:
         raise
-      raise UserError(f'data: {self._name(example_id)}: {e}') from None
+      raise UserError(f'data: {self.name(example_id)}: {e}') from None
 
   def _locate(self, example_id):
     """(source, number of the record in it)."""
@@ -315,10 +325,6 @@ class Pipeline:
       raise IndexError(f'example_id {example_id} of {self.num_examples}')
     source = int(np.searchsorted(self._offsets, example_id, 'right')) - 1
     return source, int(example_id - self._offsets[source])
-
-  def _name(self, example_id):
-    source, number = self._locate(example_id)
-    return f'{self._names[source]} record {number}'
 
 
 @functools.cache

@@ -1,12 +1,17 @@
 """Evaluation of a model on a config's `evals`, during training and after.
 
 An evaluator is one file with a function
-`evaluate(predictor, variables, pipeline, *, max_examples) -> {metric: value}`.
+`evaluate(predictor, variables, pipeline, *, max_examples, progress, ...) ->
+{metric: value}`; what else it takes are the config's `evals.<name>.options`.
 """
 import importlib
+import inspect
 import json
 import os
 import tempfile
+
+import numpy as np
+import tqdm
 
 from e2e_vlp_jax import errors
 
@@ -16,7 +21,7 @@ class Evaluators:
 
   `config.evals.<name>`: type (evaluator's file), source (name, split), pp,
   max_examples (0 = all), training_examples (how many at eval_every_steps;
-  0 = not during training).
+  0 = not during training), options (of the evaluator's own; may be left out).
   """
 
   def __init__(self, config, model, tokenizer, labels, mesh=None):
@@ -37,26 +42,34 @@ class Evaluators:
         raise errors.UserError(
             f'evals.{name}.type: no evaluator {options.type!r}'
             + errors.nearest(options.type, ['detection', 'captioning', 'itm',
-                                            'mlm'])) from e
+                                            'mlm', 'retrieval'])) from e
+      takes = inspect.signature(module.evaluate).parameters
+      for key in options.get('options', {}):
+        if key not in takes:
+          raise errors.UserError(f'evals.{name}.options.{key}: no such option'
+                                 + errors.nearest(key, list(takes)[5:]))
       # Opened now, so that a missing split fails before the training.
       self._pipelines[name] = self._open(options.source, options.pp)
 
   def _open(self, source, pp):
-    import jax  # pylint: disable=g-import-not-at-top
     from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
+    from e2e_vlp_jax.training import sharding  # pylint: disable=g-import-not-at-top
     config = self._config
+    rows = None if self._mesh is None else sharding.host_rows(
+        self._mesh, config.eval_batch_size)
     return pipeline.Pipeline(
         config.data, sources=(dict(source, weight=1.),), pp=pp,
         seed=config.seed, batch_size=config.eval_batch_size, train=False,
-        host_index=jax.process_index(), host_count=jax.process_count(),
+        rows=rows,
         **self._vocabularies)
 
-  def run(self, variables, final=True):
+  def run(self, variables, final=True, bar=False):
     """All evaluators.
 
     Args:
       variables: {'params': ..., **model_state}.
       final: on all of `max_examples`; else on `training_examples`.
+      bar: show how far each evaluator is.
 
     Returns:
       ({'eval/<name>/<metric>': value}, {picture name: PIL image}).
@@ -67,9 +80,14 @@ class Evaluators:
       count = options.max_examples if final else options.training_examples
       if not final and not count:
         continue
-      found = self._functions[name](
-          self.predictor, variables, self._pipelines[name],
-          max_examples=count or None)
+      pipeline = self._pipelines[name]
+      with tqdm.tqdm(total=min(count or np.inf, pipeline.num_examples),
+                     desc=name, unit='image', leave=False,
+                     disable=not bar) as shown:
+        found = self._functions[name](
+            self.predictor, variables, pipeline, max_examples=count or None,
+            progress=lambda done, bar=shown: bar.update(done - bar.n),
+            **options.get('options', {}))
       scores.update({f'eval/{name}/{k}': v for k, v in found.items()})
     samples = self._config.samples
     sheet = {}

@@ -53,6 +53,7 @@ class Predictor:
                       if i not in grouped]
     self._detect = jax.jit(self._detect_fn)
     self._match = jax.jit(self._match_fn)
+    self._embed = jax.jit(self._embed_fn)
     self._mlm = jax.jit(self._mlm_fn)
     self._caption = jax.jit(self._caption_fn, static_argnames='beams')
 
@@ -144,13 +145,33 @@ class Predictor:
       variables: {'params': ..., **model_state}.
       batch: at least image, image_mask, text, text_mask.
     """
+    logits = self.match_logits(variables, batch)
+    return np.asarray(jax.nn.softmax(logits)[..., 1])
+
+  def match_logits(self, variables, batch):
+    """Logits of 'no match' and 'match': float32 [B, S, 2]; as `match`."""
     return self._run(self._match, variables, batch,
                      ('image', 'image_mask', 'text', 'text_mask'))
 
   def _match_fn(self, variables, batch):
     out = self.model.apply(variables, batch, {'joint': ('itm',)})
-    return jax.nn.softmax(
-        out['joint']['itm_logits'].astype(jnp.float32))[..., 1]
+    return out['joint']['itm_logits'].astype(jnp.float32)
+
+  def embed(self, variables, batch):
+    """Unit vectors of images and texts: float32 [B, E] and [B, S, E].
+
+    Args:
+      variables: {'params': ..., **model_state}.
+      batch: at least image, image_mask, text, text_mask.
+    """
+    return self._run(self._embed, variables, batch,
+                     ('image', 'image_mask', 'text', 'text_mask'))
+
+  def _embed_fn(self, variables, batch):
+    out = self.model.apply(variables, batch, {'image_only': ('itc',),
+                                              'text_only': ('itc',)})
+    return (out['image_only']['image_embedding'].astype(jnp.float32),
+            out['text_only']['text_embedding'].astype(jnp.float32))
 
   def mlm(self, variables, batch):
     """The likeliest token at every position of the masked texts: [B, S, L].
@@ -304,16 +325,21 @@ class Predictor:
     batch = {'image': canvas[None], 'image_mask': mask[None],
              'image_size': np.array([image.shape[:2]], np.int32)}
     if texts:
-      length = self.config.data.max_text
-      ids = np.full((1, len(texts), length), self.tokenizer.pad_id, np.int32)
-      for row, text in zip(ids[0], texts):
-        tokens = self.tokenizer.encode(text, length)
-        row[:len(tokens)] = tokens
-      # A text may hold the pad token's id only as padding.
-      lengths = [len(self.tokenizer.encode(t, length)) for t in texts]
-      batch['text'] = ids
-      batch['text_mask'] = np.arange(length) < np.array(lengths)[None, :, None]
+      ids, mask = self.tokenize(texts, len(texts))
+      batch |= {'text': ids[None], 'text_mask': mask[None]}
     return batch
+
+  def tokenize(self, texts, count):
+    """At most `count` texts -> int32 [count, L] ids, bool [count, L] mask."""
+    length = self.config.data.max_text
+    ids = np.full((count, length), self.tokenizer.pad_id, np.int32)
+    mask = np.zeros((count, length), bool)
+    for row, text in enumerate(texts):
+      tokens = self.tokenizer.encode(text, length)
+      ids[row, :len(tokens)] = tokens
+      # A text may hold the pad token's id only as padding.
+      mask[row, :len(tokens)] = True
+    return ids, mask
 
 
 def fit(image, buckets, pp='decode|fit'):

@@ -12,6 +12,7 @@ import ml_collections
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import synthetic
 
+MODELS = ('e2e_vlp', 'soho', 'fiber')
 BACKBONES = {'resnet': ('resnet', 'ResNet'),
              'patch_cnn': ('patch_cnn', 'PatchCNN')}
 
@@ -24,28 +25,34 @@ def build(config, *, vocab_size, num_classes, num_attributes):
     vocab_size, num_classes, num_attributes: of the tokenizer and label space.
 
   Raises:
-    UserError: an unknown model, backbone or option (names the nearest).
+    UserError: an unknown model or backbone (names the nearest).
   """
   model = config.model
   try:
-    module = importlib.import_module(f'e2e_vlp_jax.models.{model.name}')
-    cls = module.Model
+    cls = importlib.import_module(f'e2e_vlp_jax.models.{model.name}').Model
   except (ModuleNotFoundError, AttributeError) as e:
-    raise errors.UserError(
-        f'model.name: no model {model.name!r}'
-        + errors.nearest(model.name, ['e2e_vlp'])) from e
-  dtype = jnp.dtype(config.dtype)
-  backbone = dict(model.backbone)
-  name = backbone.pop('name')
+    raise errors.UserError(f'model.name: no model {model.name!r}'
+                           + errors.nearest(model.name, MODELS)) from e
+  if 'backbone' in model:
+    _backbone_class(model.backbone.name)
+  return cls(ml_collections.FrozenConfigDict(model),
+             vocab_size if model.get('text', True) else 0, num_classes,
+             num_attributes, jnp.dtype(config.dtype))
+
+
+def build_backbone(options, dtype):
+  """The CNN of `config.model.backbone`, to be called in a model's `setup`."""
+  options = dict(options)
+  return _backbone_class(options.pop('name'))(dtype=dtype, **options)
+
+
+def _backbone_class(name):
   if name not in BACKBONES:
     raise errors.UserError(f'model.backbone.name: no backbone {name!r}'
                            + errors.nearest(name, BACKBONES))
   file, class_name = BACKBONES[name]
-  trunk = getattr(importlib.import_module(f'e2e_vlp_jax.models.{file}'),
-                  class_name)
-  return cls(ml_collections.FrozenConfigDict(model), trunk(dtype=dtype, **backbone),
-             vocab_size if model.text else 0, num_classes, num_attributes,
-             dtype)
+  return getattr(importlib.import_module(f'e2e_vlp_jax.models.{file}'),
+                 class_name)
 
 
 def check_parameters(model, config, params, path):

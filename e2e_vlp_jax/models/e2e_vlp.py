@@ -12,6 +12,7 @@ from typing import Any, Dict, Mapping, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from e2e_vlp_jax import models
 from e2e_vlp_jax.models import decoder as decoder_lib
 from e2e_vlp_jax.models import heads as heads_lib
 from e2e_vlp_jax.models import layers
@@ -22,12 +23,10 @@ class Model(nn.Module):
 
   Attributes:
     config: the `model` part of a config (configs/e2e_vlp.py).
-    backbone: a module, normalised pixels -> list of feature maps.
     vocab_size, num_classes, num_attributes: of tokenizer and label space.
     dtype: of the computation; parameters stay float32.
   """
   config: Any
-  backbone: nn.Module
   vocab_size: int
   num_classes: int
   num_attributes: int
@@ -48,6 +47,7 @@ class Model(nn.Module):
 
   def setup(self):
     c = self.config
+    self.backbone = models.build_backbone(c.backbone, self.dtype)
     self.project = nn.Dense(c.width, dtype=self.dtype)
     stack = dict(width=c.width, heads=c.heads, ffn=c.ffn, dropout=c.dropout,
                  pre_norm=c.pre_norm, act=c.act, epsilon=c.epsilon,

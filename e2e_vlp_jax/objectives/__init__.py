@@ -5,7 +5,8 @@ fields are `config.objective_options.<name>`):
 - `requests`: {view: (head, ...)}, what the model must run for it;
 - `__call__(outputs, batch) -> (losses, metrics)`, both {name: (sum, weight)}.
   A loss is sum / weight over the global batch; losses add up. Metrics are
-  only logged. Weights depend on the batch alone.
+  only logged. A weight should depend on the batch alone: one that depends on
+  the model's outputs costs accumulation a second forward pass.
 """
 import importlib
 
@@ -35,8 +36,8 @@ def build(config, mesh=None, batch_axes=(), weights=None):
     except ModuleNotFoundError as e:
       raise errors.UserError(
           f'objectives.{name}: no such objective'
-          + errors.nearest(name, ['mlm', 'itm', 'detection', 'captioning',
-                                  'cells'])) from e
+          + errors.nearest(name, ['mlm', 'itm', 'itc', 'mvm', 'detection',
+                                  'captioning', 'cells'])) from e
     options = dict(config.objective_options.get(name, {}))
     fields = module.Objective.__dataclass_fields__
     for key in options:

@@ -4,16 +4,19 @@ Items: params, model_state, opt_state (with the key of the run), ema_params,
 and meta (JSON: config, tokenizer, label space), kept apart so that evaluation
 reads only what it needs. A checkpoint is enough to predict from.
 """
+import contextlib
 import json
 import logging
 import os
+import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.training import distributed
 from e2e_vlp_jax.training import sharding
 
 FOLDER = 'checkpoints'
@@ -46,34 +49,92 @@ class Checkpointer:
   Args:
     workdir: the run's folder.
     meta: JSON-able dict stored with every checkpoint.
-    keep: how many of the newest are kept.
-    keep_every: additionally keep steps that this divides; 0 = none.
+    options: `config.checkpoint`; saves every `every_steps` and every
+      `every_minutes`, whichever comes (0 = never); keeps the newest `keep`,
+      those whose step `keep_every` divides (0 = none), and the one with the
+      highest metric `best` ('eval/<name>/<metric>'; '' = none).
   """
 
-  def __init__(self, workdir, meta, keep=2, keep_every=0):
-    self._meta = meta
+  def __init__(self, workdir, meta, options):
+    self._meta, self._options = meta, options
     self._root = os.path.join(os.path.abspath(workdir), FOLDER)
+    kept = [preservation_policy.LatestN(options.keep)]
+    if options.keep_every:
+      kept.append(preservation_policy.EveryNSteps(options.keep_every))
+    if options.best:
+      kept.append(preservation_policy.BestN(
+          get_metric_fn=lambda metrics: metrics[options.best], n=1,
+          keep_checkpoints_without_metrics=False))
     self._manager = ocp.CheckpointManager(
         self._root, options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=True))
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                kept), create=True))
+    self._saved_at = time.monotonic()
 
   @property
   def latest_step(self):
     return self._manager.latest_step()
 
-  def save(self, step, state):
-    """Starts an asynchronous save; errors of the previous one surface here."""
-    self._manager.check_for_errors()
-    if step in self._manager.all_steps():
-      return
-    items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
-    self._manager.save(step, args=ocp.args.Composite(
-        **items, meta=ocp.args.JsonSave(self._meta)))
+  def due(self, step, look_at_clock=False):
+    """Whether a checkpoint is to be saved at `step`.
+
+    Args:
+      step: steps done.
+      look_at_clock: also by time. A collective call then, since hosts must
+        save at the same step: process 0's clock decides.
+    """
+    every, minutes = self._options.every_steps, self._options.every_minutes
+    if every and step % every == 0:
+      return True
+    return bool(minutes and look_at_clock) and distributed.agreed(
+        time.monotonic() - self._saved_at >= 60 * minutes)
+
+  def save(self, step, state, metrics=None):
+    """Starts an asynchronous save; `metrics` rank it for `best`.
+
+    Raises:
+      UserError: this or the previous save failed (a full disk, say).
+    """
+    self._saved_at = time.monotonic()
+    with self._failing('save'):
+      self._manager.check_for_errors()
+      if step in self._manager.all_steps():
+        return
+      items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+      self._manager.save(
+          step, metrics=metrics, args=ocp.args.Composite(
+              **items, meta=ocp.args.JsonSave(self._meta)))
+
+  def check(self):
+    """UserError if a save in the background has failed."""
+    with self._failing('save'):
+      self._manager.check_for_errors()
 
   def wait(self):
-    """Blocks until every save is on disk."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    """Blocks until every save is on disk. UserError if one failed."""
+    with self._failing('save'):
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  @contextlib.contextmanager
+  def _failing(self, what):
+    """Turns what the file system says into one line."""
+    try:
+      yield
+    except errors.UserError:
+      raise
+    except Exception as e:  # Orbax and tensorstore have many classes for it.
+      text = ' '.join(str(e).split())
+      known = [t for t in ('No space left on device', 'File too large',
+                           'Disk quota exceeded', 'Read-only file system',
+                           'Permission denied') if t.lower() in text.lower()]
+      if not known and not isinstance(e, OSError):
+        raise
+      raise errors.UserError(
+          f'checkpoint: cannot {what} in {self._root!r}: '
+          f'{known[0] if known else text[:200]}; the checkpoints before it '
+          'are intact, run the same command again once there is room'
+      ) from e
 
   def restore(self, state):
     """The newest readable checkpoint, in the shape and sharding of `state`.
@@ -94,22 +155,24 @@ class Checkpointer:
     wanted = _items(state)
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
+      out = None
       try:
         out = self._restore_step(step, wanted)
       except errors.UserError:
         raise
       except Exception as e:  # Whatever a damaged file makes Orbax raise.
-        aside = os.path.join(os.path.dirname(self._root),
-                             f'damaged_checkpoint_{step}')
-        logging.warning('checkpoint %d cannot be read (%s: %s); set aside as '
-                        '%s', step, type(e).__name__,
-                        str(e).splitlines()[0] if str(e) else '', aside)
-        if jax.process_index() == 0:
-          os.rename(os.path.join(self._root, str(step)), aside)
-        self._manager.reload()
+        logging.warning('checkpoint %d cannot be read (%s: %s)', step,
+                        type(e).__name__,
+                        str(e).splitlines()[0] if str(e) else '')
+      # One host may meet the damage alone, but all must go back together.
+      if not distributed.everywhere(out is not None):
+        self._set_aside(step)
         continue
+      number = np.int32(step)
+      if isinstance(state.step, jax.ShapeDtypeStruct):
+        number = jax.device_put(number, state.step.sharding)
       return state.replace(
-          step=jnp.asarray(step, jnp.int32), params=out['params'],
+          step=number, params=out['params'],
           model_state=out.get('model_state') or {},
           opt_state=out['opt_state']['optimizer'],
           ema_params=out.get('ema_params'),
@@ -120,6 +183,18 @@ class Checkpointer:
           f'checkpoint: none of {len(steps)} in {self._root!r} can be read; '
           'they were set aside beside it, run again to start from step 0')
     return None
+
+  def _set_aside(self, step):
+    """Renames a damaged checkpoint, out of the way of the next save."""
+    aside = os.path.join(os.path.dirname(self._root),
+                         f'damaged_checkpoint_{step}')
+    if jax.process_index() == 0:
+      while os.path.exists(aside):
+        aside += '_again'
+      os.rename(os.path.join(self._root, str(step)), aside)
+      logging.warning('checkpoint %d is set aside as %s', step, aside)
+    distributed.wait_for_all(f'set_aside_{step}')
+    self._manager.reload()
 
   def _restore_step(self, step, wanted):
     """The items of a step, in the shapes and shardings of `wanted`."""

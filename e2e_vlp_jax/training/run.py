@@ -49,12 +49,24 @@ def _flat(tree, prefix=''):
   return {prefix[:-1]: tree}
 
 
-def open_workdir(workdir, config):
+def open_workdir(workdir, config, allow_changes=False):
   """Creates a run's folder, or checks that it holds this very run.
 
-  Writes config.json. Raises UserError if the folder cannot be written or
-  holds a run whose config differs in a key that matters.
+  Writes config.json.
+
+  Args:
+    workdir: a path that every host sees.
+    config: of the run.
+    allow_changes: go on with a run whose config differs in keys that matter
+      (another dataset or seed, say), and name them.
+
+  Raises:
+    UserError: the folder cannot be written, or holds another run.
   """
+  if '://' in workdir:
+    raise errors.UserError(
+        f'--workdir {workdir}: not a path of the file system; mount the '
+        'bucket (gcsfuse, Filestore, NFS) and name the mounted folder')
   path = os.path.join(workdir, 'config.json')
   new = to_dict(config)
   if os.path.exists(path):
@@ -68,13 +80,17 @@ def open_workdir(workdir, config):
     free = lambda k: any(k == f or k.startswith(f + '.') for f in FREE_KEYS)
     diff = [k for k in sorted(set(a) | set(b))
             if a.get(k) != b.get(k) and not free(k)]
-    if diff:
+    if diff and allow_changes:
+      if jax.process_index() == 0:
+        for k in diff:
+          print(f'--allow-changes: {k}: {a.get(k)!r} -> {b.get(k)!r}')
+    elif diff:
       k = diff[0]
       more = f' and {len(diff) - 1} more keys' if len(diff) > 1 else ''
       raise errors.UserError(
           f'--workdir {workdir} holds a run with another config: {k} is '
           f'{a.get(k)!r} there, {b.get(k)!r} here{more}; use another '
-          'workdir or that config')
+          'workdir or that config, or --allow-changes')
   if jax.process_index() == 0:
     try:
       os.makedirs(workdir, exist_ok=True)
@@ -84,6 +100,27 @@ def open_workdir(workdir, config):
     except OSError as e:
       raise errors.UserError(f'--workdir {workdir}: cannot be written '
                              f'({e.strerror})') from e
+
+
+def report_loaded(workdir, path, report):
+  """Prints what `init_from` gave, and writes all of it to WORKDIR.
+
+  Args:
+    workdir: gets init_from.json.
+    path: of the checkpoint.
+    report: from `checkpoint.merge`.
+  """
+  if jax.process_index():
+    return
+  why = {'loaded': 'loaded', 'missing': 'new here, freshly drawn',
+         'surplus': 'in the checkpoint alone, skipped',
+         'other_shape': 'of another shape, freshly drawn'}
+  for kind, names in report.items():
+    some = (f': {", ".join(names[:5])}' + ', ...' * (len(names) > 5)
+            if kind != 'loaded' and names else '')
+    print(f'init_from {path}: {len(names)} {why[kind]}{some}', flush=True)
+  with open(os.path.join(workdir, 'init_from.json'), 'w') as f:
+    json.dump({'checkpoint': path, **report}, f, indent=1)
 
 
 def count_parameters(params):

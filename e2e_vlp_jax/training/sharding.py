@@ -8,6 +8,8 @@ rejects much of Linen.
 import re
 
 import jax
+from jax.experimental import mesh_utils
+from jax.experimental import multihost_utils
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -38,8 +40,27 @@ def make_mesh(shape, devices=None):
     raise errors.UserError(
         f'mesh: {dict(zip(AXES, sizes))} does not fit {len(devices)} '
         f'devices; the product of the axes must be {len(devices)}')
-  return Mesh(np.asarray(devices).reshape(sizes), AXES,
+  return Mesh(arrange(sizes, devices), AXES,
               axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(sizes, devices):
+  """Devices in the shape (data, fsdp, tensor), near ones near each other.
+
+  With several TPU slices the outer part of 'data' runs over the slices: of
+  all traffic, only the gradients' sum then crosses the slow network (DCN).
+  """
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(sizes, devices,
+                                         allow_split_physical_axes=True)
+  data, *inner = sizes
+  if data % slices:
+    raise errors.UserError(f'mesh.data: {data} does not divide over {slices} '
+                           'slices; fsdp and tensor stay within a slice')
+  return mesh_utils.create_hybrid_device_mesh(
+      (data // slices, *inner), (slices, 1, 1), devices,
+      allow_split_physical_axes=True)
 
 
 def check_batch_size(batch_size, mesh, accumulate=1):
@@ -72,7 +93,7 @@ def parameter_specs(params, mesh, rules=()):
     for i, (pattern, value) in enumerate(rules):
       if re.fullmatch(pattern, name):
         used.add(i)
-        return NamedSharding(mesh, P(*value))
+        return NamedSharding(mesh, _checked(P(*value), x.shape, mesh, name))
     return NamedSharding(mesh, fsdp_spec(x, mesh.shape['fsdp']))
   out = jax.tree_util.tree_map_with_path(spec, params)
   for i, (pattern, _) in enumerate(rules):
@@ -80,6 +101,25 @@ def parameter_specs(params, mesh, rules=()):
       raise errors.UserError(f'sharding_rules: {pattern!r} matches no '
                              'parameter')
   return out
+
+
+def _checked(spec, shape, mesh, name):
+  """`spec`, or a UserError if an array of `shape` cannot be split so."""
+  for size, axes in zip(shape, spec):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    for axis in axes:
+      if axis not in AXES:
+        raise errors.UserError(f'sharding_rules: no axis {axis!r}'
+                               + errors.nearest(axis, AXES))
+    parts = int(np.prod([mesh.shape[a] for a in axes]))
+    if size % parts:
+      raise errors.UserError(
+          f'sharding_rules: {name!r} of shape {shape} cannot be split by '
+          f'{tuple(spec)}: {size} does not divide by {parts}')
+  if len(spec) > len(shape):
+    raise errors.UserError(f'sharding_rules: {name!r} of shape {shape} has '
+                           f'fewer dimensions than {tuple(spec)}')
+  return spec
 
 
 def fsdp_spec(x, parts):
@@ -107,18 +147,59 @@ def batch_sharding(mesh):
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def constrain_batch(mesh, tree, axis=0):
+  """Inside jit: splits dimension `axis` of every array over the batch axes.
+
+  Written with the mesh in hand: constraints by logical names do nothing,
+  silently, where no mesh is set.
+  """
+  sharding = NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES))
+  return jax.tree.map(
+      lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
+
+
+def host_rows(mesh, batch_size):
+  """Numbers of the batch's rows that this host's devices hold, ascending.
+
+  Hosts share rows where 'tensor' reaches over several of them.
+  """
+  held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  starts = {rows.indices(batch_size)[:2] for rows, in held.values()}
+  return np.concatenate([np.arange(*s) for s in sorted(starts)])
+
+
 def shard_batch(mesh, batch):
-  """Host arrays [B_local, ...] -> global arrays split over the batch axes."""
+  """Host arrays -> global arrays [B, ...] split over the batch axes.
+
+  Args:
+    mesh: from `make_mesh`.
+    batch: dict of numpy arrays of this host's rows, as `host_rows` orders
+      them. 64-bit integers become 32-bit ones.
+  """
   sharding = batch_sharding(mesh)
-  return {k: jax.make_array_from_process_local_data(sharding, v)
-          for k, v in batch.items()}
+  batch = {k: v.astype(np.int32) if v.dtype == np.int64 else v
+           for k, v in batch.items()}
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  blocks = mesh.shape['data'] * mesh.shape['fsdp']
+  held = len(host_rows(mesh, blocks))
+
+  def one(x):
+    size = len(x) // held * blocks
+    rows = host_rows(mesh, size)
+
+    def part(index):
+      start, stop, _ = index[0].indices(size)
+      first = np.searchsorted(rows, start)
+      return x[first:first + stop - start]
+    return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+  return {k: one(v) for k, v in batch.items()}
 
 
 def to_host(tree):
   """Device arrays -> full numpy arrays on every host."""
   def one(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
       return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
   return jax.tree.map(one, tree)

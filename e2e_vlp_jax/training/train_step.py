@@ -65,7 +65,8 @@ def init_state(model, tx, batch, requests, seed, ema):
       rng=jax.random.fold_in(root, 1), bad_steps=jnp.zeros((), jnp.int32))
 
 
-def loss_terms(model, objectives, requests, params, model_state, batch, rng):
+def loss_terms(model, objectives, requests, params, model_state, batch, rng,
+               mesh):
   """Runs the model once and every objective on it.
 
   Returns:
@@ -74,7 +75,9 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng):
   """
   outputs, new_state = model.apply(
       {'params': params, **model_state}, batch, requests, train=True,
-      rngs={'dropout': rng}, mutable=list(model_state))
+      rngs={'dropout': rng, 'sample': jax.random.fold_in(rng, 1)},
+      mutable=list(model_state))
+  outputs = _constrain_outputs(mesh, outputs, len(batch['image']))
   losses, metrics = {}, {}
   for name, (_, objective) in objectives.items():
     losses[name], extra = objective(outputs, batch)
@@ -82,8 +85,27 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng):
   return losses, metrics, {**model_state, **new_state}
 
 
-def make_train_step(model, objectives, tx, *, accumulate=1, ema_decay=0.):
+def _constrain_outputs(mesh, outputs, size):
+  """Keeps what has a row for each example split over the batch axes.
+
+  GSPMD spreads this backwards through the model: no device computes rows of
+  another one, whatever the parameters' sharding suggests.
+  """
+  return jax.tree.map(
+      lambda x: sharding.constrain_batch(mesh, x)
+      if x.ndim and x.shape[0] == size else x, outputs)
+
+
+def make_train_step(model, objectives, tx, *, mesh, accumulate=1,
+                    ema_decay=0.):
   """A function (state, batch) -> (state, metrics), to be jitted.
+
+  Args:
+    model, objectives: from `models.build` and `objectives.build`.
+    tx: optax transformation.
+    mesh: over which batches and parameters are spread.
+    accumulate: micro-batches a step.
+    ema_decay: of the averaged parameters, if the state has any.
 
   With `accumulate` > 1 the batch is cut in that many micro-batches, scanned
   over. Their losses are divided by the weights of the *whole* batch, so the
@@ -97,7 +119,7 @@ def make_train_step(model, objectives, tx, *, accumulate=1, ema_decay=0.):
 
   def terms(params, model_state, batch, rng):
     return loss_terms(model, objectives, requests, params, model_state, batch,
-                      rng)
+                      rng, mesh)
 
   def loss_fn(params, model_state, batch, rng, weights):
     losses, metrics, model_state = terms(params, model_state, batch, rng)
@@ -112,17 +134,20 @@ def make_train_step(model, objectives, tx, *, accumulate=1, ema_decay=0.):
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
   def accumulated(state, batch, rng):
-    split = jax.tree.map(
-        lambda x: x.reshape(accumulate, x.shape[0] // accumulate,
-                            *x.shape[1:]), batch)
+    # Micro-batch k takes rows k, k + accumulate, ...: each device then cuts
+    # the rows that it holds, and none moves.
+    split = sharding.constrain_batch(mesh, jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // accumulate, accumulate,
+                            *x.shape[1:]).swapaxes(0, 1), batch), axis=1)
 
-    # Weights depend on the batch alone, so XLA drops the model from this
-    # first pass.
-    def count(_, micro):
-      losses, _, _ = terms(state.params, state.model_state, micro, rng)
-      return None, {n: {k: w for k, (_, w) in t.items()}
-                    for n, t in losses.items()}
-    _, weights = jax.lax.scan(count, None, split)
+    # Weights depend on the batch alone in most objectives, and XLA then drops
+    # the model from this first pass.
+    def count(k, micro):
+      losses, _, _ = terms(state.params, state.model_state, micro,
+                           jax.random.fold_in(rng, k))
+      return k + 1, {n: {k: w for k, (_, w) in t.items()}
+                     for n, t in losses.items()}
+    _, weights = jax.lax.scan(count, 0, split)
     weights = jax.tree.map(lambda w: w.sum(0), weights)
 
     def add(carry, micro):

@@ -1,0 +1,112 @@
+"""The processes of a run: how they find each other, and who does what.
+
+Every process runs the same program on its own rows of the batch. Process 0
+alone writes the run's files (config, metrics, pictures, report); checkpoints
+are written by all, each its own shards. WORKDIR and the data are therefore
+paths that every host sees.
+
+On TPU pods E2E_VLP_DISTRIBUTED=auto lets jax ask the platform who is there.
+Elsewhere three variables say it (the launch scripts set them):
+  E2E_VLP_COORDINATOR   host:port of process 0
+  E2E_VLP_PROCESSES     how many there are
+  E2E_VLP_PROCESS       which one this is
+Peers that do not come within E2E_VLP_JOIN_TIMEOUT seconds (300 by default)
+end the run instead of holding the other machines for hours.
+"""
+import os
+import re
+import socket
+import time
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from e2e_vlp_jax import errors
+
+_VARIABLES = ('E2E_VLP_COORDINATOR', 'E2E_VLP_PROCESSES', 'E2E_VLP_PROCESS')
+_NAME_BYTES = 64  # of a host's name, in the exchange of names
+
+
+def join():
+  """Joins the other processes, if there are any; before any use of devices.
+
+  Prints, on process 0, which hosts were found.
+
+  Raises:
+    UserError: variables are missing or senseless, or somebody does not
+      answer in time.
+  """
+  automatic = os.environ.get('E2E_VLP_DISTRIBUTED', '')
+  found = [os.environ.get(v) for v in _VARIABLES]
+  if automatic not in ('', 'auto'):
+    raise errors.UserError(f'E2E_VLP_DISTRIBUTED: {automatic!r}; the one '
+                           "choice is 'auto'")
+  if not automatic and not any(found):
+    return
+  if not automatic and not all(found):
+    missing = ', '.join(v for v, x in zip(_VARIABLES, found) if not x)
+    raise errors.UserError(
+        f'{missing}: not set, but a run of several processes needs '
+        f'{", ".join(_VARIABLES)}')
+  timeout = _integer('E2E_VLP_JOIN_TIMEOUT', '300', 1)
+  address, options = 'the platform', {}
+  if not automatic:
+    address, count = found[0], _integer(_VARIABLES[1], found[1], 1)
+    options = dict(coordinator_address=address, num_processes=count,
+                   process_id=_integer(_VARIABLES[2], found[2], 0, count - 1))
+  # CPU processes exchange arrays through gloo; accelerators ignore this.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  start = time.perf_counter()
+  try:
+    jax.distributed.initialize(initialization_timeout=timeout, **options)
+  except Exception as e:  # Whatever the RPC layer makes of a silent peer.
+    raise errors.UserError(
+        f'E2E_VLP_COORDINATOR: process {options.get("process_id", "?")} of '
+        f'{options.get("num_processes", "?")} waited {timeout} s at {address} '
+        f'({_peers_seen(str(e))})') from e
+  seconds = time.perf_counter() - start
+  name = socket.gethostname().encode()[:_NAME_BYTES].ljust(_NAME_BYTES)
+  names = multihost_utils.process_allgather(np.frombuffer(name, np.uint8))
+  if jax.process_index() == 0:
+    for i, one in enumerate(np.atleast_2d(names)):
+      print(f'process {i}: {bytes(one).decode().strip()}')
+    print(f'{jax.process_count()} processes, {jax.device_count()} devices '
+          f'({jax.local_device_count()} here), joined in {seconds:.1f} s',
+          flush=True)
+
+
+def _peers_seen(message):
+  """What jax's error says about who came, in a few words."""
+  absent = sorted(set(re.findall(r'/task:(\d+)', message)), key=int)
+  if absent:
+    return f'still missing: process {", ".join(absent)}'
+  return 'no peer answered: ' + message.split('\n', 1)[0][:120]
+
+
+def agreed(flag):
+  """Process 0's `flag` on every process: a collective call."""
+  if jax.process_count() == 1:
+    return bool(flag)
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+def everywhere(flag):
+  """True if `flag` is true on every process: a collective call."""
+  if jax.process_count() == 1:
+    return bool(flag)
+  return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
+
+
+def wait_for_all(what):
+  """Returns when every process has come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def _integer(name, text, least, most=2**31):
+  text = os.environ.get(name, text)
+  if not re.fullmatch(r'\d+', text) or not least <= int(text) <= most:
+    raise errors.UserError(f'{name}: {text!r}, expected a whole number from '
+                           f'{least} to {most}')
+  return int(text)
