@@ -4,6 +4,7 @@ Nothing here reaches a cloud: gcloud, kubectl, srun and scontrol are stand-ins
 that note their arguments. Values that a shell could split, expand or run must
 arrive as they were given.
 """
+import contextlib
 import os
 import pathlib
 import shutil
@@ -53,6 +54,7 @@ class Place:
   def __init__(self, folder):
     self.folder, self.repo = folder, folder / 'repo'
     self.fakes, self.workdir = folder / 'fakes', folder / 'run'
+    self.started = []
     self.fakes.mkdir()
     shutil.copytree(REPO / 'launch', self.repo / 'launch')
     (self.repo / 'launch/common.sh').write_text('')  # installs nothing
@@ -72,10 +74,13 @@ class Place:
       f.write(does + '\n')
 
   def start(self, script, *args, **env):
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ['bash', str(self.repo / 'launch' / script), *args], cwd=self.repo,
         env={**self.env, **env}, text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True)
+    self.started.append(process.pid)
+    return process
 
   def run(self, script, *args, **env):
     """(exit code, standard output, standard error)."""
@@ -124,7 +129,11 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path):
-  return Place(tmp_path)
+  here = Place(tmp_path)
+  yield here
+  for pid in here.started:  # leave nothing running where a test failed
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(pid, signal.SIGKILL)
 
 
 def verbs(calls):
