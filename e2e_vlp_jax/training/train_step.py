@@ -80,7 +80,8 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng,
   outputs = _constrain_outputs(mesh, outputs, len(batch['image']))
   losses, metrics = {}, {}
   for name, (_, objective) in objectives.items():
-    losses[name], extra = objective(outputs, batch)
+    with jax.named_scope('losses'):  # Names by which `parts` finds them.
+      losses[name], extra = objective(outputs, batch)
     metrics.update(extra)
   return losses, metrics, {**model_state, **new_state}
 
@@ -173,11 +174,13 @@ def make_train_step(model, objectives, tx, *, mesh, accumulate=1,
     total = sum(objectives[n][0] * sum(t.values()) for n, t in values.items())
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(total)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jax.tree.map(
         lambda a, b: jnp.where(finite, a, b), new, old)
-    params = keep(params, state.params)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      params = keep(params, state.params)
+      opt_state = keep(opt_state, state.opt_state)
     ema = state.ema_params
     if ema is not None:
       ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), ema,
@@ -191,7 +194,7 @@ def make_train_step(model, objectives, tx, *, mesh, accumulate=1,
                    for k, (s, w) in metrics.items()})
     return state.replace(
         step=state.step + 1, params=params, ema_params=ema,
-        opt_state=keep(opt_state, state.opt_state),
+        opt_state=opt_state,
         model_state=keep(model_state, state.model_state),
         bad_steps=jnp.where(finite, 0, state.bad_steps + 1)), logged
   return step
