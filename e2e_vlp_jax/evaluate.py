@@ -6,6 +6,8 @@
 import logging
 import os
 
+import jax
+
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
@@ -30,7 +32,8 @@ def evaluate(config, path, workdir):
   evaluators = evaluation.Evaluators(config, model, tokenizer, labels, mesh)
   # An unwritable folder is found before the minutes are spent.
   evaluation.check_writable(workdir)
-  scores, pictures = evaluators.run({'params': params, **model_state})
+  scores, pictures = evaluators.run({'params': params, **model_state},
+                                    bar=jax.process_index() == 0)
   evaluation.write(workdir, meta['step'], scores, pictures)
   width = max(map(len, scores), default=0)
   for name, value in scores.items():

@@ -26,6 +26,10 @@ class Evaluators:
 
   def __init__(self, config, model, tokenizer, labels, mesh=None):
     from e2e_vlp_jax.evaluation import predictor  # pylint: disable=g-import-not-at-top
+    from e2e_vlp_jax.training import sharding  # pylint: disable=g-import-not-at-top
+    if mesh is not None:
+      sharding.check_batch_size(config.eval_batch_size, mesh,
+                                key='eval_batch_size')
     self._config = config
     self._vocabularies = dict(tokenizer=tokenizer, labels=labels)
     self._mesh = mesh
@@ -62,6 +66,21 @@ class Evaluators:
         seed=config.seed, batch_size=config.eval_batch_size, train=False,
         rows=rows,
         **self._vocabularies)
+
+  def check_metric(self, key, metric):
+    """UserError unless `metric` is '' or of an evaluation during training.
+
+    Args:
+      key: the config's, for the message.
+      metric: 'eval/<name>/<metric>'.
+    """
+    names = [n for n, o in self._config.evals.items() if o.training_examples]
+    parts = metric.split('/', 2)
+    if metric and (len(parts) != 3 or parts[0] != 'eval'
+                   or parts[1] not in names):
+      raise errors.UserError(
+          f"{key}: {metric!r}; expected 'eval/<name>/<metric>' of an "
+          f'evaluation during training ({", ".join(names) or "there is none"})')
 
   def run(self, variables, final=True, bar=False):
     """All evaluators.
