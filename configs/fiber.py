@@ -79,8 +79,8 @@ def get_config(arg=None):
   config.total_steps = 100_000
   config.optim = dict(
       schedule='linear', learning_rate=1e-5, warmup_steps=10_000,
-      decay_steps=(), decay_factor=.1, final_fraction=0.,
-      b1=.9, b2=.98, eps=1e-8, weight_decay=.01, clip_norm=0., momentum=.9,
+      optimizer='adamw_hf', warmup_init=0., decay_steps=(), decay_factor=.1,
+      final_fraction=0., b1=.9, b2=.98, eps=1e-8, weight_decay=.01, clip_norm=0., momentum=.9,
       groups=GROUPS)
   config.warm_start = dict(steps=0, objectives=dict(cells=1.),
                            optim=config.optim.to_dict())
@@ -116,7 +116,7 @@ def _data(config, data, side):
   """
   test = {'scenes': 'test', 'coco': 'validation'}[data]
   scenes = data == 'scenes'
-  fit = 'fit' if scenes else 'square'
+  fit = 'fit' if scenes else 'squash'  # [C]: the square is filled
   rate = .2 if scenes else .15   # [C] .15
   config.data = dict(
       dir='data', train=(dict(name=data, split='train', weight=1.),),

@@ -3,7 +3,8 @@
 `optim.groups` is one list of (regex of a parameter's path, options); the
 first match wins, a parameter without a match and a regex without a parameter
 are errors. Options: `freeze` (no update), `lr` (multiplies the schedule),
-`wd` (replaces weight_decay), `optimizer` ('adamw' | 'adamw_hf' | 'sgd').
+`wd` (replaces weight_decay), `optimizer` ('adamw' | 'adamw_hf' | 'sgd';
+instead of `optim.optimizer`, by default 'adamw').
 """
 import re
 
@@ -140,7 +141,7 @@ def make_optimizer(optim, params, schedule):
   def transform(options):
     if options.get('freeze'):
       return optax.set_to_zero()
-    kind = options.get('optimizer', 'adamw')
+    kind = options.get('optimizer', optim.get('optimizer', 'adamw'))
     decay = options.get('wd', optim.weight_decay)
     factor = options.get('lr', 1.)
     rate = lambda count: factor * schedule(count)
