@@ -80,8 +80,8 @@ def get_config(arg=None):
   config.optim = dict(
       schedule='linear', learning_rate=1e-5, warmup_steps=10_000,
       optimizer='adamw_hf', warmup_init=0., decay_steps=(), decay_factor=.1,
-      final_fraction=0., b1=.9, b2=.98, eps=1e-8, weight_decay=.01, clip_norm=0., momentum=.9,
-      groups=GROUPS)
+      final_fraction=0., b1=.9, b2=.98, eps=1e-8, weight_decay=.01,
+      clip_norm=0., momentum=.9, groups=GROUPS)
   config.warm_start = dict(steps=0, objectives=dict(cells=1.),
                            optim=config.optim.to_dict())
   config.log_every_steps = 50
