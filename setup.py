@@ -58,5 +58,6 @@ setuptools.setup(
         'gpu': ['jax[cuda13]'],
         'gpu_cuda12': ['jax[cuda12]'],       # drivers older than CUDA 13
         'tpu': ['jax[tpu]'],                 # brings the libtpu that fits
+        'preflight': ['jax[tpu]'],           # and its compiler, no TPU needed
     },
 )

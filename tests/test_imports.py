@@ -25,6 +25,7 @@ DOORS = {
     'training': ['ops', 'objectives'],
     'evaluation': ['ops', 'data', 'models', 'training', 'objectives'],
     'weights': ['ops', 'models', 'training'],
+    'peers': ['models'],
 }
 ACCELERATOR_ROOMS = ('models', 'ops', 'objectives', 'training')
 # Optional and large: imported where they are used, never with a module.
