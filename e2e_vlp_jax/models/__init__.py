@@ -40,6 +40,20 @@ def build(config, *, vocab_size, num_classes, num_attributes):
              num_attributes, jnp.dtype(config.dtype))
 
 
+def adapt(model, loaded, params):
+  """Parameters of a checkpoint, made to fit `params` where the model can.
+
+  A model whose parameters depend on the input's size says how in a method
+  `adapt(loaded, params)`.
+
+  Args:
+    model: from `build`.
+    loaded: nested dict of arrays.
+    params: nested dict of what they should be (arrays or shapes).
+  """
+  return model.adapt(loaded, params) if hasattr(model, 'adapt') else loaded
+
+
 def build_backbone(options, dtype):
   """The CNN of `config.model.backbone`, to be called in a model's `setup`."""
   options = dict(options)

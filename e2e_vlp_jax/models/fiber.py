@@ -375,26 +375,13 @@ class Model(nn.Module):
                                 label(image_found, 0))}
 
   def _draw(self, similarity, allowed, own):
-    """Draws a negative by softmax of the similarities.
-
-    Args:
-      similarity: [B, S, n], tempered.
-      allowed: [n] candidates that exist.
-      own: broadcasts to [B, S, n], those of the same image.
-
-    Returns:
-      index [B, S] int32 and whether there was any candidate [B, S].
-    """
-    similarity = jax.lax.stop_gradient(similarity)
-    logp = jax.nn.log_softmax(jnp.where(allowed, similarity, layers.MASKED))
-    logp = jnp.where(allowed & ~own,
-                     jnp.log(jnp.exp(logp) + _LEAST_WEIGHT), -jnp.inf)
-    found = jnp.isfinite(logp).any(-1)
+    """[B, S] index of a negative and whether there is one; see `negatives`."""
+    logits = negatives(jax.lax.stop_gradient(similarity), allowed, own)
     if self.has_rng('sample'):
-      index = jax.random.categorical(self.make_rng('sample'), logp)
+      index = jax.random.categorical(self.make_rng('sample'), logits)
     else:
-      index = jnp.argmax(logp, -1)
-    return index, found
+      index = jnp.argmax(logits, -1)
+    return index, jnp.isfinite(logits).any(-1)
 
   # --- Captions ---------------------------------------------------------------
 
@@ -429,6 +416,19 @@ class Model(nn.Module):
         return x
       return swin_lib.resize_relative_bias(x, want.shape[0])
     return jax.tree_util.tree_map_with_path(fit, params)
+
+
+def negatives(similarity, allowed, own):
+  """Log-weights by which negatives are drawn: softmax of the similarities.
+
+  Args:
+    similarity: [..., n], tempered.
+    allowed: [n] candidates that exist.
+    own: broadcasts to [..., n], those of the same pair; never drawn. (The
+      original leaves them a weight of 1e-9, as it adds to all.)
+  """
+  weight = jax.nn.softmax(jnp.where(allowed, similarity, layers.MASKED))
+  return jnp.where(allowed & ~own, jnp.log(weight + _LEAST_WEIGHT), -jnp.inf)
 
 
 def _key_bias(mask):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def generate(model, variables, batch, *, cls_id, sep_id, pad_id, max_length,
-             beams=1):
+             beams=1, forbidden=None, rank='sum'):
   """Captions of the images in `batch`, from the image alone.
 
   Args:
@@ -21,6 +21,10 @@ def generate(model, variables, batch, *, cls_id, sep_id, pad_id, max_length,
     cls_id, sep_id, pad_id: begin, end and padding tokens.
     max_length: L, tokens generated, the begin token included.
     beams: 1 is greedy.
+    forbidden: tokens that are never generated; begin and padding by default.
+    rank: what candidates are compared by: 'sum' of log-probabilities, or
+      their 'mean' as FIBER's code has it, where a finished beam also takes
+      all slots below its own. Finished beams are compared by means.
 
   Returns:
     tokens [B, L] int32 (begin token first, padded after the end token) and
@@ -35,6 +39,8 @@ def generate(model, variables, batch, *, cls_id, sep_id, pad_id, max_length,
   total = jnp.where(jnp.arange(beams) == 0, 0., -1e9) * jnp.ones((b, 1))
   done = jnp.zeros((b, beams), bool)
   length = jnp.zeros((b, beams))
+  if forbidden is None:
+    forbidden = pad_id, cls_id
 
   def step(t, carry):
     ids, total, done, length = carry
@@ -44,18 +50,22 @@ def generate(model, variables, batch, *, cls_id, sep_id, pad_id, max_length,
     logp = jax.nn.log_softmax(logits.astype(jnp.float32))
     vocab = logp.shape[-1]
     logp = logp.reshape(b, beams, vocab)
-    forbidden = (jnp.arange(vocab) == pad_id) | (jnp.arange(vocab) == cls_id)
-    logp = jnp.where(forbidden, -1e9, logp)
-    # A finished beam is carried on unchanged, as its own padding token.
-    carried = jnp.where(jnp.arange(vocab) == pad_id, 0., -1e9)
+    logp = logp.at[:, :, jnp.asarray(forbidden)].set(-1e9)
+    # A finished beam is carried on unchanged, with padding: as one candidate,
+    # or as one for every token.
+    carried = jnp.where(
+        (jnp.arange(vocab) == pad_id) | (rank == 'mean'), 0., -1e9)
     logp = jnp.where(done[..., None], carried, logp)
-    scores = (total[..., None] + logp).reshape(b, beams * vocab)
-    total, flat = jax.lax.top_k(scores, beams)
+    length = length + ~done
+    weight = 1 / length[..., None] if rank == 'mean' else 1.
+    scores = ((total[..., None] + logp) * weight).reshape(b, beams * vocab)
+    scores, flat = jax.lax.top_k(scores, beams)
     source, token = flat // vocab, flat % vocab
     pick = functools.partial(jnp.take_along_axis, axis=1)
-    ids = pick(ids, source[..., None]).at[:, :, t].set(token)
     done, length = pick(done, source), pick(length, source)
-    length = length + ~done
+    total = scores * length if rank == 'mean' else scores
+    ids = pick(ids, source[..., None]).at[:, :, t].set(
+        jnp.where(done, pad_id, token))
     return ids, total, done | (token == sep_id), length
 
   ids, total, _, length = jax.lax.fori_loop(
