@@ -93,7 +93,8 @@ def train(config, workdir, allow_changes=False):
     state = jax.jit(lambda: init(stages[0]), out_shardings=shardings)()
     if config.init_from:
       loaded, model_state, _ = checkpoint.load(config.init_from)
-      params, report_ = checkpoint.merge(state.params, loaded)
+      params, report_ = checkpoint.merge(
+          state.params, models.adapt(model, loaded, state.params))
       if not report_['loaded']:
         raise errors.UserError(f'init_from: {config.init_from!r} has no '
                                'parameter that fits this model')
