@@ -142,13 +142,15 @@ def make_train_step(model, objectives, tx, *, mesh, accumulate=1,
                             *x.shape[1:]).swapaxes(0, 1), batch), axis=1)
 
     # Weights depend on the batch alone in most objectives, and XLA then drops
-    # the model from this first pass.
-    def count(k, micro):
-      losses, _, _ = terms(state.params, state.model_state, micro,
-                           jax.random.fold_in(rng, k))
-      return k + 1, {n: {k: w for k, (_, w) in t.items()}
-                     for n, t in losses.items()}
-    _, weights = jax.lax.scan(count, 0, split)
+    # the model from this first pass. Where they do not, they are those of the
+    # second pass: model_state moves here, too.
+    def count(carry, micro):
+      model_state, k = carry
+      losses, _, model_state = terms(state.params, model_state, micro,
+                                     jax.random.fold_in(rng, k))
+      return (model_state, k + 1), {n: {k: w for k, (_, w) in t.items()}
+                                    for n, t in losses.items()}
+    _, weights = jax.lax.scan(count, (state.model_state, 0), split)
     weights = jax.tree.map(lambda w: w.sum(0), weights)
 
     def add(carry, micro):
