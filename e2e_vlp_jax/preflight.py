@@ -135,24 +135,25 @@ def _largest(peak_of, first, first_peak, state, capacity, say, most):
   """Largest n whose program fits, by compiling at most `most` more.
 
   Memory grows almost linearly with the batch, so each trial is where the
-  line through the two nearest known points meets the capacity, kept inside
-  what is known to fit and known not to.
+  line through the known points on both sides meets the capacity (the two
+  largest, as long as everything fits).
   """
   known = {0: state, first: first_peak}
   for _ in range(most):
     fits = max(n for n, peak in known.items() if peak <= capacity)
-    fails = min((n for n, peak in known.items() if peak > capacity),
-                default=None)
+    fails = min((n for n in known if n > fits), default=None)
     gap = max(1, fits // RESOLUTION)
     if fails is not None and fails - fits <= gap:
       break
-    a, b = sorted(sorted(n for n in known if known[n] < float('inf')),
-                  key=lambda n: abs(known[n] - capacity))[:2]
+    a, b = sorted(known)[-2:] if fails is None else (fits, fails)
     slope = max((known[b] - known[a]) / (b - a), 1.)
     guess = int(a + (capacity - known[a]) / slope)
-    highest = 8 * max(fits, 1) if fails is None else fails - 1
-    guess = min(max(guess, fits + gap if fails is None else fits + 1),
-                highest)
+    if fails is None:
+      guess = min(max(guess, fits + gap), 8 * max(fits, 1))
+    elif known[fails] == float('inf'):
+      guess = (fits + fails) // 2
+    else:
+      guess = min(max(guess, fits + gap), fails - 1)
     known[guess] = peak_of(guess)
     say(f'batch of {guess} a chip and micro-step: '
         f'{_size(known[guess])} of {_size(capacity)}')

@@ -102,10 +102,13 @@ class Objective:
                                        box_ops.to_xyxy(true))
     count = jnp.sum(mask.astype(jnp.float32))
     # The weighted mean of a layer's class loss: the weights' sum is the same
-    # for every layer, so layers can share one denominator.
+    # for every layer, so layers can share one denominator. Written without
+    # the matching, it is known before the model runs (accumulation).
+    objects = mask.sum(-1)
+    weights = jnp.sum(batch['task_mask/detection']
+                      * (objects + self.no_object * (q - objects)))
     losses = {
-        'class': (self.class_weight * jnp.sum(nll * weight),
-                  jnp.sum(weight[:, 0])),
+        'class': (self.class_weight * jnp.sum(nll * weight), weights),
         'box': (self.box_weight * jnp.sum(l1 * valid), count),
         'giou': (self.giou_weight * jnp.sum(giou * valid), count),
     }
@@ -123,7 +126,7 @@ class Objective:
       picked = jnp.take_along_axis(logp, ids, -1) * has[:, None]
       per_object = has.sum(-1)
       nll = -picked.sum(-1) / jnp.maximum(per_object, 1)[:, None]
-      objects = jnp.sum((per_object > 0).astype(jnp.float32))
+      labelled = jnp.sum((per_object > 0).astype(jnp.float32))
       losses['attributes'] = (self.attribute_weight * jnp.sum(nll),
-                              objects)
+                              labelled)
     return losses, metrics

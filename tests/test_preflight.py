@@ -1,0 +1,337 @@
+"""What a step costs, counted by hand and by preflight; what cannot fit."""
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from e2e_vlp_jax import cli
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import preflight
+from e2e_vlp_jax.models import layers
+from e2e_vlp_jax.models import resnet
+from e2e_vlp_jax.training import chips
+from e2e_vlp_jax.training import cost
+from e2e_vlp_jax.training import sharding
+
+TINY = 'configs/e2e_vlp.py:tiny'
+
+
+def counted(function, *shapes):
+  args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+  return cost.flops(jax.make_jaxpr(function)(*args))
+
+
+def config_of(*overrides):
+  argv = ['--config', TINY, *(f'--config.{x}' for x in overrides)]
+  return cli.parse(cli.parser('', config='required'), argv)[1]
+
+
+# --- FLOPs ------------------------------------------------------------------
+def test_flops_of_resnet50_by_hand():
+  """4.09 G multiply-adds at 224 (as published, with its classifier's 2 M)."""
+  def convolution(side, out, kernel, inputs):
+    return side**2 * out * kernel**2 * inputs
+  total, side, inputs = convolution(112, 64, 7, 3), 56, 64
+  for stage, count in enumerate(resnet.BLOCKS[50]):
+    width = 64 * 2**stage
+    for i in range(count):
+      before, side = side, side // 2 if stage and not i else side
+      total += (convolution(before, width, 1, inputs)
+                + convolution(side, width, 3, width)
+                + convolution(side, 4 * width, 1, width))
+      if not i:
+        total += convolution(side, 4 * width, 1, inputs)
+      inputs = 4 * width
+  assert abs(total + 2048 * 1000 - 4.09e9) < .01e9
+  model = resnet.ResNet(depth=50)
+  image = jnp.zeros((2, 224, 224, 3))
+  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image))
+  jaxpr = jax.make_jaxpr(lambda v: model.apply(v, image))(variables)
+  assert cost.flops(jaxpr) == 2 * 2 * total
+
+
+def test_flops_of_an_encoder_layer_by_hand():
+  b, t, d, f = 3, 20, 32, 48
+  layer = layers.EncoderLayer(d, heads=4, ffn=f, dropout=0.)
+  x = jnp.zeros((b, t, d))
+  params = jax.eval_shape(
+      lambda: layer.init(jax.random.key(0), x, None, 0.))
+  loss = lambda p, x: layer.apply(p, x, None, 0.).sum()
+  forward = 2 * b * (4 * t * d * d + 2 * t * t * d + 2 * t * d * f)
+  assert cost.flops(jax.make_jaxpr(loss)(params, x)) == forward
+  both = jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, x)
+  assert cost.flops(both) == 3 * forward
+
+
+def test_flops_of_strided_convolution_backward():
+  def loss(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w, (2, 2), [(1, 1)] * 2,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC')).sum()
+  shapes = (2, 16, 16, 3), (3, 3, 3, 8)
+  forward = 2 * (2 * 8 * 8 * 8) * (3 * 3 * 3)
+  assert counted(loss, *shapes) == forward
+  # One for the input and one for the kernel; the value is not needed.
+  assert counted(jax.grad(loss, (0, 1)), *shapes) == 2 * forward
+
+
+def test_flops_in_loops_recomputation_and_shards():
+  product = 2 * 8**3
+  square = (8, 8)
+
+  def scanned(x):
+    return jax.lax.scan(lambda c, _: (jnp.sin(c @ x), None), x, None, 5)[0]
+  assert counted(scanned, square) == 5 * product
+  loss = lambda w, x: jnp.sin(x @ w).sum()
+  once = jax.value_and_grad(loss)
+  assert counted(once, square, square) == 2 * product
+  again = jax.value_and_grad(jax.checkpoint(loss))
+  assert counted(again, square, square) == 3 * product
+  # What nobody reads does not count.
+  assert counted(lambda x: (x @ x, x + 1)[1], square) == 0
+  mesh = sharding.make_mesh({'data': 4, 'fsdp': 2, 'tensor': 1})
+  shards = jax.shard_map(lambda x: x @ jnp.ones((8, 8)), mesh=mesh,
+                         in_specs=P(('data', 'fsdp')),
+                         out_specs=P(('data', 'fsdp')))
+  assert counted(shards, (16, 8)) == 2 * 16 * 8 * 8
+
+
+# --- Collectives ------------------------------------------------------------
+HLO = '''HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%add.1 (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%reduced (p: (s32[], f32[16,4])) -> f32[4,4] {
+  ROOT %r = bf16[4,4]{1,0:T(8,128)(2,1)} reduce-scatter(%x), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add.1
+}
+
+%body (p: (s32[], /*index=1*/f32[16,4])) -> (s32[], f32[16,4]) {
+  %ar = (f32[16,4]{1,0}, f32[]) all-reduce(%x, %y), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add.1
+  %f = f32[4,4] fusion(%ar), kind=kCustom, calls=%reduced
+}
+
+%endless (p: (s32[])) -> (s32[]) {
+  %cp = f32[8]{0} collective-permute(%x), channel_id=9, source_target_pairs={{0,1},{1,0}}
+}
+
+ENTRY %main (p: f32[16,4]) -> f32[16,4] {
+  %ag = (f32[16,4]{1,0}, f32[128,4]{1,0}) all-gather-start(%p), channel_id=2, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}
+  %agd = f32[128,4]{1,0} all-gather-done(%ag)
+  %w = (s32[], f32[16,4]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %v = (s32[]) while(%u), condition=%cond, body=%endless
+  ROOT %alone = f32[16,4] all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add.1
+}
+'''
+
+
+def test_collectives_of_a_program_text():
+  found = {c.kind: c for c in cost.collectives(HLO)}
+  assert len(found) == len(cost.collectives(HLO)) == 4
+  assert found['all-gather'] == ('all-gather', 128 * 4 * 4, 8, 1, False)
+  assert found['all-reduce'] == ('all-reduce', 16 * 4 * 4 + 4, 2, 3, False)
+  assert found['reduce-scatter'] == ('reduce-scatter', 4 * 4 * 2 * 4, 4, 3,
+                                     False)
+  assert found['collective-permute'].in_loop
+  # Rings: a reduction goes round twice, a gathering once.
+  assert found['all-reduce'].traffic == 3 * 260 * 2 * 1 / 2
+  assert found['all-gather'].traffic == 2048 * 7 / 8
+
+
+def test_collectives_of_a_compiled_program():
+  mesh = sharding.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1})
+  rows = NamedSharding(mesh, P('data'))
+  x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=rows)
+  w = jax.ShapeDtypeStruct((32, 4), jnp.float32,
+                           sharding=sharding.replicated(mesh))
+
+  def step(w, x):
+    body = lambda _, w: w + jax.grad(lambda w: jnp.sin(x @ w).sum())(w)
+    return jax.lax.fori_loop(0, 5, body, w)
+  compiled = jax.jit(
+      step, out_shardings=sharding.replicated(mesh)).lower(w, x).compile()
+  found, = cost.collectives(compiled.as_text())
+  assert found == ('all-reduce', 32 * 4 * 4, 8, 5, False)
+
+
+# --- preflight --------------------------------------------------------------
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+  out = tmp_path_factory.mktemp('preflight') / 'report.json'
+  preflight.main(['--config', TINY, '--topology', 'local', '--no-search',
+                  '--json', str(out)])
+  return json.loads(out.read_text())
+
+
+def test_preflight_of_tiny_on_these_devices(report):
+  assert report['parameters'] == 993_736
+  assert report['chips'] == 8 and report['batch_per_chip'] == 2
+  hbm = report['hbm_bytes_per_chip']
+  # Parameters, two moments, the batch: replicated on every device.
+  assert hbm['arguments'] > 3 * 4 * report['parameters']
+  assert hbm['arguments'] < hbm['peak'] < hbm['capacity']
+  # The gradients' sum (that of a shared table in parts), and little else.
+  total = report['collective_bytes']['all-reduce']
+  assert 1 < total / (4 * report['parameters']) < 1.5
+  assert report['collectives_in_unknown_loops'] == 0
+  assert report['flops_per_step'] > 0 and report['compile_s'] > 0
+  assert report['roofline']['step_time_s'] is None  # a CPU has no data sheet
+  assert report['roofline']['reason']
+  assert report['largest_batch_per_chip'] is None  # not looked for
+  assert 'largest batch' not in preflight.table(report)
+
+
+def test_accumulation_costs_the_same_flops(report):
+  """Its first pass, over the losses' weights, is dropped."""
+  config = config_of('accumulate=2')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(preflight, '_compile', _only_flops)
+    other = preflight.preflight(config, 'local', search=False)
+  assert other['flops_per_step'] == report['flops_per_step']
+
+
+def _only_flops(plan, batch_size):
+  traced = plan.step().trace(plan.state_target(),
+                             plan.batch_target(batch_size))
+  return preflight._Program(1, 1., cost.flops(traced.jaxpr), {'peak': 1})
+
+
+@pytest.mark.parametrize('first,largest', [(1, 100), (64, 100), (100, 100),
+                                           (250, 100), (3, 1), (8, 3)])
+def test_search_finds_the_largest_batch_in_few_programs(first, largest):
+  state, each, capacity = 1e9, 1e8, 1e9 + largest * 1e8 + 5e7
+  tried = []
+
+  def peak_of(n):  # Not quite linear, as real programs.
+    tried.append(n)
+    return state + each * n * (1 - .03 * np.sin(n))
+  found = preflight._largest(peak_of, first, peak_of(first), state, capacity,
+                             lambda _: None, most=8)
+  assert len(tried) <= 7
+  fits = [n for n in range(1, 300)
+          if state + each * n * (1 - .03 * np.sin(n)) <= capacity]
+  assert found in fits
+  assert found >= max(fits) - max(1, max(fits) // preflight.RESOLUTION)
+
+
+def test_roofline_names_what_binds():
+  chip = chips.TPUS['v5e']
+  mesh = sharding.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1})
+  program = preflight._Program(0, 0., 8 * chip.flops, {}, (), 1e9)
+  found = preflight._roofline(program, chip, mesh, config_of(), 0)
+  assert found['bound'] == 'compute' and found['step_time_s'] == 1.
+  program = program._replace(bytes_accessed=2 * chip.hbm_bandwidth)
+  found = preflight._roofline(program, chip, mesh, config_of(), 0)
+  assert found['bound'] == 'memory' and found['step_time_s'] == 2.
+  program = program._replace(collectives=(
+      cost.Collective('all-gather', 8 / 7 * 3 * chip.ici_bandwidth, 8, 1,
+                      False),))
+  found = preflight._roofline(program, chip, mesh, config_of(), 0)
+  assert found['bound'] == 'interconnect'
+  assert found['step_time_s'] == pytest.approx(3.)
+
+
+# --- Bad input --------------------------------------------------------------
+def refused(*argv, capsys):
+  with pytest.raises(SystemExit) as e:
+    preflight.main(['--config', TINY, *argv])
+  assert e.value.code == 2
+  line = capsys.readouterr().err.strip()
+  assert '\n' not in line
+  return line
+
+
+def test_unknown_topologies_are_named_with_the_valid_ones(capsys):
+  line = refused('--topology', 'v5e:4x5', capsys=capsys)
+  assert "'v5e:4x5'" in line and "mean 'v5e:4x" in line
+  assert 'v4: 2x2x1' in line and '16x16' in line and "'local'" in line
+
+
+def test_libtpu_is_asked_for_by_its_extra(capsys, monkeypatch):
+  from jax.experimental import topologies  # pylint: disable=import-outside-toplevel
+
+  def absent(*unused, **unused_too):
+    raise RuntimeError('JAX TPU support not installed')
+  monkeypatch.setattr(topologies, 'get_topology_desc', absent)
+  line = refused('--topology', 'v5e:2x2', capsys=capsys)
+  assert 'e2e_vlp_jax[preflight]' in line
+
+
+@pytest.fixture
+def small_chips(monkeypatch):
+  """Eight devices that pose as chips of so many bytes."""
+  def pose(hbm):
+    chip = chips.TPUS['v5e']._replace(hbm=hbm)
+    monkeypatch.setattr(chips, 'devices', lambda _: (chip, jax.devices()))
+  return pose
+
+
+@pytest.mark.parametrize('override,expected', [
+    ('mesh.data=3', ["'data': 3", '8 devices', 'must be 8']),
+    ('batch_size=12', ['batch_size: 12', 'divide by 8', 'try 8']),
+])
+def test_a_mesh_or_batch_that_does_not_fit(override, expected, capsys,
+                                           small_chips):
+  small_chips(2**30)
+  line = refused('--topology', 'v5e:2x4', f'--config.{override}',
+                 capsys=capsys)
+  for part in expected:
+    assert part in line
+
+
+def test_a_chip_too_small_for_the_state(capsys, small_chips, monkeypatch):
+  monkeypatch.setattr(sharding, 'FSDP_MIN_BYTES', 1)
+  small_chips(8 * 2**20)  # The state is 11.4 MiB.
+  line = refused('--topology', 'v5e:2x4', capsys=capsys)
+  assert '0.01 GiB' in line and 'too much' in line
+  assert '--config.mesh.fsdp=2 would fit' in line
+  small_chips(2**20)
+  line = refused('--topology', 'v5e:2x4', capsys=capsys)
+  assert 'v5e:4x4 with --config.mesh.fsdp=16 would fit' in line
+
+
+def test_a_batch_too_large_says_what_fits(capsys, small_chips, monkeypatch):
+  small_chips(2**30)
+  monkeypatch.setattr(preflight, '_compile', lambda plan, n: preflight._Program(
+      n * 2**27, 1., 1., {}))
+  line = refused('--topology', 'v5e:2x4', '--config.batch_size=128',
+                 capsys=capsys)
+  assert 'batch_size: 128 (16 a chip) needs 16.00 GiB' in line
+  assert '15.00 GiB too much' in line
+  assert '1 a chip fit: --config.batch_size=8' in line
+
+
+def test_the_compilers_refusals_are_understood():
+  g = 2**30
+  assert preflight._wanted(
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used '
+      '20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.') == 20.5 * g
+  assert preflight._wanted(
+      'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory '
+      'required for HLO temporaries (31.00G) exceeds available HBM '
+      '(15.75G).') == 31 * g
+
+
+@pytest.mark.slow
+def test_preflight_of_tiny_for_a_tpu(tmp_path):
+  """The real thing; a process of its own, as libtpu wants to be set up."""
+  pytest.importorskip('libtpu', reason="no libtpu; pip install '.[preflight]'")
+  out = tmp_path / 'report.json'
+  subprocess.run(
+      [sys.executable, '-m', 'e2e_vlp_jax.preflight', '--config', TINY,
+       '--topology', 'v5e:2x2', '--json', str(out)], check=True,
+      env={**os.environ, 'XLA_FLAGS': ''})
+  report = json.loads(out.read_text())
+  assert report['chips'] == 4 and report['chip'] == 'TPU v5e'
+  assert report['hbm_bytes_per_chip']['capacity'] == 15.75 * 2**30
+  assert report['roofline']['bound'] in ('compute', 'memory', 'interconnect')
+  total = report['collective_bytes']['all-reduce']
+  assert 1 < total / (4 * report['parameters']) < 1.1
+  assert report['largest_batch_per_chip'] > 100
