@@ -149,7 +149,7 @@ def _largest(peak_of, first, first_peak, state, capacity, say, most):
     slope = max((known[b] - known[a]) / (b - a), 1.)
     guess = int(a + (capacity - known[a]) / slope)
     if fails is None:
-      guess = min(max(guess, fits + gap), 8 * max(fits, 1))
+      guess = min(max(guess, fits + gap), 32 * max(fits, 1))
     elif known[fails] == float('inf'):
       guess = (fits + fails) // 2
     else:

@@ -326,7 +326,8 @@ def test_preflight_of_tiny_for_a_tpu(tmp_path):
   out = tmp_path / 'report.json'
   subprocess.run(
       [sys.executable, '-m', 'e2e_vlp_jax.preflight', '--config', TINY,
-       '--topology', 'v5e:2x2', '--json', str(out)], check=True,
+       '--topology', 'v5e:2x2', '--config.batch_size=4096',
+       '--json', str(out)], check=True,
       env={**os.environ, 'XLA_FLAGS': ''})
   report = json.loads(out.read_text())
   assert report['chips'] == 4 and report['chip'] == 'TPU v5e'
@@ -334,4 +335,4 @@ def test_preflight_of_tiny_for_a_tpu(tmp_path):
   assert report['roofline']['bound'] in ('compute', 'memory', 'interconnect')
   total = report['collective_bytes']['all-reduce']
   assert 1 < total / (4 * report['parameters']) < 1.1
-  assert report['largest_batch_per_chip'] > 100
+  assert 1024 <= report['largest_batch_per_chip'] < 16384

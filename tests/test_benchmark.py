@@ -1,0 +1,176 @@
+"""benchmark: what it reports, where it says time goes, what it refuses."""
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from e2e_vlp_jax import benchmark
+from e2e_vlp_jax import cli
+from e2e_vlp_jax import peers
+from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.training import parts
+
+TINY = 'configs/e2e_vlp.py:tiny'
+SMALL_DETR = ['--config', 'configs/e2e_vlp.py:detr,side=64',
+              '--config.model.backbone.depth=18',
+              '--config.model.encoder_layers=1',
+              '--config.model.decoder_layers=2',
+              '--config.model.width=32', '--config.model.ffn=32']
+
+
+# --- Parts ------------------------------------------------------------------
+@pytest.mark.parametrize('name,part', [
+    ('jit(step)/jvp(Model)/Model.fuse/encoder/layer0/ffn/add', 'encoder'),
+    ('jit(step)/transpose(jvp(Model))/Model._image_only/Model.decode/decoder/'
+     'layer1/norm1/mul', 'decoder'),
+    # The module that was called first: the head uses the embedding's table.
+    ('jit(step)/jvp(Model)/mlm_head/text_embedding.attend/dot', 'mlm_head'),
+    ('jit(step)/losses/jit(hungarian)/shard_map/vmap()/while', 'matching'),
+    ('jit(step)/jvp(losses)/reduce_sum', 'losses'),
+    ('jit(step)/optimizer/mul', 'optimizer'),
+    ('jit(step)/jvp(Model)/mul', None),
+])
+def test_part_of_a_scope(name, part):
+  modules = {'encoder', 'decoder', 'mlm_head', 'text_embedding'}
+  assert parts.part_of(name, modules) == part
+
+
+def test_nested_operations_count_once():
+  events = [(0, 100, 'while'), (10, 30, 'body'), (15, 5, 'inner'),
+            (50, 20, 'body'), (100, 7, 'after')]
+  assert sorted(map(tuple, parts._own_times(events))) == [
+      ('after', 7), ('body', 20), ('body', 25), ('inner', 5), ('while', 50)]
+
+
+def test_trace_finds_the_expensive_part(tmp_path):
+  def step(x):
+    with jax.named_scope('backbone'):
+      for _ in range(8):
+        x = jnp.sin(x @ x)
+    with jax.named_scope('optimizer'):
+      return x + jnp.sin(x)
+  x = jnp.ones((600, 600)) / 600
+  compiled = jax.jit(step).lower(x).compile()
+  operations = parts.of_operations(compiled.as_text(), {'backbone'})
+  assert set(operations.values()) >= {'backbone', 'optimizer'}
+  jax.block_until_ready(compiled(x))
+  parts.trace(lambda: jax.block_until_ready(compiled(x)), str(tmp_path))
+  found = parts.seconds(str(tmp_path), operations)
+  assert found['backbone'] > .8 * sum(found.values())
+  assert found['optimizer'] > 0
+
+
+# --- The command ------------------------------------------------------------
+def test_benchmark_without_tensorflow(tmp_path):
+  """Every promised key; in a process that could not import TensorFlow."""
+  out = tmp_path / 'report.json'
+  code = f'''
+import sys
+for name in ('tensorflow', 'tensorflow_datasets', 'torch', 'transformers'):
+  sys.modules[name] = None  # any import of it raises
+from e2e_vlp_jax import benchmark
+benchmark.main(['--config', '{TINY}', '--steps', '3', '--batch-size', '4',
+                '--config.model.encoder_layers=1',
+                '--config.model.decoder_layers=1',
+                '--score', '--json', {str(out)!r}])
+'''
+  flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')
+  run = subprocess.run([sys.executable, '-c', code], check=False,
+                       capture_output=True, text=True,
+                       env={**os.environ, 'XLA_FLAGS': flags})
+  assert run.returncode == 0, run.stderr
+  report = json.loads(out.read_text())
+  assert report['batch_size'] == 4 and report['devices'] == 1
+  assert report['images_per_s'] > 0 and report['compile_s'] > 0
+  assert 0 < report['step_time_s']['p50'] <= report['step_time_s']['p90']
+  assert 0 < report['mfu'] < 1 and 'measured' in report['mfu_of']
+  assert report['peak_memory_bytes'] > 2**27
+  assert sum(report['parts'].values()) == pytest.approx(1)
+  assert {'backbone', 'encoder', 'decoder', 'matching', 'optimizer'} <= set(
+      report['parts'])
+  assert report['parts']['encoder'] > report['parts']['optimizer']
+  assert report['score_pairs_per_s'] > 0
+  assert report['data_wait'] is None and report['peer'] is None
+  assert 'images/s' in run.stdout and 'MFU' in run.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_on_data_of_its_own(tiny_scenes, tmp_path):
+  out = tmp_path / 'report.json'
+  benchmark.main(['--config', TINY, '--steps', '2', '--data',
+                  f'--config.data.dir={tiny_scenes}', '--json', str(out)])
+  report = json.loads(out.read_text())
+  assert 0 <= report['data_wait'] < 1
+  assert report['data_images_per_s'] > 0
+
+
+def peer_of(*overrides):
+  config = cli.parse(cli.parser('', config='required'),
+                     [*SMALL_DETR, *overrides])[1]
+  batch = synthetic.synthetic_batch(
+      config.data, vocab_size=5, num_classes=7, num_attributes=0,
+      batch_size=2)
+  return peers.build('hf_detr', config, batch, 7)
+
+
+def test_the_peer_trains(torch_extra):
+  peer = peer_of()
+  losses = [peer.step() for _ in range(4)]
+  assert losses[-1] != losses[0]
+  # Stem and first stage are frozen, as in DETR; the rest is trained.
+  trained = sum(x.numel() for x in peer._parameters)
+  assert .9 * peer.parameters < trained < peer.parameters
+  assert 'torch' in peer.version
+
+
+@pytest.mark.slow
+def test_benchmark_against_a_peer(torch_extra, tmp_path):
+  out = tmp_path / 'report.json'
+  benchmark.main([*SMALL_DETR, '--batch-size', '8', '--steps', '2', '--peer',
+                  'hf_detr', '--json', str(out)])
+  report = json.loads(out.read_text())
+  peer = report['peer']
+  assert peer['name'] == 'hf_detr'
+  assert peer['ratio'] == pytest.approx(
+      report['images_per_s'] / peer['images_per_s'])
+  # The same architecture: only frozen BN's numbers are no parameters there.
+  assert abs(report['parameters'] / peer['parameters'] - 1) < .01
+
+
+# --- Bad input --------------------------------------------------------------
+def refused(*argv, capsys):
+  with pytest.raises(SystemExit) as e:
+    benchmark.main(list(argv))
+  assert e.value.code == 2
+  line = capsys.readouterr().err.strip()
+  assert '\n' not in line
+  return line
+
+
+@pytest.mark.parametrize('argv,expected', [
+    (['--config', TINY, '--peer', 'hf_dert'], ["'hf_dert'", "'hf_detr'"]),
+    (['--config', TINY, '--steps', '0'], ['--steps', '0', '1 or more']),
+    (['--config', TINY, '--batch-size', '9'], ['batch_size: 9', 'try 8']),
+    (['--config', TINY, '--json', '/no/such/folder/x'],
+     ['/no/such/folder/x', 'cannot be written']),
+])
+def test_mistakes(argv, expected, capsys):
+  line = refused(*argv, capsys=capsys)
+  for part in expected:
+    assert part in line
+
+
+def test_a_peer_of_another_architecture(torch_extra, capsys):
+  line = refused('--config', TINY, '--peer', 'hf_detr', capsys=capsys)
+  assert 'configs/e2e_vlp.py:detr' in line
+
+
+def test_a_peer_that_is_not_installed(capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  line = refused(*SMALL_DETR, '--batch-size', '8', '--peer', 'hf_detr',
+                 capsys=capsys)
+  assert 'needs torch' in line and 'e2e_vlp_jax[torch]' in line
