@@ -69,7 +69,13 @@ def get_config(arg=None):
   config.max_bad_steps = 10      # non-finite updates in a row that end a run
   config.init_from = placeholder(str)
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.sharding_rules = ()     # ((regex, spec), ...); default: FSDP
+  # Matrices of the Transformer are cut by 'tensor' between heads or hidden
+  # units (Megatron's way), the other side by 'fsdp'; what no rule names is
+  # cut by 'fsdp' where it is large. On meshes without these axes: no effect.
+  config.sharding_rules = (
+      (r'(en|de)coder/layer\d+/(.*/)?(query|key|value|in)/kernel',
+       ('fsdp', 'tensor')),
+      (r'(en|de)coder/layer\d+/(.*/)?out/kernel', ('tensor', 'fsdp')))
   # Saved every so many steps or minutes, whichever comes (0 = never); kept:
   # the newest, each step that keep_every divides, and the one with the best
   # metric of the evaluations during training ('eval/itm/accuracy', say).
@@ -91,12 +97,12 @@ def get_config(arg=None):
   config.model = dict(
       name='e2e_vlp', text=True,
       backbone=dict(name='resnet', depth=50, frozen_bn=True, frozen_stages=2,
-                    dilated=False, mask_padding=True, remat=False),
+                    dilated=False, mask_padding=True, remat='none'),
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225),
       width=256, heads=8, ffn=options.get('ffn', 2048), encoder_layers=12,
       decoder_layers=6, dropout=.1, pre_norm=False, act='relu', epsilon=1e-5,
       num_queries=100, queries='learned', itm_pool='cls', max_text=40,
-      text_types=0, remat=False)
+      text_types=0, remat='none')
 
   # AdamW 1e-4, trunk 1e-5, weight decay 1e-4, 200 epochs, batch 32: as
   # recalled from the paper (fact sheet, section 4). The drop at 2/3 of the

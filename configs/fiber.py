@@ -50,7 +50,9 @@ def get_config(arg=None):
   config.init_from = placeholder(str)
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.sharding_rules = ()     # ((regex, spec), ...); default: FSDP
-  config.checkpoint = dict(every_steps=1000, keep=2, keep_every=0)
+  config.checkpoint = dict(every_steps=1000, every_minutes=0., keep=2,
+                           keep_every=0, best='')
+  config.profile = dict(start=0, steps=5)
   config.tensorboard = True
 
   # Plain sum of the three [C].
@@ -70,7 +72,7 @@ def get_config(arg=None):
       text=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
                 types=1, dropout=.1, epsilon=1e-5),
       fuse=6, width=768,         # [C]
-      queue=options.get('queue', 0), remat=True,
+      queue=options.get('queue', 0), remat='full',
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225))  # [C]
 
   # AdamW [C], 100k steps at batch 4096 [R]. The rate is the code's; as
@@ -138,3 +140,34 @@ def _data(config, data, side):
       mlm=evaluator('mlm', f'{see}|mlm({rate})'),
       retrieval=evaluator('retrieval', count=256 if scenes else 1000))
   config.samples = dict(count=12, source=source, pp=see)
+
+
+def _tiny(config):
+  """About 1M parameters, from scratch; all values are our choice."""
+  config.dtype = 'float32'
+  config.model.update(dict(
+      swin=dict(width=64, depths=(1, 3), heads=(2, 4), patch=6, window=8,
+                mlp_ratio=2., drop_path=0., epsilon=1e-5),
+      text=dict(depth=3, width=128, heads=4, ffn=256,
+                positions=config.data.max_text + 2, types=1, dropout=0.,
+                epsilon=1e-5),
+      fuse=2, width=128, remat='none',
+      image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
+  config.batch_size = 32
+  config.total_steps = 3000
+  # The gates start at 0, and let nothing through until they have moved.
+  groups = ((r'.*/gate', dict(lr=5., wd=0.)),
+            (r'.*(bias|/scale)|logit_scale', dict(wd=0.)),
+            (r'.*', dict()))
+  config.optim.update(dict(
+      schedule='cosine', optimizer='adamw', learning_rate=1e-3,
+      warmup_steps=100, final_fraction=.02, clip_norm=1., groups=groups))
+  # The paper starts from ImageNet and RoBERTa weights; this run first teaches
+  # its trunk the class and attributes of what covers each token.
+  config.warm_start.steps = 600
+  config.warm_start.optim.update(dict(
+      schedule='cosine', learning_rate=2e-3, warmup_steps=20,
+      final_fraction=.02))
+  config.log_every_steps = 50
+  config.eval_every_steps = 1000
+  config.checkpoint.every_steps = 250

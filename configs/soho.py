@@ -81,7 +81,7 @@ def get_config(arg=None):
       name='soho',
       backbone=dict(name='resnet', depth=18, frozen_bn=False, frozen_stages=2,
                     dilated=False, mask_padding=True, stem=64, width=64,
-                    remat=True),
+                    remat='full'),
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225),
       # pool 2 and stride 32 make one token of 64x64 pixels.
       neck=dict(pool=2, mix='gate', begin_align=False, pos_align=True,
@@ -92,7 +92,7 @@ def get_config(arg=None):
       mvm=dict(rate=.015, cell='batch'),
       width=768, heads=12, ffn=3072, encoder_layers=3, dropout=.1,
       pre_norm=False, act='gelu', epsilon=1e-12, itm_pool='cls', max_text=512,
-      text_types=2, remat=True)
+      text_types=2, remat='full')
 
   # Released: AdamW for all but the trunk, which has SGD at 100 times the
   # rate; stem and layer1 frozen; x0.1 at 25 and 35 of 40 epochs; 500 updates
@@ -184,7 +184,7 @@ def _tiny(config):
   """About 0.5M parameters; our choice throughout, near e2e_vlp's tiny."""
   config.model.update(dict(
       width=128, heads=4, ffn=256, encoder_layers=2, dropout=0.,
-      pre_norm=True, epsilon=1e-5, itm_pool='mean', text_types=0, remat=False,
+      pre_norm=True, epsilon=1e-5, itm_pool='mean', text_types=0, remat='none',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.model.backbone = dict(name='patch_cnn', stem=64, width=128, blocks=2)
   config.model.neck.pool = 1     # 8x8 tokens of 12x12 pixels

@@ -1,7 +1,10 @@
 """Mistakes that a user can make and mend: one readable line, exit code 2."""
 import contextlib
 import difflib
+import errno
 import sys
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -26,10 +29,17 @@ def nearest(word, choices):
 
 @contextlib.contextmanager
 def exit_on_user_error():
-  """Turns a `UserError` raised inside into one line on stderr and exit 2."""
+  """Turns a `UserError` raised inside into one line on stderr and exit 2.
+
+  A full disk is no error of the program's either.
+  """
   try:
     yield
-  except UserError as e:
+  except (UserError, OSError) as e:
+    if isinstance(e, OSError):
+      if e.errno not in _NO_ROOM:
+        raise
+      e = f'{e.filename or "a file"}: cannot be written: {e.strerror}'
     message = ' '.join(str(e).split())
     print(f'error: {message}', file=sys.stderr)
     sys.exit(2)

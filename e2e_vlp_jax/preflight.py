@@ -9,6 +9,7 @@ take and why, and the largest batch that fits. docs/pods.md explains the
 figures. `--topology local` plans for the devices of this machine.
 """
 import json
+import math
 import os
 import re
 import time
@@ -210,7 +211,7 @@ def _check_state(shapes, state, chip, topology, mesh):
   advice = f'--config.mesh.fsdp={fits[0]} would fit' if fits else ''
   if not fits and topology != chips.LOCAL:
     name = topology.split(':')[0]
-    size = lambda s: int(eval(s.replace('x', '*')))  # pylint: disable=eval-used
+    size = lambda s: math.prod(int(n) for n in s.split('x'))
     larger = [s for s in chips.SLICES[name] if size(s) > mesh.size
               and split(size(s)) < chip.hbm]
     advice = (f'{name}:{larger[0]} with --config.mesh.fsdp={size(larger[0])} '
@@ -231,7 +232,7 @@ def _too_large(config, program, chip, shards, largest):
     need += (f'; {largest} a chip fit: --config.batch_size={largest * shards} '
              'or more chips')
   return need + ('; or more micro-steps (--config.accumulate), '
-                 '--config.model.remat=true, --config.mesh.fsdp')
+                 '--config.model.remat=full, --config.mesh.fsdp')
 
 
 # --- For people -------------------------------------------------------------

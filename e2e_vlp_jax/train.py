@@ -18,15 +18,15 @@ from e2e_vlp_jax import cli
 from e2e_vlp_jax import data as data_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
-from e2e_vlp_jax import objectives as objectives_lib
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import chips
+from e2e_vlp_jax.training import cost
 from e2e_vlp_jax.training import distributed
 from e2e_vlp_jax.training import monitor as monitor_lib
-from e2e_vlp_jax.training import optim
 from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
-from e2e_vlp_jax.training import train_step
 
 
 def train(config, workdir, allow_changes=False):
@@ -40,7 +40,6 @@ def train(config, workdir, allow_changes=False):
   clock = monitor_lib.Clock('init')
   # TensorFlow feeds the input pipeline only; imported here so that a broken
   # config fails before the seconds that this takes.
-  stages = run.stages(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
   from e2e_vlp_jax import evaluation  # pylint: disable=g-import-not-at-top
@@ -61,36 +60,18 @@ def train(config, workdir, allow_changes=False):
                num_classes=len(labels.classes),
                num_attributes=len(labels.attributes))
   model = models.build(config, **sizes)
-  built = [objectives_lib.build(config, mesh, sharding.BATCH_AXES,
-                                stage.objectives) for stage in stages]
-  requests = objectives_lib.requests(
-      {f'{i}/{k}': v for i, b in enumerate(built) for k, v in b.items()})
   example = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
-
-  def tx_of(stage):
-    schedule = optim.make_schedule(stage.optim, stage.end, stage.start)
-    return lambda params: optim.make_optimizer(
-        config.optim, params, schedule)
-
-  def init(stage):
-    return train_step.init_state(model, tx_of(stage), example, requests,
-                                 config.seed, ema=config.ema_decay > 0)
-  shapes = jax.eval_shape(lambda: init(stages[0]))
-  shardings = train_step.state_shardings(shapes, mesh,
-                                         tuple(config.sharding_rules))
-  counts = run.count_parameters(shapes.params)
+  assembly = assemble.Assembly(config, model, mesh, example)
+  counts = run.count_parameters(assembly.shapes.params)
 
   # --- Restore, or start ----------------------------------------------------
   saver = checkpoint.Checkpointer(
       workdir, {'config': run.to_dict(config),
                 'tokenizer': tokenizer.to_dict(), 'labels': labels.to_dict()},
       config.checkpoint)
-  target = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, shardings)
-  state = saver.restore(target)
+  state = saver.restore(assembly.state_target())
   if state is None:
-    state = jax.jit(lambda: init(stages[0]), out_shardings=shardings)()
+    state = assembly.init()
     if config.init_from:
       loaded, model_state, _ = checkpoint.load(config.init_from)
       params, report_ = checkpoint.merge(
@@ -105,6 +86,7 @@ def train(config, workdir, allow_changes=False):
 
   # --- Evaluation, monitoring -----------------------------------------------
   evaluators = evaluation.Evaluators(config, model, tokenizer, labels, mesh)
+  evaluators.check_metric('checkpoint.best', config.checkpoint.best)
   monitor = monitor_lib.Monitor(workdir, config.total_steps, first_step,
                                 config.tensorboard)
   profiler = monitor_lib.Profiler(workdir, config.profile.start,
@@ -137,41 +119,41 @@ def train(config, workdir, allow_changes=False):
 
   # --- Train ----------------------------------------------------------------
   stop = _StopSignal()
-  for stage, objectives in zip(stages, built):
+  for number, stage in enumerate(assembly.stages):
     step = int(state.step)
     if step >= stage.end:
       continue
-    tx = tx_of(stage)(state.params)
     if step == stage.start and step > 0:
       # A stage starts with a fresh optimizer: the moments of parameters that
       # the last one did not train would be wrong for many steps.
       state = state.replace(opt_state=jax.jit(
-          tx.init, out_shardings=shardings.opt_state)(state.params))
-    step_fn = jax.jit(
-        train_step.make_train_step(model, objectives, tx, mesh=mesh,
-                                   accumulate=config.accumulate,
-                                   ema_decay=config.ema_decay),
-        donate_argnums=0,
-        out_shardings=(shardings, sharding.replicated(mesh)))
-    schedule = optim.make_schedule(stage.optim, stage.end, stage.start)
+          assembly.optimizer(stage).init,
+          out_shardings=assembly.shardings.opt_state)(state.params))
+    step_fn = assembly.step(number)
+    schedule = assembly.schedule(stage)
     batches = data.iterate(step)
-    rate = _Rate(clock)
+    rate, flops = _Rate(clock, mesh), {}
     before, bad = None, []
     while step < stage.end and not stop.requested:
       clock.enter('data')
       t, batch = next(batches)
       batch = sharding.shard_batch(mesh, batch)
       profiler.before(step)
-      clock.enter('step' if rate.running else 'compile')
+      bucket = batch['image'].shape
+      fresh = bucket not in flops
+      clock.enter('compile' if fresh else 'step')
+      if fresh:
+        flops[bucket] = cost.flops(step_fn.trace(state, batch).jaxpr)
       state, logged = step_fn(state, batch)
       step += 1
-      if not rate.running:  # The first call compiles.
+      rate.add(flops[bucket])
+      if fresh:  # The first call of a shape compiles: not part of the rate.
         jax.block_until_ready(logged)
-        rate.restart(step)
+        rate.restart()
       # One step is in the making while this host looks at the one before.
-      for number, found in ([(t - 1, before)] if before else []) + (
+      for i, found in ([(t - 1, before)] if before else []) + (
           [(t, logged)] if step == stage.end else []):
-        bad = _skipped(workdir, data, number, found, bad)
+        bad = _skipped(workdir, data, i, found, bad)
       before = logged
       log_now = step % config.log_every_steps == 0 or step == stage.end
       if log_now:
@@ -179,19 +161,18 @@ def train(config, workdir, allow_changes=False):
         scalars = {f'train/{k}': v for k, v in logged.items()}
         scalars['train/learning_rate'] = float(schedule(step - 1
                                                         - stage.start))
-        speed = rate.since_restart(step)
+        speed = rate.since_restart()
         if speed:
-          scalars['perf/images_per_s'] = config.batch_size / speed['step_s']
-          scalars['perf/goodput'] = monitor.goodput(step, speed['step_s'])
+          speed['images_per_s'] = config.batch_size / speed['step_s']
+          speed['goodput'] = monitor.goodput(step, speed['step_s'])
           scalars |= {f'perf/{k}': v for k, v in speed.items()}
         scalars['perf/bad_records'] = len(data.bad_records)
         monitor.write(step, {**scalars, **clock.fractions()})
         monitor.advance(
             step - monitor.position, '  '.join(
-                f'{k} {float(logged[k]):.2f}' for k in ('loss', *objectives))
-            + (f'  {config.batch_size / speed["step_s"]:.0f} img/s'
-               if speed else ''))
-        rate.restart(step)
+                f'{k} {float(logged[k]):.2f}' for k in ('loss', *assembly.objectives[number]))
+            + (f'  {speed["images_per_s"]:.0f} img/s' if speed else ''))
+        rate.restart()
       profiler.after(step, logged, asked=log_now)
       if len(bad) >= config.max_bad_steps:
         raise errors.UserError(
@@ -205,12 +186,12 @@ def train(config, workdir, allow_changes=False):
       scores = None
       if every and step % every == 0 and not last and not stop.requested:
         scores = evaluate(state, final=False)
-        rate.restart(step)
+        rate.restart()
       if (saver.due(step, look_at_clock=log_now) or last or stop.requested
           or config.checkpoint.best and scores):
         clock.enter('save')
         saver.save(step, state, scores)
-        rate.restart(step)
+        rate.restart()
       elif log_now:
         saver.check()
   profiler.close()
@@ -254,23 +235,39 @@ def _skipped(workdir, data, t, logged, bad):
 
 
 class _Rate:
-  """Time a step, and how much of it is waiting for data, since a moment."""
+  """What a step costs, since the last restart."""
 
-  def __init__(self, clock):
-    self._clock, self.running = clock, False
+  def __init__(self, clock, mesh):
+    self._clock = clock
+    chip = chips.of_device(mesh.devices.flat[0])
+    self._peak = mesh.size * chip.flops if chip and chip.flops else None
+    self.restart()
 
-  def restart(self, step):
-    self._step, self._start = step, time.perf_counter()
-    self._waited, self.running = self._clock.seconds('data'), True
+  def restart(self):
+    self._steps, self._flops, self._start = 0, 0, time.perf_counter()
+    self._waited = self._clock.seconds('data')
 
-  def since_restart(self, step):
-    """{'step_s', 'data_wait'}: seconds and share; {} if no step was done."""
-    if not self.running or step == self._step:
+  def add(self, flops):
+    """One more step of so many FLOPs."""
+    self._steps += 1
+    self._flops += flops
+
+  def since_restart(self):
+    """{'step_s', 'data_wait', 'tflops_per_s', 'mfu'}; {} without a step.
+
+    Seconds a step, the share of them waiting for data, and the FLOPs of the
+    model as counted by `cost.flops`, also as a share of the chips' bfloat16
+    peak where that is known.
+    """
+    if not self._steps:
       return {}
     seconds = time.perf_counter() - self._start
     waited = self._clock.seconds('data') - self._waited
-    return {'step_s': seconds / (step - self._step),
-            'data_wait': waited / seconds}
+    out = {'step_s': seconds / self._steps, 'data_wait': waited / seconds,
+           'tflops_per_s': self._flops / seconds / 1e12}
+    if self._peak:
+      out['mfu'] = self._flops / seconds / self._peak
+    return out
 
 
 class _StopSignal:

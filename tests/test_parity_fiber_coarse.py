@@ -15,6 +15,7 @@ import pytest
 
 from configs import fiber as config_lib
 from e2e_vlp_jax import models
+from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.models import fiber
 from e2e_vlp_jax.models import generate
 from e2e_vlp_jax.models import swin
@@ -23,7 +24,6 @@ from e2e_vlp_jax.objectives import itc
 from e2e_vlp_jax.objectives import itm
 from e2e_vlp_jax.objectives import mlm
 from e2e_vlp_jax.training import optim
-from e2e_vlp_jax.training import sharding
 from e2e_vlp_jax.weights import mapping
 from tests import fiber_names
 from tests import parity
@@ -47,7 +47,7 @@ def reference(shared):
 def reference_config(window=3, queue=0, dtype='float32'):
   config = config_lib.get_config(f'base,queue={queue}')
   config.dtype = dtype
-  config.model.remat = False
+  config.model.remat = 'none'
   config.model.swin.update(dict(width=8, heads=(1, 2, 4, 8), window=window))
   config.model.text.update(dict(width=40, heads=4, ffn=160, positions=24))
   # Its images are normalised already.
@@ -525,14 +525,13 @@ def test_global_batch(record_property, reference, plain):
           'losses, matching of the negatives', pairs, LOGITS)
   # Gathered features carry no gradient there: of the sum of the ranks each
   # has a part, and the scale, which every rank has whole, once.
-  grads = theirs(parity.flat({'params': grads}))
+  found = theirs(parity.flat({'params': grads}))
   for name in ('image', 'text'):
     name = f'cross_modal_{name}_pooler_itc.dense.weight'
     x = sum(want[f'rank{r}.grad_itc.{name}'] for r in (0, 1))
-    gaps[name] = grads[name] / np.abs(x).max(), x / np.abs(x).max()
+    gaps[name] = found[name] / np.abs(x).max(), x / np.abs(x).max()
   x = want['rank0.grad_itc.logit_scale']
-  gaps['scale'] = (np.asarray(run(variables['params'])[-1]['logit_scale'])
-                   / abs(x), x / abs(x))
+  gaps['scale'] = np.asarray(grads['logit_scale']) / abs(x), x / abs(x)
   compare(record_property, 'global batch on two devices: gradients of ITC, '
           'relative', gaps, 1e-4)
 
@@ -551,10 +550,11 @@ def test_queue_moves_on(record_property, reference):
            'image': nhwc(image), 'image_mask': np.ones((4, 96, 96), bool),
            'text': inputs['text_ids'][::order].astype(np.int32),
            'text_mask': inputs['text_masks'][::order] > 0}
-    _, state = module.apply(state, new, True, mutable=['queue'])
+    _, state = module.apply(*jax.tree.map(jnp.asarray, (state, new)), True,
+                            mutable=['queue'])
     q = state['queue']
     assert q['count'] % QUEUE == want[f'step{k}.ptr'][0]
-    assert min(q['count'], QUEUE) == want[f'step{k}.total'][0]
+    assert q['count'] == want[f'step{k}.total'][0]
     pairs |= {f'{k} {name}': (x, want[f'step{k}.{name}']) for name, x in {
         'image_queue': q['image_features'].T,
         'text_queue': q['text_features'].T, 'text_input_queue': q['text'],
@@ -563,6 +563,63 @@ def test_queue_moves_on(record_property, reference):
     }.items()}
   compare(record_property, 'queue: features and inputs after two updates',
           pairs, 1e-6)
+
+
+@pytest.mark.slow
+def test_double_precision(record_property, reference):
+  """In float64 nothing hides behind rounding: eps and GELU variants show."""
+  want, inputs = reference('float64'), reference('inputs')
+  with jax.enable_x64(True):
+    config = reference_config(queue=QUEUE, dtype='float64')
+    model = build(config)
+    wide = lambda tree: jax.tree.map(
+        lambda x: jnp.asarray(x, 'float64') if x.dtype == np.float32
+        else jnp.asarray(x), tree)
+    state = wide(queue_state(inputs, inputs['queue_total']))
+    batch = wide(batch_of(inputs))
+    variables = {**wide(variables_of(config, reference('params'))), **state}
+    head = {**reference('params'), **reference('captioner_params')}
+    head = {**wide(variables_of(config, head)), **state}
+
+    @jax.jit
+    def run(v):
+      (out, terms), seen = model.apply(
+          v, batch, {**REQUESTS, 'image_only': ('itc', 'captioning'),
+                     'joint': ('itm',)},
+          method=lambda m, b, r: (lambda out: (out, {
+              k: value(f, out, b) for k, f in OBJECTIVES.items()}))(m(b, r)),
+          mutable=['intermediates'], capture_intermediates=True)
+      return out, terms, parity.flat(seen['intermediates'])
+    out, terms, seen = run(variables)
+    # Calls of the shared projections: captioner, joint, ...
+    text = seen['text_projection/__call__']
+    image = seen['image_projection/__call__'][0]
+    got = {f'losses_heads/{k}': x for k, x in head_arrays(out, terms).items()}
+    matched = out['joint']['itm_logits']
+    got |= {
+        'losses_heads/itm.logits_matched': matched,
+        'losses_heads/itm.rank_output': matched[..., 1],
+        'features/dual.image_cls': out['image_only']['image_embedding'],
+        'features/dual.text_cls': out['text_only']['text_embedding'],
+        'features/fused.text_feats': text[1],
+        'features/fused.image_feats': image,
+        'features/fused.cls_feats': model.apply(variables, text[1], image,
+                                                method='pair'),
+        'features/caption.text_feats': text[0]}
+    for name, o in (('mle', out), ('head_mle', run(head)[0])):
+      got |= {f'captioning/{name}.logits': o['image_only']['caption_logits'],
+              f'captioning/{name}.loss': value(captioning.Objective(), o,
+                                               batch)}
+    _, grads = gradients(model, variables, batch)
+  assert all(np.asarray(x).dtype in (np.float64, np.int32, np.int64)
+             for x in got.values())
+  compare(record_property, 'float64: features, logits, losses',
+          {k: (x, want[k]) for k, x in got.items()}, 1e-9)
+  grads = theirs(grads)
+  compare(record_property, 'float64: L2 norms of 657 gradients', {
+      name: (np.linalg.norm(grads[name]), x)
+      for name, x in zip(want['grads_pretrain/names'],
+                         want['grads_pretrain/l2'])}, 1e-9)
 
 
 # --- Captions ---------------------------------------------------------------
@@ -654,3 +711,60 @@ def test_resolution_change(record_property, reference):
   compare(record_property, 'another resolution: ITM logits', {
       'itm': (out['joint']['itm_logits'], want['fused128.itm_logits'])},
           LOGITS)
+
+
+# --- Full size --------------------------------------------------------------
+def full_size(queue=4096):
+  """(config, {path: ShapeDtypeStruct}) of the published size."""
+  config = config_lib.get_config(f'base,queue={queue}')
+  model = models.build(config, vocab_size=50265, num_classes=3,
+                       num_attributes=0)
+  batch = synthetic.synthetic_batch(config.data, vocab_size=50265,
+                                    num_classes=3, num_attributes=0,
+                                    batch_size=1)
+  wanted = {k: v for k, v in model.views.items() if k != 'grid'}
+  shapes = jax.eval_shape(
+      lambda b: model.init(jax.random.key(0), b, wanted), batch)
+  return config, parity.flat(shapes)
+
+
+def test_full_size_inventory(record_property, reference):
+  """Every tensor of FIBER-Base: name, shape, learning rate, decay."""
+  want = reference('fullsize_inventory')
+  config, shapes = full_size()
+  params = {k.removeprefix('params/'): x for k, x in shapes.items()
+            if k.startswith('params/')}
+  groups = optim.group_of(parity.nested(params), config.optim.groups)
+  groups = parity.flat(groups)
+  listed = {name: (tuple(json.loads(shape)), lr, wd) for name, shape, lr, wd
+            in zip(want['names'], want['shapes_json'], want['lr_multiplier'],
+                   want['weight_decay'])}
+  ours = {e.theirs: e for e in fiber_names.entries(config)}
+  assert {e.ours.removeprefix('params/') for e in ours.values()
+          } == set(params)
+  count = 0
+  for name, e in ours.items():
+    shape, lr, wd = listed.pop(name)
+    x = params[e.ours.removeprefix('params/')]
+    back = mapping.FORMS[e.form][1](np.broadcast_to(np.float32(0), x.shape))
+    assert back.shape == shape, name
+    group = dict(config.optim.groups[int(groups[
+        e.ours.removeprefix('params/')])][1])
+    assert group.get('lr', 1.) == lr, name
+    assert group.get('wd', config.optim.weight_decay) == wd, name
+    count += int(np.prod(shape))
+  known = fiber_names.UNUSED + fiber_names.OTHER_TASKS + (
+      r'.*_queue', r'queue_(ptr|total)')
+  assert all(any(re.fullmatch(p, name) for p in known) for name in listed)
+  # Trained parameters that the original has and we do not, by their names.
+  sizes = dict(zip(want['param_count_groups'], want['param_counts']))
+  unused = sum(int(np.prod(shape)) for name, (shape, lr, _) in listed.items()
+               if np.isfinite(lr) and not re.match('(vqa|nlvr2)_', name))
+  total = sum(sizes.values()) - sizes['vqa_classifier'] - sizes[
+      'nlvr2_classifier']
+  print(f'FIBER base: {count:,} parameters; the original has {unused:,} more '
+        'that it never uses')
+  parity.note(record_property, 'FIBER-Base: names, shapes, learning rates and '
+              'decay of 665 tensors; parameters', AGAINST,
+              abs(count + unused - total), 0)
+  assert len(ours) == 665

@@ -76,11 +76,11 @@ def reference_config(**model):
   config = config_lib.get_config('r18')
   config.dtype = 'float32'
   config.model.update(dict(
-      width=32, heads=4, ffn=64, max_text=24, dropout=0., remat=False,
+      width=32, heads=4, ffn=64, max_text=24, dropout=0., remat='none',
       # The pack's images are normalised: 255 times what we divide by 255.
       image_mean=(0., 0., 0.), image_std=(1 / 255.,) * 3))
   config.model.backbone.update(dict(stem=8, width=8, mask_padding=False,
-                                    remat=False))
+                                    remat='none'))
   config.model.neck.square_mask = True
   config.model.dictionary.size = 16
   config.model.update(model)

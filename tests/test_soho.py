@@ -46,9 +46,9 @@ def resnet_config(**changes):
       'dtype': 'float32', 'data.buckets': ((64, 128), (128, 192)),
       'data.sentences': 2, 'data.max_text': 12, 'model.width': 32,
       'model.heads': 4, 'model.ffn': 48, 'model.encoder_layers': 1,
-      'model.remat': False, 'model.max_text': 16,
+      'model.remat': 'none', 'model.max_text': 16,
       'model.dictionary.size': 12, 'model.backbone.stem': 8,
-      'model.backbone.width': 8, 'model.backbone.remat': False, **changes})
+      'model.backbone.width': 8, 'model.backbone.remat': 'none', **changes})
   return config
 
 
@@ -276,6 +276,7 @@ def test_one_and_eight_devices_agree():
       x, y, rtol=1e-3, atol=1e-3), state_a, state_b)
 
 
+@pytest.mark.slow
 def test_accumulation_is_two_moves_of_the_dictionary():
   """As two batches in turn, but for one update of the parameters."""
   config = small_config(accumulate=2)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import e2e_vlp as config_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import evaluate
 from e2e_vlp_jax import models
@@ -23,22 +22,14 @@ from e2e_vlp_jax.training import optim
 from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 from e2e_vlp_jax.training import train_step
+from tests import small_run
 
 SIZES = dict(vocab_size=50, num_classes=6, num_attributes=13)
-SMALL = {'model.width': 32, 'model.ffn': 48, 'model.backbone.stem': 8,
-         'model.backbone.width': 16, 'model.backbone.blocks': 1,
-         'model.num_queries': 8}
 
 
 def small_config(data_dir='', **changes):
-  config = config_lib.get_config('tiny')
-  config.update_from_flattened_dict({
-      **SMALL, 'batch_size': 8, 'eval_batch_size': 8, 'total_steps': 6,
-      'warm_start.steps': 2, 'eval_every_steps': 0, 'log_every_steps': 1,
-      'checkpoint.every_steps': 2, 'samples.count': 0, 'tensorboard': False,
-      'data.dir': str(data_dir)})
-  config.evals = {}
-  config.update_from_flattened_dict(changes)
+  config = small_run.get_config()
+  config.update_from_flattened_dict({'data.dir': str(data_dir), **changes})
   return config
 
 
@@ -159,8 +150,8 @@ def test_killed_run_resumes_to_the_same_bits(whole, tiny_scenes, tmp_path):
       'from e2e_vlp_jax import train\n'
       'from e2e_vlp_jax.training import checkpoint\n'
       'save = checkpoint.Checkpointer.save\n'
-      'def slow(self, step, state):\n'
-      '  save(self, step, state)\n'
+      'def slow(self, step, state, metrics=None):\n'
+      '  save(self, step, state, metrics)\n'
       '  self.wait()\n'
       '  if step == 4: print("saved 4", flush=True); time.sleep(600)\n'
       'checkpoint.Checkpointer.save = slow\n'

@@ -112,7 +112,7 @@ class Decoder(nn.Module):
   pre_norm: bool = False
   act: str = 'relu'
   epsilon: float = 1e-5
-  remat: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -170,8 +170,7 @@ class Decoder(nn.Module):
       start = jnp.zeros((b, q, self.width))
     x = jnp.concatenate([start.astype(memory.dtype), tokens], 1)
 
-    layer = nn.remat(DecoderLayer, static_argnums=(7,)) if self.remat else (
-        DecoderLayer)
+    layer = layers.remat(DecoderLayer, self.remat, static_argnums=(7,))
     states, boxes = [], []
     for i in range(self.layers):
       cross_bias = key_bias

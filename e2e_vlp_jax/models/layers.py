@@ -17,6 +17,7 @@ Array = jax.Array
 # Added to the logits of masked positions. Finite, so that a row without any
 # valid key (an all-padding example) stays finite instead of becoming NaN.
 MASKED = -1e9
+REMAT = ('none', 'dots', 'full')
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -28,6 +29,29 @@ def activation(name: str) -> Callable[[Array], Array]:
 def wide(x: Array) -> Any:
   """The type in which to sum what is of x's type: at least float32."""
   return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def remat(module, policy, static_argnums=()):
+  """`module` (a Linen class) with its activations kept as `policy` says.
+
+  Args:
+    module: class of a layer.
+    policy: 'none': everything is kept; 'dots': the results of the products
+      with weights are kept, the rest (norms, activations, attention weights)
+      is computed again; 'full': only the layer's input is kept.
+    static_argnums: of `__call__`, self counted.
+
+  Raises:
+    UserError: no such policy.
+  """
+  if policy not in REMAT:
+    raise errors.UserError(f'remat: {policy!r}'
+                           + errors.nearest(policy, REMAT))
+  if policy == 'none':
+    return module
+  keep = (jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+          if policy == 'dots' else None)
+  return nn.remat(module, policy=keep, static_argnums=static_argnums)
 
 
 class LayerNorm(nn.Module):
@@ -164,7 +188,7 @@ class Encoder(nn.Module):
   pre_norm: bool = False
   act: str = 'relu'
   epsilon: float = 1e-5
-  remat: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
   inner_dropout: Optional[float] = None
 
@@ -174,9 +198,7 @@ class Encoder(nn.Module):
 
     With `last`, the last layer computes nothing for the other tokens.
     """
-    layer = EncoderLayer
-    if self.remat:
-      layer = nn.remat(EncoderLayer, static_argnums=(4, 5))
+    layer = remat(EncoderLayer, self.remat, static_argnums=(4, 5))
     bias = mask_bias(mask)[:, None, None, :]
     for i in range(self.layers):
       x = layer(self.width, self.heads, self.ffn, self.dropout, self.pre_norm,

@@ -115,7 +115,7 @@ class ResNet(nn.Module):
       lies on. Without it they do, as in DETR (its issues 63 and 217).
     stem, width: channels of the stem and of layer1's blocks, 64 in every
       published ResNet.
-    remat: recompute each block in the backward pass.
+    remat: of each block; see `layers.remat`.
   """
   depth: int = 50
   frozen_bn: bool = True
@@ -125,7 +125,7 @@ class ResNet(nn.Module):
   mask_padding: bool = True
   stem: int = 64
   width: int = 64
-  remat: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -153,7 +153,7 @@ class ResNet(nn.Module):
     x = layers.hide_padding(jax.nn.relu(x), mask)
     x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2)
     x = stop(x, 0)
-    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+    block = layers.remat(Block, self.remat, static_argnums=(2,))
     maps = []
     for stage, count in enumerate(BLOCKS[self.depth], 1):
       last_dilated = stage == 4 and self.dilated

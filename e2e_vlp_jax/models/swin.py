@@ -225,7 +225,7 @@ class Swin(nn.Module):
     window: side of the windows; odd blocks of a stage shift by half of it.
     patch: pixels a token, along each axis.
     drop_path: of the last block; rises linearly from 0 at the first.
-    remat: recompute blocks in the backward pass.
+    remat: of each block; see `layers.remat`.
   """
   depths: Sequence[int]
   heads: Sequence[int]
@@ -235,7 +235,7 @@ class Swin(nn.Module):
   mlp_ratio: float = 4.
   drop_path: float = 0.
   epsilon: float = 1e-5
-  remat: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -244,7 +244,7 @@ class Swin(nn.Module):
         dtype=self.dtype, kernel_init=_PATCH_INIT)
     self.patch_norm = layers.LayerNorm(self.epsilon)
     rates = np.linspace(0, self.drop_path, self.depth)
-    block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
+    block = layers.remat(Block, self.remat, static_argnums=(4,))
     self.blocks = [[
         block(self.heads[s], self.window, self.window // 2 * (k % 2),
               self.mlp_ratio, float(rates[self.first(s) + k]), self.epsilon,

@@ -63,7 +63,7 @@ class TextEncoder(nn.Module):
   Attributes:
     positions: rows of the position table, two more than the longest text.
     types: rows of the token-type table; texts are of type 0 throughout.
-    remat: recompute layers in the backward pass.
+    remat: of each layer; see `layers.remat`.
   """
   vocab_size: int
   depth: int
@@ -74,11 +74,11 @@ class TextEncoder(nn.Module):
   types: int = 1
   dropout: float = .1
   epsilon: float = 1e-5
-  remat: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   def setup(self):
-    layer = nn.remat(Layer, static_argnums=(4, 5)) if self.remat else Layer
+    layer = layers.remat(Layer, self.remat, static_argnums=(4, 5))
     self.embedding = layers.TextEmbedding(
         self.vocab_size, self.width, self.positions, self.types, self.dropout,
         self.epsilon, self.dtype)

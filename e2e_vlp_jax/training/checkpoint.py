@@ -96,6 +96,10 @@ class Checkpointer:
       UserError: this or the previous save failed (a full disk, say).
     """
     self._saved_at = time.monotonic()
+    best = self._options.best
+    if best and metrics is not None and best not in metrics:
+      raise errors.UserError(f'checkpoint.best: no metric {best!r}'
+                             + errors.nearest(best, metrics))
     with self._failing('save'):
       self._manager.check_for_errors()
       if step in self._manager.all_steps():

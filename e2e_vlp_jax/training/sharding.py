@@ -63,13 +63,13 @@ def arrange(sizes, devices):
       allow_split_physical_axes=True)
 
 
-def check_batch_size(batch_size, mesh, accumulate=1):
+def check_batch_size(batch_size, mesh, accumulate=1, key='batch_size'):
   """UserError unless a batch divides over the batch axes and micro-steps."""
   shards = mesh.shape['data'] * mesh.shape['fsdp'] * accumulate
   if batch_size % shards or batch_size <= 0:
     fit = max(shards, batch_size // shards * shards)
     raise errors.UserError(
-        f'batch_size: {batch_size} does not divide by {shards} (devices on '
+        f'{key}: {batch_size} does not divide by {shards} (devices on '
         f'the data and fsdp axes x accumulation); try {fit}')
 
 

@@ -1,0 +1,23 @@
+"""A run of seconds: E2E-VLP `tiny` made smaller still.
+
+A config file like those of configs/: the tests train it in their own process
+and, through --config tests/small_run.py, in real ones.
+"""
+from configs import e2e_vlp
+
+
+def get_config(arg=None):
+  """`arg`: 'evaluated' = with one evaluator of each kind, on 16 images."""
+  config = e2e_vlp.get_config('tiny')
+  config.update_from_flattened_dict({
+      'model.width': 32, 'model.ffn': 48, 'model.num_queries': 8,
+      'model.backbone.stem': 8, 'model.backbone.width': 16,
+      'model.backbone.blocks': 1, 'batch_size': 8, 'eval_batch_size': 8,
+      'total_steps': 6, 'warm_start.steps': 2, 'eval_every_steps': 0,
+      'log_every_steps': 1, 'checkpoint.every_steps': 2, 'samples.count': 0,
+      'tensorboard': False})
+  config.evals = {k: v for k, v in config.evals.items()
+                  if arg == 'evaluated' and not k.endswith('_unseen')}
+  for options in config.evals.values():
+    options.training_examples = 0
+  return config

@@ -1,0 +1,182 @@
+"""What goes wrong on machines for real: disks, records, numbers, signals."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import train
+from e2e_vlp_jax.training import checkpoint
+from tests import kill_and_resume as runs
+from tests.test_train import small_config
+
+
+def saved_steps(workdir):
+  return sorted(int(d) for d in os.listdir(workdir / 'checkpoints')
+                if d.isdigit())
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_full_disk_ends_the_run_and_spares_what_is_saved(tiny_scenes,
+                                                           tmp_path):
+  """The kernel refuses the run's writes after its first checkpoint."""
+  workdir = tmp_path / 'w'
+  process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
+                        {'total_steps': 5000})
+  runs.wait_for_step([process], workdir, runs.SAVE_EVERY + 3)
+  # From here no file may grow beyond what the smallest of them has.
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+  assert process.wait(runs.PATIENCE) == 2
+  log = (tmp_path / 'w.0.log').read_text()
+  said = [x for x in log.splitlines() if x.startswith('error:')]
+  assert len(said) == 1 and 'Traceback' not in log, log[-2000:]
+  assert 'File too large' in said[0] and str(workdir) in said[0]
+  # What was saved is whole, and the run goes on from there.
+  params, _, meta = checkpoint.load(str(workdir))
+  assert params and meta['step'] in saved_steps(workdir)
+  steps = meta['step'] + 2
+  process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
+                        {'total_steps': 5000, 'checkpoint.every_steps': 1})
+  runs.wait_for_step([process], workdir, max(steps, runs.last_step(workdir)))
+  process.terminate()
+  assert process.wait(runs.PATIENCE) == 0
+  assert saved_steps(workdir)[-1] > meta['step']
+
+
+def test_sigterm_saves_and_leaves_with_0(tiny_scenes, tmp_path):
+  workdir = tmp_path / 'w'
+  process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
+                        {'total_steps': 5000, 'checkpoint.every_steps': 0})
+  runs.wait_for_step([process], workdir, 3)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(runs.PATIENCE) == 0
+  assert saved_steps(workdir) == [runs.last_step(workdir)]
+  assert 'stopped at step' in (tmp_path / 'w.0.log').read_text()
+
+
+def test_damaged_records_are_skipped_counted_and_named(tiny_scenes, tmp_path,
+                                                       caplog):
+  data = tmp_path / 'data'
+  shutil.copytree(tiny_scenes, data)
+  shards = [p for p in data.rglob('*array_record*')
+            if '-train' in p.name and p.is_file()]
+  raw = bytearray(shards[0].read_bytes())
+  middle = len(raw) // 2
+  raw[middle:middle + 200] = bytes(200)
+  shards[0].write_bytes(raw)
+  config = small_config(data, total_steps=10, **{'warm_start.steps': 0})
+  train.train(config, str(tmp_path / 'w'))
+  bad = [x['perf/bad_records'] for x in lines(tmp_path / 'w/metrics.jsonl')
+         if 'perf/bad_records' in x]
+  assert bad[-1] > 0 and 'scenes/train record' in caplog.text
+  config.data.max_bad_records = 0
+  with pytest.raises(errors.UserError, match='unreadable records'):
+    train.train(config, str(tmp_path / 'x'))
+
+
+def test_nonfinite_updates_in_a_row_end_the_run(tiny_scenes, tmp_path):
+  """An absurd learning rate: the first update ruins every later loss."""
+  config = small_config(tiny_scenes, total_steps=30, max_bad_steps=3, **{
+      'optim.learning_rate': 1e38, 'optim.warmup_steps': 0,
+      'warm_start.steps': 0, 'optim.clip_norm': 0.})
+  with pytest.raises(errors.UserError, match='3 updates in a row'):
+    train.train(config, str(tmp_path))
+  found = lines(tmp_path / 'nonfinite.jsonl')
+  assert [x['step'] for x in found] == list(
+      range(found[0]['step'], found[0]['step'] + 3))
+  for line in found:
+    assert len(line['examples']) == config.batch_size
+    assert line['examples'][0].startswith('scenes/train record ')
+    assert 'loss' in line['not_finite'] or 'grad_norm' in line['not_finite']
+  # Strict JSON: what is no number is null.
+  text = (tmp_path / 'metrics.jsonl').read_text()
+  assert 'null' in text and 'NaN' not in text and 'Infinity' not in text
+  assert np.all([np.isfinite(x).all() for x in (
+      checkpoint.load(str(tmp_path))[0]['project']['kernel'],)])
+
+
+def test_an_unfinished_checkpoint_is_no_checkpoint(tiny_scenes, tmp_path):
+  config = small_config(tiny_scenes, total_steps=2, **{
+      'checkpoint.every_steps': 1, 'warm_start.steps': 0})
+  train.train(config, str(tmp_path))
+  whole = tmp_path / 'checkpoints'
+  shutil.copytree(whole / '2', whole / '3.orbax-checkpoint-tmp')
+  config.total_steps = 3
+  train.train(config, str(tmp_path), allow_changes=True)
+  assert saved_steps(tmp_path)[-1] == 3
+  steps = [x['step'] for x in lines(tmp_path / 'metrics.jsonl')
+           if 'train/loss' in x]
+  assert steps == [1, 2, 3]
+
+
+def test_saves_by_time_and_keeps_the_best(tiny_scenes, tmp_path):
+  config = small_config(tiny_scenes, total_steps=8, **{
+      'warm_start.steps': 0, 'checkpoint.every_steps': 0,
+      'checkpoint.every_minutes': 1e-9, 'checkpoint.keep': 1})
+  train.train(config, str(tmp_path / 'timed'))
+  assert saved_steps(tmp_path / 'timed') == [8]
+  config.checkpoint.keep_every = 3
+  train.train(config, str(tmp_path / 'spaced'))
+  assert saved_steps(tmp_path / 'spaced') == [3, 6, 8]
+
+  config = small_config(tiny_scenes, total_steps=8, eval_every_steps=2, **{
+      'warm_start.steps': 0, 'checkpoint.every_steps': 0,
+      'checkpoint.keep': 1, 'checkpoint.best': 'eval/itm/accuracy'})
+  source = dict(name='scenes', split='validation')
+  config.evals = dict(itm=dict(
+      type='itm', source=source, pp='decode|fit|boxes|text|itm(.5)',
+      max_examples=16, training_examples=16))
+  train.train(config, str(tmp_path / 'best'))
+  scores = {x['step']: x['eval/itm/accuracy']
+            for x in lines(tmp_path / 'best/metrics.jsonl')
+            if 'eval/itm/accuracy' in x and x['step'] < 8}
+  kept = saved_steps(tmp_path / 'best')
+  assert kept[-1] == 8 and len(kept) == 2
+  assert scores[kept[0]] == max(scores.values())
+
+  config.checkpoint.best = 'eval/detection/AP'
+  with pytest.raises(errors.UserError, match='checkpoint.best'):
+    train.train(config, str(tmp_path / 'x'))
+
+
+def test_another_dataset_or_seed_is_refused_unless_asked_for(tiny_scenes,
+                                                             tmp_path):
+  command = [sys.executable, '-m', 'e2e_vlp_jax.train', '--config',
+             'tests/small_run.py', f'--config.data.dir={tiny_scenes}',
+             '--workdir', str(tmp_path), '--config.total_steps=1',
+             '--config.warm_start.steps=0']
+  go = lambda *more: subprocess.run(
+      [*command, *more], cwd=runs.REPO, capture_output=True, text=True)
+  assert go().returncode == 0
+  refused = go('--config.seed=1')
+  assert refused.returncode == 2 and 'seed is 0 there, 1 here' in (
+      refused.stderr) and 'Traceback' not in refused.stderr
+  allowed = go('--config.seed=1', '--allow-changes')
+  assert allowed.returncode == 0, allowed.stderr
+  assert '--allow-changes: seed: 0 -> 1' in allowed.stdout
+
+
+def test_a_trace_is_taken_on_demand(tiny_scenes, tmp_path):
+  config = small_config(tiny_scenes, total_steps=8, **{
+      'warm_start.steps': 0, 'profile.steps': 2})
+  (tmp_path / 'profile_now').write_text('')
+  train.train(config, str(tmp_path))
+  assert not (tmp_path / 'profile_now').exists()
+  assert list(tmp_path.rglob('*.xplane.pb'))
+  last = lines(tmp_path / 'metrics.jsonl')[-1]
+  shares = [v for k, v in last.items() if k.startswith('perf/time/')]
+  assert {'perf/time/init', 'perf/time/compile', 'perf/time/step',
+          'perf/time/data', 'perf/time/save'} <= set(last)
+  assert abs(sum(shares) - 1) < 1e-6
+  speed = [x for x in lines(tmp_path / 'metrics.jsonl')
+           if 'perf/goodput' in x][-1]
+  assert 0 < speed['perf/goodput'] <= 1 and speed['perf/tflops_per_s'] > 0
