@@ -205,7 +205,9 @@ def _with_data(config, plan, ours, tokenizer, labels, steps):
     end = time.perf_counter()
     # The first step of a bucket compiles, and the pipeline runs ahead.
     if batch['image'].shape in compiled:
-      waited, total, done = waited + ready - start, total + end - start, done + 1
+      waited += ready - start
+      total += end - start
+      done += 1
     compiled.add(batch['image'].shape)
   return {'data_wait': waited / total,
           'data_images_per_s': done * config.batch_size / total}
@@ -227,8 +229,8 @@ def _score(model, state, host_batch, batch, steps):
 # --- For people -------------------------------------------------------------
 def table(report):
   """The report as aligned lines."""
-  r, ms = report, lambda t: f'{t["p50"] * 1e3:.1f} ms (90 %: ' \
-      f'{t["p90"] * 1e3:.1f} ms)'
+  r = report
+  ms = lambda t: f'{t["p50"] * 1e3:.1f} ms (90 %: {t["p90"] * 1e3:.1f} ms)'
   rows = [
       ('model', f'{r["config"]}, {r["parameters"]:,} parameters, '
                 f'{r["dtype"]}'),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from e2e_vlp_jax import cli
@@ -15,6 +16,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import preflight
 from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.models import resnet
+from e2e_vlp_jax.ops import matching
 from e2e_vlp_jax.training import chips
 from e2e_vlp_jax.training import cost
 from e2e_vlp_jax.training import sharding
@@ -110,26 +112,26 @@ HLO = '''HloModule jit_step, is_scheduled=true, num_partitions=8
 }
 
 %reduced (p: (s32[], f32[16,4])) -> f32[4,4] {
-  ROOT %r = bf16[4,4]{1,0:T(8,128)(2,1)} reduce-scatter(%x), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add.1
+  ROOT %r = bf16[4,4]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8]
 }
 
-%body (p: (s32[], /*index=1*/f32[16,4])) -> (s32[], f32[16,4]) {
-  %ar = (f32[16,4]{1,0}, f32[]) all-reduce(%x, %y), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add.1
+%body (p: (s32[], /*index=1*/f32[16,4])) -> (s32[]) {
+  %ar = (f32[16,4]{1,0}, f32[]) all-reduce(%x), replica_groups={{0,1},{2,3}}
   %f = f32[4,4] fusion(%ar), kind=kCustom, calls=%reduced
 }
 
 %endless (p: (s32[])) -> (s32[]) {
-  %cp = f32[8]{0} collective-permute(%x), channel_id=9, source_target_pairs={{0,1},{1,0}}
+  %cp = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1}}
 }
 
 ENTRY %main (p: f32[16,4]) -> f32[16,4] {
-  %ag = (f32[16,4]{1,0}, f32[128,4]{1,0}) all-gather-start(%p), channel_id=2, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}
+  %ag = (f32[16,4], f32[128,4]) all-gather-start(%p), replica_groups=AXES
   %agd = f32[128,4]{1,0} all-gather-done(%ag)
-  %w = (s32[], f32[16,4]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %v = (s32[]) while(%u), condition=%cond, body=%endless
-  ROOT %alone = f32[16,4] all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add.1
+  %w = (s32[]) while(%t), body=%body, config={"known_trip_count":{"n":"3"}}
+  %v = (s32[]) while(%u), body=%endless
+  ROOT %alone = f32[16,4] all-reduce(%p), replica_groups={{0},{1}}
 }
-'''
+'''.replace('AXES', "mesh['a'=2,'b'=4] {'a','b'}")
 
 
 def test_collectives_of_a_program_text():
@@ -159,6 +161,20 @@ def test_collectives_of_a_compiled_program():
       step, out_shardings=sharding.replicated(mesh)).lower(w, x).compile()
   found, = cost.collectives(compiled.as_text())
   assert found == ('all-reduce', 32 * 4 * 4, 8, 5, False)
+
+
+def test_the_matching_loop_exchanges_nothing():
+  """As it would, in every iteration, if it did not run shard by shard."""
+  mesh = sharding.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1})
+  rows = NamedSharding(mesh, P('data'))
+  cost_ = jax.ShapeDtypeStruct((16, 6, 5), jnp.float32, sharding=rows)
+  mask = jax.ShapeDtypeStruct((16, 5), bool, sharding=rows)
+
+  def in_loops(*where):
+    compiled = matching.hungarian.lower(cost_, mask, *where).compile()
+    return sum(c.in_loop for c in cost.collectives(compiled.as_text()))
+  assert in_loops(mesh, ('data',)) == 0
+  assert in_loops() > 0
 
 
 # --- preflight --------------------------------------------------------------
@@ -255,8 +271,6 @@ def test_unknown_topologies_are_named_with_the_valid_ones(capsys):
 
 
 def test_libtpu_is_asked_for_by_its_extra(capsys, monkeypatch):
-  from jax.experimental import topologies  # pylint: disable=import-outside-toplevel
-
   def absent(*unused, **unused_too):
     raise RuntimeError('JAX TPU support not installed')
   monkeypatch.setattr(topologies, 'get_topology_desc', absent)
@@ -299,8 +313,9 @@ def test_a_chip_too_small_for_the_state(capsys, small_chips, monkeypatch):
 
 def test_a_batch_too_large_says_what_fits(capsys, small_chips, monkeypatch):
   small_chips(2**30)
-  monkeypatch.setattr(preflight, '_compile', lambda plan, n: preflight._Program(
-      n * 2**27, 1., 1., {}))
+  monkeypatch.setattr(
+      preflight, '_compile',
+      lambda plan, n: preflight._Program(n * 2**27, 1., 1., {}))
   line = refused('--topology', 'v5e:2x4', '--config.batch_size=128',
                  capsys=capsys)
   assert 'batch_size: 128 (16 a chip) needs 16.00 GiB' in line

@@ -5,8 +5,8 @@ docs.cloud.google.com/tpu/docs): peak bf16 FLOP/s, HBM bandwidth, slices, and
 the interconnect of a chip in one direction, all links together (half of the
 bidirectional figure of those pages; v4: 6 links of 50 GB/s, Jouppi et al.
 2023). Their memory is what libtpu 0.0.42 lets a program have, a little less
-than the 32, 16, 95 and 32 GB of the pages. GPU figures are NVIDIA's data sheets for the SXM part: dense bf16
-without sparsity, NVLink in one direction.
+than the pages' 32, 16, 95 and 32 GB. GPU figures are from NVIDIA's data
+sheets for the SXM part: dense bf16 without sparsity, NVLink in one direction.
 """
 import os
 from typing import NamedTuple
