@@ -283,8 +283,10 @@ def main(argv=None):
     parser.add_argument('--json', metavar='OUT', help='write the figures')
     args, config = cli.parse(parser, argv)
     if args.topology != chips.LOCAL:
-      # The compiler needs no TPU, and must not look for one.
+      # The compiler needs no TPU, must not look for one, and several may
+      # work at a time.
       os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+      os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
       jax.config.update('jax_platforms', 'cpu')
     if args.json:  # Before the minutes, not after them.
       cli.check_writable('--json', args.json)
