@@ -78,7 +78,7 @@ def get_config(arg=None):
   config.objective_options = dict(cells=dict(nothing=.3))
 
   config.model = dict(
-      name='soho',
+      name='soho', text=True,
       backbone=dict(name='resnet', depth=18, frozen_bn=False, frozen_stages=2,
                     dilated=False, mask_padding=True, stem=64, width=64,
                     remat='full'),
@@ -122,8 +122,9 @@ def get_config(arg=None):
   if size == 'tiny':
     _tiny(config)
   data = options.get('data', 'scenes' if size == 'tiny' else 'coco')
-  side = options.get('side', 96 if data == 'scenes' else
-                     192 if size == 'tiny' else 600)
+  side = options.get('side', {
+      'scenes': {'tiny': 96}.get(size, 256),
+      'coco': {'tiny': 192}.get(size, 600)}[data])
   _data(config, data, side)
   return config
 
@@ -199,8 +200,8 @@ def _tiny(config):
   config.total_steps = 4000
   config.optim.update(dict(
       schedule='cosine', learning_rate=8e-4, warmup_steps=160,
-      warmup_init=0., final_fraction=.02, weight_decay=.01, clip_norm=1., eps=1e-8,
-      groups=((r'.*(bias|scale|mask_token)', dict(wd=0.)),
+      warmup_init=0., final_fraction=.02, weight_decay=.01, clip_norm=1.,
+      eps=1e-8, groups=((r'.*(bias|scale|mask_token)', dict(wd=0.)),
               (r'.*', dict()))))
   # The papers start from ImageNet weights; this run first teaches its trunk
   # the class and attributes of what covers each grid cell.

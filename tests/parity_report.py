@@ -16,7 +16,8 @@ import pytest
 HERE = pathlib.Path(__file__).resolve().parent
 FILES = ('test_parity_detr', 'test_parity_resnet', 'test_parity_bert',
          'test_matching', 'test_detection_metrics', 'test_caption_metrics',
-         'test_tokenizer')
+         'test_tokenizer',
+         'test_parity_soho')
 HEADER = '''# How close to the official tools
 
 Written by `python -m tests.parity_report`; every row is asserted by a test.
@@ -52,6 +53,13 @@ NOTES = '''
   ReLU's edge may fall on the other side on another machine, and change single
   gradients by more than the tolerance; the cases' seeds have none here.
 - **Frozen parts** (stem, layer1, BatchNorms) have no gradient on either side.
+- **SOHO.** Rows `soho_<file>` are compared with arrays that the released code
+  made (reference/soho; what each holds is in its README), every array of each
+  file but: gradients and updates of the keys' biases (rounding, their true
+  value is zero), those of the tied output layer under its second name,
+  torch's batch counters, and seeds and margins, which are no results. Of
+  `soho_vqa` the head stands in the test. The pack holds nothing of half
+  precision, dropout, or torch's random draws: those recorded are fed in.
 '''
 
 

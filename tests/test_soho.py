@@ -19,6 +19,7 @@ from e2e_vlp_jax import train
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.models import necks
 from e2e_vlp_jax.models import visual_dictionary
+from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import train_step
 from tests import test_train as training
@@ -359,7 +360,7 @@ def convert_state(tmp_path):
       ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]',
        *(f'w{i}' for i in range(115))]) + '\n')
 
-  def run_(tensors, **changes):
+  def run_(tensors, kind='soho', **changes):
     name = f'w{len(list(tmp_path.iterdir()))}'
     path = tmp_path / f'{name}.safetensors'
     safetensors.numpy.save_file(
@@ -368,7 +369,7 @@ def convert_state(tmp_path):
                'model.heads': 4, 'model.ffn': 64, 'model.max_text': 24,
                'model.dictionary.size': 16, 'model.backbone.stem': 8,
                'model.backbone.width': 8, **changes}
-    convert.main(['--format', 'soho', '--input', str(path), '--config',
+    convert.main(['--format', kind, '--input', str(path), '--config',
                   f'{SPEC}:r18,data=scenes', '--output',
                   str(tmp_path / name),
                   *(f'--config.{k}={v}' for k, v in options.items())])
@@ -392,6 +393,24 @@ def test_released_weights_there_and_back(state, convert_state, tmp_path,
   assert set(state) == set(found) | set(record['surplus'])
   for k, x in found.items():
     assert x.dtype == state[k].dtype and x.tobytes() == state[k].tobytes(), k
+
+
+@pytest.mark.parametrize('kind, prefix, module', [
+    ('torchvision_resnet', 'backbone.', 'backbone'),
+    ('hf_bert', 'language.', 'encoder')])
+def test_what_the_papers_start_from(state, convert_state, kind, prefix,
+                                    module):
+  """An ImageNet trunk or a BERT becomes part of a SOHO."""
+  part = {k.removeprefix(prefix): v for k, v in state.items()
+          if k.startswith(prefix)}
+  output = convert_state(part, kind)
+  record = json.loads((output / 'conversion.json').read_text())
+  assert {k for k in record['surplus']} == {
+      k for k in part if k.endswith('num_batches_tracked')}
+  loaded = parity.flat(checkpoint.load(str(output))[0][module])
+  whole = parity.flat(checkpoint.load(str(convert_state(state)))[0][module])
+  for k, x in whole.items():
+    np.testing.assert_array_equal(loaded[k], x)
 
 
 @pytest.mark.parametrize('change, parts', [

@@ -9,10 +9,12 @@ from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet
 
 _L = 'language.'
-SIGNATURE = ('neck.vq.embed', 'neck.conv.conv.weight', 'head.match_class.weight',
+SIGNATURE = ('neck.vq.embed', 'neck.conv.conv.weight',
+             'head.match_class.weight',
              *(_L + name for name in hf_bert.SIGNATURE))
 SURPLUS = (resnet.COUNTER,)
 COPIES = {'mask_l_fc.weight': _L + hf_bert.SIGNATURE[0]}
+UNSAID = hf_bert.UNSAID
 
 
 def canonical(name):
@@ -24,7 +26,6 @@ def describe(tensors):
            if k.startswith('backbone.')}
   text = hf_bert.describe({k.removeprefix(_L): x for k, x in tensors.items()
                            if k.startswith(_L + 'bert.')})
-  del text['model.text']
   widths = {f'model.backbone.{key}': trunk[name].shape[0]
             for key, name in (('stem', 'conv1.weight'),
                               ('width', 'layer1.0.conv1.weight'))
