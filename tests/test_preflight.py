@@ -341,8 +341,7 @@ def test_preflight_of_tiny_for_a_tpu(tmp_path):
   out = tmp_path / 'report.json'
   subprocess.run(
       [sys.executable, '-m', 'e2e_vlp_jax.preflight', '--config', TINY,
-       '--topology', 'v5e:2x2', '--config.batch_size=4096',
-       '--json', str(out)], check=True,
+       '--topology', 'v5e:2x2', '--no-search', '--json', str(out)], check=True,
       env={**os.environ, 'XLA_FLAGS': ''})
   report = json.loads(out.read_text())
   assert report['chips'] == 4 and report['chip'] == 'TPU v5e'
@@ -350,4 +349,12 @@ def test_preflight_of_tiny_for_a_tpu(tmp_path):
   assert report['roofline']['bound'] in ('compute', 'memory', 'interconnect')
   total = report['collective_bytes']['all-reduce']
   assert 1 < total / (4 * report['parameters']) < 1.1
-  assert 1024 <= report['largest_batch_per_chip'] < 16384
+
+
+@pytest.mark.slow
+def test_preflight_searches_by_compiling(capsys):
+  small = preflight.preflight(config_of(), 'local', search=True)
+  lines = capsys.readouterr().out.splitlines()
+  tried = [x for x in lines if x.startswith('batch of')]
+  assert 1 <= len(tried) <= 8
+  assert small['largest_batch_per_chip'] > 8 * small['batch_per_chip']
