@@ -127,9 +127,9 @@ class _Ours:
   def __init__(self, step, state, batch):
     self._step, self.state, self._batch = step, state, batch
 
-  def step(self, batch=None):
+  def step(self):
     """One step, finished when it returns."""
-    self.state, logged = self._step(self.state, batch or self._batch)
+    self.state, logged = self._step(self.state, self._batch)
     jax.block_until_ready((self.state, logged))
 
 
