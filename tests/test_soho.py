@@ -251,6 +251,7 @@ def test_a_larger_canvas_changes_nothing(built):
 
 
 # --- Training ---------------------------------------------------------------
+@pytest.mark.slow
 def test_one_and_eight_devices_agree():
   """Losses, usage, and the same words on every device, to the bit."""
   found = []
