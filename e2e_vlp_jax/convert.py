@@ -4,10 +4,12 @@
       --config configs/e2e_vlp.py:detr --config.data.labels=coco91 --output D
   python -m e2e_vlp_jax.convert --export --input D --output model.safetensors
 
-Formats: hf_detr, hf_resnet, torchvision_resnet, hf_bert (docs/weights.md).
+Formats: fiber_coarse, soho, hf_detr, hf_resnet, torchvision_resnet, hf_bert,
+hf_roberta, hf_swin, timm_swin (docs/weights.md).
 D serves as `init_from`, and as the checkpoint of evaluate and predict. What
-the file has no tensor for is drawn from config.seed and listed; every tensor
-of the file is either used or listed, in D/conversion.json in full.
+the file has no tensor for is taken from the checkpoint --onto, else drawn from
+config.seed, and listed; every tensor of the file is either used or listed, in
+D/conversion.json in full.
 
 Exports have the names and types of the imported file, equal to the bit; a
 checkpoint that was trained since needs --format and gets the names of the
@@ -37,10 +39,20 @@ from e2e_vlp_jax.weights import io
 from e2e_vlp_jax.weights import mapping
 
 
-def import_weights(format_name, path, config, output):
-  """Writes the checkpoint `output`; returns the record of the conversion."""
+def import_weights(format_name, path, config, output, resize=False,
+                   onto=None):
+  """Writes the checkpoint `output`; returns the record of the conversion.
+
+  Args:
+    format_name, path: of the weights file.
+    config: of the model.
+    output: folder.
+    resize: to the windows of `config`.
+    onto: checkpoint of the same model, for what the file lacks.
+  """
   source = mapping.find(format_name)
   _check_new(output)
+  base = _variables(onto)[0] if onto else {}
   tokenizer, labels = load_vocabularies(config.data)
   tensors = mapping.spelled(source, io.read(path), path)
   facts = {**source.describe({k: x for k, (_, x) in tensors.items()}),
@@ -49,7 +61,8 @@ def import_weights(format_name, path, config, output):
             for n in label_space.names()}
   mapping.check_config(facts, config, {
       'classes': ('data.labels', len(labels.classes), spaces),
-      'vocabulary': ('data.tokenizer.path', tokenizer.vocab_size, {})}, path)
+      'vocabulary': ('data.tokenizer.path', tokenizer.vocab_size, {})}, path,
+                       resize)
 
   # The model of the config, as training builds it.
   sizes = dict(vocab_size=tokenizer.vocab_size,
@@ -58,16 +71,29 @@ def import_weights(format_name, path, config, output):
   model = models.build(config, **sizes)
   batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
   requests = objectives.requests(objectives.build(config))
-  init = lambda: model.init(jax.random.key(config.seed), batch, requests)
-  shapes = flax.traverse_util.flatten_dict(jax.eval_shape(init), sep='/')
+  init = lambda b: model.init(jax.random.key(config.seed), b, requests)
+  shapes = flax.traverse_util.flatten_dict(jax.eval_shape(init, batch),
+                                           sep='/')
   variables, record = mapping.to_ours(
-      source, tensors, config, {k: x.shape for k, x in shapes.items()}, path)
+      source, tensors, config, {k: x.shape for k, x in shapes.items()}, path,
+      resize)
+  kept = [k for k in record['missing'] if k in base]
+  other = [k for k in kept if base[k].shape != shapes[k].shape]
+  if other or (onto and not kept):
+    raise errors.UserError(
+        f'--onto {onto!r} is of another model than --config: ' + (
+            f'{other[0]} is {list(base[other[0]].shape)}, expected '
+            f'{list(shapes[other[0]].shape)}' if other else
+            'it has nothing that the file lacks'))
+  variables |= {k: np.asarray(base[k]) for k in kept}
+  record['missing'] = [k for k in record['missing'] if k not in base]
   if record['missing']:
-    def draw():
-      every = flax.traverse_util.flatten_dict(init(), sep='/')
+    def draw(b):
+      every = flax.traverse_util.flatten_dict(init(b), sep='/')
       return {k: every[k] for k in record['missing']}
-    variables |= jax.tree.map(np.asarray, jax.jit(draw)())
-  record = {'format': format_name, 'file': os.path.basename(path), **record}
+    variables |= jax.tree.map(np.asarray, jax.jit(draw)(batch))
+  record = {'format': format_name, 'file': os.path.basename(path), **record,
+            'kept': kept}
 
   tree = flax.traverse_util.unflatten_dict(variables, sep='/')
   params = tree.pop('params')
@@ -77,17 +103,24 @@ def import_weights(format_name, path, config, output):
   with open(os.path.join(output, 'conversion.json'), 'w') as f:
     json.dump(record, f, indent=1)
   print(f'{format_name}: {path}, {len(tensors)} tensors')
-  values = sum(x.size for k, x in variables.items() if k in record['tensors'])
+  values = sum(x.size for k, x in variables.items()
+               if k not in record['missing'] + kept)
   print(f'  used     {len(record["tensors"])}, {values:,} values')
   _list('copies', record['copies'],
         lambda name: f'equal to {record["copies"][name]}, kept once')
   _list('surplus', record['surplus'], record['surplus'].get)
+  _list('kept', kept, lambda name: f'not in the file; from {onto}',
+        lambda name: '/'.join(name.split('/')[:2]))
   _list('missing', record['missing'],
         lambda name: f'not in the file; drawn from seed {config.seed}',
         lambda name: '/'.join(name.split('/')[:2]))
-  if 'model.heads' not in facts and 'model.act' in facts:
-    print(f'  model.heads={config.model.heads} is taken from --config: a '
-          'weights file does not say, and there is no config.json beside it')
+  _list('resized', record['resized'],
+        lambda name: '{} to {}'.format(*record['resized'][name]))
+  for key in getattr(source, 'UNSAID', ()):
+    if key not in facts:
+      print(f'  {key}={mapping.value_of(config, key)} is taken from --config: '
+            'a weights file does not say, and there is no config.json beside '
+            'it')
   print(f'written: {output}')
   return record
 
@@ -95,9 +128,7 @@ def import_weights(format_name, path, config, output):
 def export_weights(path, output, format_name=None):
   """Writes a checkpoint's parameters as a safetensors file."""
   _check_new(output)
-  params, model_state, meta = checkpoint.load(path)
-  variables = flax.traverse_util.flatten_dict(
-      {'params': params, **model_state}, sep='/')
+  variables, meta = _variables(path)
   record = meta.get('converted')
   if record and format_name in (None, record['format']):
     format_name = record['format']
@@ -122,6 +153,13 @@ def export_weights(path, output, format_name=None):
     _list('left out', [k for k in variables if k not in used],
           lambda name: f'no place in {format_name}')
   print(f'written: {output}')
+
+
+def _variables(path):
+  """({path of a variable: array}, meta) of a checkpoint."""
+  params, model_state, meta = checkpoint.load(path)
+  return flax.traverse_util.flatten_dict({'params': params, **model_state},
+                                         sep='/'), meta
 
 
 def _check_new(output):
@@ -150,6 +188,11 @@ def main(argv=None):
                         help='weights file; with --export, a checkpoint')
     parser.add_argument('--output', required=True, metavar='DIR',
                         help='checkpoint; with --export, a .safetensors file')
+    parser.add_argument('--onto', metavar='DIR',
+                        help='a checkpoint that keeps what FILE lacks')
+    parser.add_argument('--resize', action='store_true',
+                        help='resize tables of relative positions to '
+                        'model.swin.window, for images of another size')
     parser.add_argument('--export', action='store_true',
                         help='from a checkpoint to a weights file')
     args, config = cli.parse(parser, argv)
@@ -170,7 +213,8 @@ def main(argv=None):
               f'--{name} is needed'
               + (f'; valid choices: {", ".join(mapping.formats())}'
                  if name == 'format' else ''))
-      import_weights(args.format, args.input, config, args.output)
+      import_weights(args.format, args.input, config, args.output,
+                     args.resize, args.onto)
 
 
 if __name__ == '__main__':

@@ -58,8 +58,7 @@ def load(source, config, shapes):
   tensors = {}
   for e in mapping.find(source).entries(config):
     if e.ours in shapes:
-      back = mapping.FORMS[e.form][1]
-      shape = back(np.broadcast_to(np.float32(0), shapes[e.ours])).shape
+      shape = e.take(np.broadcast_to(np.float32(0), shapes[e.ours])).shape
       tensors[e.theirs] = e.theirs, seeded(e.theirs, shape)
   variables, record = mapping.to_ours(mapping.find(source), tensors, config,
                                       shapes, 'seeded')
@@ -77,7 +76,7 @@ def flat(tree):
 
 def theirs(source, config, variables):
   """{published name: array} of our variables, or of their gradients."""
-  return {e.theirs: mapping.FORMS[e.form][1](np.asarray(variables[e.ours]))
+  return {e.theirs: e.take(np.asarray(variables[e.ours]))
           for e in mapping.find(source).entries(config)
           if e.ours in variables}
 

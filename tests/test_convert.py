@@ -66,7 +66,7 @@ def published(source, config, classes=6, vocabulary=75):
   model = models.build(config, **sizes)
   batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
   shapes = parity.flat(jax.eval_shape(
-      lambda: model.init(jax.random.key(0), batch, model.views)))
+      lambda b: model.init(jax.random.key(0), b, model.views), batch))
   variables, _ = parity.load(source, config,
                              {k: x.shape for k, x in shapes.items()})
   return parity.theirs(source, config, variables)
@@ -74,7 +74,7 @@ def published(source, config, classes=6, vocabulary=75):
 
 def save(path, tensors):
   safetensors.numpy.save_file(
-      {k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+      {k: np.asarray(v, order='C') for k, v in tensors.items()}, path)
   return str(path)
 
 

@@ -21,6 +21,7 @@ SURPLUS = (
 COPIES = {
     'cls.predictions.decoder.weight': _B + 'embeddings.word_embeddings.weight',
     'cls.predictions.decoder.bias': 'cls.predictions.bias'}
+UNSAID = ('model.heads',)
 
 
 def canonical(name):

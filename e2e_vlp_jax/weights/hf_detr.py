@@ -16,6 +16,7 @@ SIGNATURE = ('class_labels_classifier.weight',
              'model.decoder.layers.0.fc1.weight', _TRUNK + 'conv1.weight')
 SURPLUS = (resnet.COUNTER,)
 COPIES = {}
+UNSAID = ('model.heads',)
 
 
 def canonical(name):

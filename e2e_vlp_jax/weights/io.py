@@ -1,6 +1,6 @@
 """Reads and writes weights files: {tensor name: array}.
 
-safetensors, and torch's .bin, .pth and .pt. The latter are pickles, which may
+safetensors, and torch's .bin, .pth, .pt and .ckpt. The latter are pickles, which may
 carry code: torch reads them with `weights_only`, which refuses everything but
 tensors and plain containers and runs nothing.
 """
@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from e2e_vlp_jax import errors
 
-TORCH = ('.bin', '.pth', '.pt')
+TORCH = ('.bin', '.pth', '.pt', '.ckpt')
 # bfloat16 exists in numpy because ml_dtypes registers it.
 FLOATS = {str(np.dtype(t)): np.dtype(t)
           for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
@@ -109,6 +109,6 @@ def read_config(path):
 def write(path, tensors):
   """Writes a safetensors file, whole or not at all."""
   # 'pt' tells transformers that the layouts are torch's.
-  tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+  tensors = {k: np.asarray(v, order='C') for k, v in tensors.items()}
   safetensors.numpy.save_file(tensors, path + '.tmp', {'format': 'pt'})
   os.replace(path + '.tmp', path)

@@ -9,6 +9,9 @@ A *source* is one file of this package, found by its name (hf_detr, ...):
                     'classes' and 'vocabulary' where it has them.
   read_config(c)    the same from the config.json beside the file, if any.
   entries(config)   which tensor is which variable.
+and where it needs them:
+  spelling(names)   `canonical` for a file with these names.
+  UNSAID            config keys of which its files say nothing.
 
 Every form below permutes values, so that the way there and back keeps every
 bit. Half precision is widened to float32, which loses nothing either; the
@@ -22,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.models import swin
 from e2e_vlp_jax.weights import io
 
 
@@ -33,16 +37,31 @@ class Entry(NamedTuple):
     ours: path of the variable, such as 'params/encoder/layer0/...'.
     form: key of `FORMS`.
     group: tensors of a group come together or not at all; '' = required.
+    part: (i, n): it is the i-th of n equal parts of the variable, along its
+      last axis.
   """
   theirs: str
   ours: str
   form: str = 'same'
   group: str = ''
+  part: tuple = (0, 1)
+
+  @property
+  def key(self):
+    """Path of the variable, and which part of it."""
+    i, n = self.part
+    return self.ours if n == 1 else f'{self.ours}[{i}/{n}]'
+
+  def take(self, x):
+    """The tensor that our variable `x` holds."""
+    i, n = self.part
+    return FORMS[self.form][1](np.split(x, n, -1)[i] if n > 1 else x)
 
 
 # How torch's layout becomes ours, and ours torch's.
 FORMS = {
     'same': (lambda x: x, lambda x: x),
+    'table': (lambda x: x, lambda x: x),  # of relative positions
     'dense': (np.transpose, np.transpose),           # [out, in]
     'conv': (lambda x: x.transpose(2, 3, 1, 0),      # [out, in, h, w]
              lambda x: x.transpose(3, 2, 0, 1)),
@@ -51,6 +70,9 @@ FORMS = {
     'flip': (lambda x: x[::-1], lambda x: x[::-1]),
     'dense_flip': (lambda x: x[::-1].T, lambda x: x.T[::-1]),
 }
+
+
+WINDOW = 'model.swin.window'  # its tables can be resized
 
 
 def formats():
@@ -97,8 +119,9 @@ def spelled(source, tensors, path):
     UserError: not a file of this source; names what it looks like.
   """
   out = {}
+  canonical = _canonical(source, tensors)
   for name, x in tensors.items():
-    other, _ = out.setdefault(source.canonical(name), (name, x))
+    other, _ = out.setdefault(canonical(name), (name, x))
     if other != name:
       raise errors.UserError(f'--input: {path!r} has the same tensor under '
                              f'two names, {other!r} and {name!r}')
@@ -106,7 +129,8 @@ def spelled(source, tensors, path):
   if lacking:
     name = source.__name__.rpartition('.')[2]
     others = [f for f in formats() if f != name and all(
-        s in map(find(f).canonical, tensors) for s in find(f).SIGNATURE)]
+        s in map(_canonical(find(f), tensors), tensors)
+        for s in find(f).SIGNATURE)]
     raise errors.UserError(
         f'--input: {path!r} does not hold {name} weights: no tensor '
         f'{lacking[0]!r} among its {len(tensors)} (the first is '
@@ -115,7 +139,20 @@ def spelled(source, tensors, path):
   return out
 
 
-def check_config(facts, config, sizes, path):
+def _canonical(source, names):
+  """How `source` spells the names of a file."""
+  return (source.spelling(names) if hasattr(source, 'spelling')
+          else source.canonical)
+
+
+def value_of(config, key):
+  """The config's value under 'a.b.c', None where it has no such key."""
+  for part in key.split('.'):
+    config = config[part] if config is not None and part in config else None
+  return config
+
+
+def check_config(facts, config, sizes, path, resize=False):
   """UserError if the file is of another model than `config` describes.
 
   Args:
@@ -124,6 +161,7 @@ def check_config(facts, config, sizes, path):
     sizes: for 'classes' and 'vocabulary': (config key, number of entries,
       {number: value of that key that has it}).
     path: of the file, for the message.
+    resize: windows may differ.
   """
   found, fitting = [], []
   for key, value in facts.items():
@@ -135,21 +173,20 @@ def check_config(facts, config, sizes, path):
                        if value in settings else
                        f'a {key} of {value} entries')
       continue
-    node = config
-    for part in key.split('.'):
-      node = node[part] if node is not None and part in node else None
-    if node != value:
+    node = value_of(config, key)
+    if node != value and not (resize and key == WINDOW and node):
       found.append(f'{key} is {node}, the file has {value}')
       # A key that the config lacks cannot be set on the command line.
-      fitting.append(f'--config.{key}={value}' if node is not None else
-                     f'a config that has {key}')
+      fitting.append(f"--config.{key}={str(value).replace(' ', '')}"
+                     + (' (or --resize)' if key == WINDOW else '')
+                     if node is not None else f'a config that has {key}')
   if found:
     raise errors.UserError(
         f'--input {path!r} is of another model than --config: '
         + '; '.join(found) + '. These would fit: ' + ' '.join(fitting))
 
 
-def to_ours(source, tensors, config, shapes, path):
+def to_ours(source, tensors, config, shapes, path, resize=False):
   """Their tensors as our variables.
 
   Args:
@@ -158,12 +195,14 @@ def to_ours(source, tensors, config, shapes, path):
     config: a config that `check_config` accepts.
     shapes: {path of a variable: shape} of the config's model.
     path: of the file, for messages.
+    resize: tables of relative positions may be of other windows.
 
   Returns:
     (variables, record): {path: float32 array}, and a JSON-able dict that
     accounts for every tensor of the file and every variable of the model:
-    'tensors' {path: [name in the file, type]}, 'copies' {name: name of the
-    equal tensor}, 'surplus' {name: reason}, 'missing' [path].
+    'tensors' {path (and part): [name in the file, type]}, 'copies' {name:
+    name of the equal tensor}, 'surplus' {name: reason}, 'missing' [path],
+    'resized' {name: [shape in the file, ours]}.
 
   Raises:
     UserError: tensors are lacking, or of other shapes or types.
@@ -176,7 +215,7 @@ def to_ours(source, tensors, config, shapes, path):
   if lacking:
     raise errors.UserError(f'--input {path!r} is not whole: it lacks '
                            + _some(lacking))
-  variables, names, wrong = {}, {}, []
+  variables, names, wrong, resized = {}, {}, [], {}
   for e in entries:
     if e.theirs not in tensors:
       continue
@@ -186,12 +225,21 @@ def to_ours(source, tensors, config, shapes, path):
                    + ', '.join(io.FLOATS))
       continue
     expected = _their_shape(e, shapes[e.ours])
+    if (resize and e.form == 'table' and x.shape != expected
+        and x.shape[1:] == expected[1:]):
+      resized[name] = [list(x.shape), list(expected)]
+      x = swin.resize_relative_bias(x, expected[0]).astype(x.dtype)
     if x.shape != expected:
       wrong.append(f'{name} is {list(x.shape)}, expected {list(expected)}')
       continue
-    variables[e.ours] = np.ascontiguousarray(
-        FORMS[e.form][0](x).astype(np.float32))
-    names[e.ours] = [name, str(x.dtype)]
+    x = np.asarray(FORMS[e.form][0](x), np.float32, order='C')
+    i, n = e.part
+    if n > 1:
+      parts = variables.setdefault(e.ours, np.zeros(shapes[e.ours], x.dtype))
+      np.split(parts, n, -1)[i][...] = x
+    else:
+      variables[e.ours] = x
+    names[e.key] = [name, str(tensors[e.theirs][1].dtype)]
   if wrong:
     raise errors.UserError(f'--input {path!r} does not fit: ' + _some(wrong))
 
@@ -214,7 +262,8 @@ def to_ours(source, tensors, config, shapes, path):
                            'unknown to this format')
   return variables, {
       'tensors': names, 'copies': copies, 'surplus': surplus,
-      'missing': [k for k in shapes if k not in variables]}
+      'missing': [k for k in shapes if k not in variables],
+      'resized': resized}
 
 
 def to_theirs(source, variables, config, record=None):
@@ -232,7 +281,7 @@ def to_theirs(source, variables, config, record=None):
   """
   entries = source.entries(config)
   if record is None:
-    names = {e.ours: [e.theirs, str(variables[e.ours].dtype)]
+    names = {e.key: [e.theirs, str(variables[e.ours].dtype)]
              for e in entries if e.ours in variables}
     lacking = [e.ours for e in entries
                if not e.group and e.ours not in variables]
@@ -244,14 +293,14 @@ def to_theirs(source, variables, config, record=None):
     copies = {}
   else:
     names, copies = record['tensors'], record['copies']
-  forms = {e.ours: e.form for e in entries}
-  out = {name: FORMS[forms[ours]][1](variables[ours]).astype(io.FLOATS[kind])
-         for ours, (name, kind) in names.items()}
+  places = {e.key: e for e in entries}
+  out = {name: places[key].take(variables[places[key].ours]).astype(
+      io.FLOATS[kind]) for key, (name, kind) in names.items()}
   return {**out, **{name: out[original] for name, original in copies.items()}}
 
 
 def _their_shape(entry, shape):
-  return FORMS[entry.form][1](np.broadcast_to(np.float32(0), shape)).shape
+  return entry.take(np.broadcast_to(np.float32(0), shape)).shape
 
 
 def _some(items):

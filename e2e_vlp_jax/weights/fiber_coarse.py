@@ -1,0 +1,79 @@
+"""FIBER's coarse-grained checkpoints (github.com/microsoft/FIBER).
+
+Of pre-training and of its fine-tuning; the heads of VQA and NLVR2 have no
+place here yet. Two generations: the released code has a queue and stores the
+temperature, the earlier one (June 2022) the logarithm of its inverse.
+"""
+from e2e_vlp_jax.weights import mapping
+from e2e_vlp_jax.weights import roberta
+from e2e_vlp_jax.weights import swin
+
+_IMAGE, _TEXT = 'vit_model.', 'text_transformer.'
+_UNUSED = 'the original never uses it'
+SIGNATURE = (_IMAGE + 'patch_embed.proj.weight',
+             _TEXT + 'embeddings.word_embeddings.weight',
+             'cross_modal_text_transform.weight')
+SURPLUS = (
+    swin.SIZES, roberta.POSITION_IDS,
+    (r'text_transformer\.pooler\..*', _UNUSED),
+    (r'text_transformer\..*\.crossattention_t2i\.output\.LayerNorm\..*',
+     _UNUSED),
+    (r'text_transformer\.encoder\.layer\.\d+\.alpha_t2i',
+     f'of a layer below the first pair, {_UNUSED}'),
+    (r'cross_modal_att_layers\.\d+\..*',
+     f'of a layer without need of it, {_UNUSED}'),
+    (r'rank_output\..*', 'row 1 of itm_score as it once was; the score is '
+     'its logit of class 1'),
+    (r'(vqa|nlvr2)_classifier\..*', 'head of a task that is not here yet'),
+    (r'(image|text|image_input|text_input|text_input_mask)_queue|queue_(ptr|'
+     r'total)', 'past examples; the queue fills anew'))
+COPIES = {}
+UNSAID = ('model.text.heads',)
+
+
+def canonical(name):
+  return name
+
+
+def describe(tensors):
+  part = lambda prefix: {k.removeprefix(prefix): x for k, x in tensors.items()
+                         if k.startswith(prefix)}
+  image, text = part(_IMAGE), part(_TEXT)
+  fused = {k.split('.')[2] for k in text if '.crossattention_t2i.' in k}
+  return {**swin.describe(image), **roberta.describe(text),
+          'model.fuse': len(fused),
+          'model.width': tensors['cross_modal_text_transform.weight'].shape[0]}
+
+
+def read_config(c):
+  del c  # The release has no such file.
+  return {}
+
+
+def entries(config):
+  c = config.model
+  blocks = [(s, k) for s, n in enumerate(c.swin.depths) for k in range(n)]
+  layers = range(c.text.depth - c.fuse, c.text.depth)
+  out = swin.entries(config, _IMAGE, blocks[-c.fuse:])
+  out += roberta.entries(config, _TEXT, layers)
+  for side in ('text', 'image'):
+    for theirs, ours in (('', ''), ('_itc', 'itc_')):
+      group = theirs.removeprefix('_')
+      out += mapping.dense(f'cross_modal_{side}_transform{theirs}',
+                           f'{ours}{side}_projection', group)
+      out += mapping.dense(f'cross_modal_{side}_pooler{theirs}.dense',
+                           f'{ours}{side}_pooler', group)
+  for i, (stage, _) in zip(layers, blocks[-c.fuse:]):
+    if stage + 1 < len(c.swin.depths):
+      out += mapping.dense(f'cross_modal_att_layers.{i}',
+                           f'caption_projections_layer{i}', 'caption')
+  out += mapping.dense('mlm_score.transform.dense', 'mlm_head/dense', 'mlm')
+  out += mapping.norm('mlm_score.transform.LayerNorm', 'mlm_head/norm', 'mlm')
+  out += [mapping.Entry('mlm_score.bias', 'params/mlm_head/bias',
+                        group='mlm'),
+          mapping.Entry('mlm_score.decoder.weight', 'params/mlm_decoder',
+                        'dense', 'mlm'),
+          # One of the two, as model.queue says.
+          mapping.Entry('temp', 'params/temperature', group='temp'),
+          mapping.Entry('logit_scale', 'params/logit_scale', group='scale')]
+  return out + mapping.dense('itm_score.fc', 'itm_head', 'itm')
