@@ -24,8 +24,8 @@ from e2e_vlp_jax.objectives import itc
 from e2e_vlp_jax.objectives import itm
 from e2e_vlp_jax.objectives import mlm
 from e2e_vlp_jax.training import optim
+from e2e_vlp_jax.weights import fiber_coarse
 from e2e_vlp_jax.weights import mapping
-from tests import fiber_names
 from tests import parity
 
 AGAINST = 'the original code (stored)'
@@ -64,7 +64,7 @@ def build(config):
 def variables_of(config, tensors):
   """Our variables from the original's tensors, float type kept."""
   out = {}
-  for e in fiber_names.entries(config):
+  for e in fiber_coarse.entries(config):
     if e.theirs in tensors:
       out[e.ours] = mapping.FORMS[e.form][0](tensors[e.theirs])
   if not config.model.queue:
@@ -451,7 +451,7 @@ def test_gradients(record_property, reference, queued):
   ours = theirs(grads)
   assert set(want) == {k for k, x in ours.items() if np.any(x)}
   # The captioner's projections take no part, and have no gradient here.
-  assert all(any(re.fullmatch(p, name) for p in fiber_names.UNUSED)
+  assert all(any(re.fullmatch(p, name) for p, _ in fiber_coarse.SURPLUS)
              for name in without)
   largest = max(np.abs(x).max() for x in want.values())
   worst = 0.
@@ -469,7 +469,7 @@ def theirs(variables):
   """{original name: array} of our variables or gradients."""
   config = reference_config(queue=QUEUE)
   return {e.theirs: mapping.FORMS[e.form][1](np.asarray(variables[e.ours]))
-          for e in fiber_names.entries(config) if e.ours in variables}
+          for e in fiber_coarse.entries(config) if e.ours in variables}
 
 
 @pytest.mark.slow
@@ -739,7 +739,7 @@ def test_full_size_inventory(record_property, reference):
   listed = {name: (tuple(json.loads(shape)), lr, wd) for name, shape, lr, wd
             in zip(want['names'], want['shapes_json'], want['lr_multiplier'],
                    want['weight_decay'])}
-  ours = {e.theirs: e for e in fiber_names.entries(config)}
+  ours = {e.theirs: e for e in fiber_coarse.entries(config)}
   assert {e.ours.removeprefix('params/') for e in ours.values()
           } == set(params)
   count = 0
@@ -753,9 +753,8 @@ def test_full_size_inventory(record_property, reference):
     assert group.get('lr', 1.) == lr, name
     assert group.get('wd', config.optim.weight_decay) == wd, name
     count += int(np.prod(shape))
-  known = fiber_names.UNUSED + fiber_names.OTHER_TASKS + (
-      r'.*_queue', r'queue_(ptr|total)')
-  assert all(any(re.fullmatch(p, name) for p in known) for name in listed)
+  assert all(any(re.fullmatch(p, name) for p, _ in fiber_coarse.SURPLUS)
+             for name in listed)
   # Trained parameters that the original has and we do not, by their names.
   sizes = dict(zip(want['param_count_groups'], want['param_counts']))
   unused = sum(int(np.prod(shape)) for name, (shape, lr, _) in listed.items()

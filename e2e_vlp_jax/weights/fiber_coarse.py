@@ -24,6 +24,8 @@ SURPLUS = (
      f'of a layer without need of it, {_UNUSED}'),
     (r'rank_output\..*', 'row 1 of itm_score as it once was; the score is '
      'its logit of class 1'),
+    (r'temp|logit_scale', 'model.queue says which of the two; the other begins '
+     'anew'),
     (r'(vqa|nlvr2)_classifier\..*', 'head of a task that is not here yet'),
     (r'(image|text|image_input|text_input|text_input_mask)_queue|queue_(ptr|'
      r'total)', 'past examples; the queue fills anew'))
@@ -73,7 +75,7 @@ def entries(config):
                         group='mlm'),
           mapping.Entry('mlm_score.decoder.weight', 'params/mlm_decoder',
                         'dense', 'mlm'),
-          # One of the two, as model.queue says.
-          mapping.Entry('temp', 'params/temperature', group='temp'),
+          mapping.Entry('temp', 'params/temperature', group='temp')
+          if c.queue else
           mapping.Entry('logit_scale', 'params/logit_scale', group='scale')]
   return out + mapping.dense('itm_score.fc', 'itm_head', 'itm')
