@@ -16,7 +16,8 @@ import pytest
 HERE = pathlib.Path(__file__).resolve().parent
 FILES = ('test_parity_detr', 'test_parity_resnet', 'test_parity_bert',
          'test_matching', 'test_detection_metrics', 'test_caption_metrics',
-         'test_tokenizer',
+         'test_tokenizer', 'test_parity_data', 'test_parity_optim',
+         'test_convert_fiber',
          'test_parity_soho')
 HEADER = '''# How close to the official tools
 

@@ -23,7 +23,9 @@ _HEADLINES = (
     ('detection/attribute_accuracy', 'attributes'),
     ('captioning/CIDEr', 'CIDEr'), ('captioning/facts_right', 'facts right'),
     ('itm/accuracy', 'ITM accuracy'), ('mlm/accuracy', 'MLM accuracy'),
-    ('mlm/image_gain', 'MLM image gain'))
+    ('mlm/image_gain', 'MLM image gain'), ('retrieval/TR1', 'text R@1'),
+    ('retrieval/IR1', 'image R@1'), ('retrieval/TR1_itm', 'text R@1, ITM'),
+    ('retrieval/IR1_itm', 'image R@1, ITM'))
 # Evaluators' metrics that get no curve: they are in the table.
 _NO_CURVE = ('APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl',
              'BLEU1', 'BLEU2', 'BLEU3', 'image_gain')
