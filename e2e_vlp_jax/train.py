@@ -118,96 +118,96 @@ def train(config, workdir, allow_changes=False):
     return scores
 
   # --- Train ----------------------------------------------------------------
-  stop = _StopSignal()
-  for number, stage in enumerate(assembly.stages):
-    step = int(state.step)
-    if step >= stage.end:
-      continue
-    if step == stage.start and step > 0:
-      # A stage starts with a fresh optimizer: the moments of parameters that
-      # the last one did not train would be wrong for many steps.
-      state = state.replace(opt_state=jax.jit(
-          assembly.optimizer(stage).init,
-          out_shardings=assembly.shardings.opt_state)(state.params))
-    step_fn = assembly.step(number)
-    schedule = assembly.schedule(stage)
-    batches = data.iterate(step)
-    rate, flops = _Rate(clock, mesh), {}
-    before, bad = None, []
-    while step < stage.end and not stop.requested:
-      clock.enter('data')
-      t, batch = next(batches)
-      batch = sharding.shard_batch(mesh, batch)
-      profiler.before(step)
-      bucket = batch['image'].shape
-      fresh = bucket not in flops
-      clock.enter('compile' if fresh else 'step')
-      if fresh:
-        flops[bucket] = cost.flops(step_fn.trace(state, batch).jaxpr)
-      state, logged = step_fn(state, batch)
-      step += 1
-      rate.add(flops[bucket])
-      if fresh:  # The first call of a shape compiles: not part of the rate.
-        jax.block_until_ready(logged)
-        rate.restart()
-      # One step is in the making while this host looks at the one before.
-      for i, found in ([(t - 1, before)] if before else []) + (
-          [(t, logged)] if step == stage.end else []):
-        bad = _skipped(workdir, data, i, found, bad)
-      before = logged
-      log_now = step % config.log_every_steps == 0 or step == stage.end
-      if log_now:
-        logged = jax.device_get(logged)
-        scalars = {f'train/{k}': v for k, v in logged.items()}
-        scalars['train/learning_rate'] = float(schedule(step - 1
-                                                        - stage.start))
-        speed = rate.since_restart()
-        if speed:
-          speed['images_per_s'] = config.batch_size / speed['step_s']
-          speed['goodput'] = monitor.goodput(step, speed['step_s'])
-          scalars |= {f'perf/{k}': v for k, v in speed.items()}
-        scalars['perf/bad_records'] = len(data.bad_records)
-        monitor.write(step, {**scalars, **clock.fractions()})
-        monitor.advance(
-            step - monitor.position, '  '.join(
-                f'{k} {float(logged[k]):.2f}' for k in ('loss', *assembly.objectives[number]))
-            + (f'  {speed["images_per_s"]:.0f} img/s' if speed else ''))
-        rate.restart()
-      profiler.after(step, logged, asked=log_now)
-      if len(bad) >= config.max_bad_steps:
-        raise errors.UserError(
-            f'step {step}: {len(bad)} updates in a row had non-finite losses '
-            f'or gradients; their examples are in {workdir}/nonfinite.jsonl, '
-            'the checkpoints are intact; lower optim.learning_rate or look '
-            'at these examples')
-      stop.look(step)
-      last = step == config.total_steps
-      every = config.eval_every_steps
-      scores = None
-      if every and step % every == 0 and not last and not stop.requested:
-        scores = evaluate(state, final=False)
-        rate.restart()
-      if (saver.due(step, look_at_clock=log_now) or last or stop.requested
-          or config.checkpoint.best and scores):
-        clock.enter('save')
-        saver.save(step, state, scores)
-        rate.restart()
-      elif log_now:
-        saver.check()
-  profiler.close()
-  clock.enter('save')
-  saver.wait()
-  stop.release()
-  if stop.requested:
+  with monitor:
+    stop = _StopSignal()
+    for number, stage in enumerate(assembly.stages):
+      step = int(state.step)
+      if step >= stage.end:
+        continue
+      if step == stage.start and step > 0:
+        # A stage starts with a fresh optimizer: the moments of parameters that
+        # the last one did not train would be wrong for many steps.
+        state = state.replace(opt_state=jax.jit(
+            assembly.optimizer(stage).init,
+            out_shardings=assembly.shardings.opt_state)(state.params))
+      step_fn = assembly.step(number)
+      schedule = assembly.schedule(stage)
+      batches = data.iterate(step)
+      rate, flops = _Rate(clock, mesh), {}
+      before, bad = None, []
+      while step < stage.end and not stop.requested:
+        clock.enter('data')
+        t, batch = next(batches)
+        batch = sharding.shard_batch(mesh, batch)
+        profiler.before(step)
+        bucket = batch['image'].shape
+        fresh = bucket not in flops
+        clock.enter('compile' if fresh else 'step')
+        if fresh:
+          flops[bucket] = cost.flops(step_fn.trace(state, batch).jaxpr)
+        state, logged = step_fn(state, batch)
+        step += 1
+        rate.add(flops[bucket])
+        if fresh:  # The first call of a shape compiles: not part of the rate.
+          jax.block_until_ready(logged)
+          rate.restart()
+        # One step is in the making while this host looks at the one before.
+        for i, found in ([(t - 1, before)] if before else []) + (
+            [(t, logged)] if step == stage.end else []):
+          bad = _skipped(workdir, data, i, found, bad)
+        before = logged
+        log_now = step % config.log_every_steps == 0 or step == stage.end
+        if log_now:
+          logged = jax.device_get(logged)
+          scalars = {f'train/{k}': v for k, v in logged.items()}
+          scalars['train/learning_rate'] = float(schedule(step - 1
+                                                          - stage.start))
+          speed = rate.since_restart()
+          if speed:
+            speed['images_per_s'] = config.batch_size / speed['step_s']
+            speed['goodput'] = monitor.goodput(step, speed['step_s'])
+            scalars |= {f'perf/{k}': v for k, v in speed.items()}
+          scalars['perf/bad_records'] = len(data.bad_records)
+          monitor.write(step, {**scalars, **clock.fractions()})
+          monitor.advance(
+              step - monitor.position, '  '.join(
+                  f'{k} {float(logged[k]):.2f}'
+                  for k in ('loss', *assembly.objectives[number]))
+              + (f'  {speed["images_per_s"]:.0f} img/s' if speed else ''))
+          rate.restart()
+        profiler.after(step, logged, asked=log_now)
+        if len(bad) >= config.max_bad_steps:
+          raise errors.UserError(
+              f'step {step}: {len(bad)} updates in a row had non-finite losses '
+              f'or gradients; their examples are in {workdir}/nonfinite.jsonl, '
+              'the checkpoints are intact; lower optim.learning_rate or look '
+              'at these examples')
+        stop.look(step)
+        last = step == config.total_steps
+        every = config.eval_every_steps
+        scores = None
+        if every and step % every == 0 and not last and not stop.requested:
+          scores = evaluate(state, final=False)
+          rate.restart()
+        if (saver.due(step, look_at_clock=log_now) or last or stop.requested
+            or config.checkpoint.best and scores):
+          clock.enter('save')
+          saver.save(step, state, scores)
+          rate.restart()
+        elif log_now:
+          saver.check()
+    profiler.close()
+    clock.enter('save')
+    saver.wait()
+    stop.release()
+    if stop.requested:
+      monitor.write(int(state.step), clock.fractions())
+      if jax.process_index() == 0:
+        print(f'stopped at step {int(state.step)}; run the same command to go '
+              'on', flush=True)
+      raise SystemExit(stop.exit_code)
+    evaluate(state, final=True)
     monitor.write(int(state.step), clock.fractions())
-    monitor.close()
-    if jax.process_index() == 0:
-      print(f'stopped at step {int(state.step)}; run the same command to go '
-            'on', flush=True)
-    raise SystemExit(stop.exit_code)
-  evaluate(state, final=True)
-  monitor.write(int(state.step), clock.fractions())
-  monitor.close()
   return metrics
 
 

@@ -46,7 +46,7 @@ LAYOUTS = (Layout(1, 1), Layout(1, 4), Layout(1, 4, fsdp=4),
 
 
 def start(layout, workdir, data_dir, overrides=(),
-          config='tests/small_run.py', only=None):
+          config='tests/small_run.py', only=None, output=None):
   """Starts a run's processes; their output goes to files beside `workdir`.
 
   Args:
@@ -55,6 +55,7 @@ def start(layout, workdir, data_dir, overrides=(),
     overrides: {config key: value}.
     config: --config.
     only: number of the one process to start, as if the others did not come.
+    output: where their output goes instead.
   """
   with socket.socket() as s:
     s.bind(('localhost', 0))
@@ -79,7 +80,8 @@ def start(layout, workdir, data_dir, overrides=(),
               'E2E_VLP_PROCESS': str(i)}
     with open(f'{workdir}.{i}.log', 'a') as log:
       processes.append(subprocess.Popen(command, cwd=REPO, env=env,
-                                        stdout=log, stderr=log))
+                                        stdout=output or log,
+                                        stderr=output or log))
   return processes
 
 

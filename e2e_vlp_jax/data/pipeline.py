@@ -238,8 +238,9 @@ class Pipeline:
       return
     for offset, split in zip(self._offsets, self._splits):
       for number in range(min(_LABELS_CHECKED, len(split))):
+        record = self._read(offset + number) or _NOTHING
         with self._naming(offset + number):
-          for thing in split.get(number)['objects']:
+          for thing in record['objects']:
             self._labels.class_id(thing['label'])
             for attribute in thing['attributes']:
               self._labels.attribute_id(attribute)

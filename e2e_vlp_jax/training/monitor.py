@@ -82,9 +82,14 @@ class Monitor:
       return
     metrics = {k: float(v) for k, v in metrics.items()}
     line = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-    with open(self._path, 'a') as f:
-      f.write(json.dumps({'step': int(step), 'time': round(time.time(), 3),
-                          **line}) + '\n')
+    text = json.dumps({'step': int(step), 'time': round(time.time(), 3),
+                       **line}) + '\n'
+    try:
+      with open(self._path, 'a') as f:
+        f.write(text)
+    except OSError as e:
+      e.filename = self._path  # A failing write does not say where.
+      raise
     if self._writer is not None:
       self._writer.write_scalars(int(step), metrics)
 
@@ -122,9 +127,14 @@ class Monitor:
     if self._first:
       self._bar.write(text)
 
-  def close(self):
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *unused):
+    """Ends the bar's line: an error has its own. Flushes, unless there is one.
+    """
     self._bar.close()
-    if self._writer is not None:
+    if self._writer is not None and kind is None:
       self._writer.flush()
       self._writer.close()
 

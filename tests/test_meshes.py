@@ -1,0 +1,141 @@
+"""One config means the same on any mesh; what the compiler made of it."""
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import models
+from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.training import assemble
+from e2e_vlp_jax.training import cost
+from e2e_vlp_jax.training import sharding
+from tests import small_run
+
+SIZES = dict(vocab_size=50, num_classes=6, num_attributes=13)
+STEPS = 20
+
+
+def assembled(accumulate=1, **axes):
+  """(Assembly of the small run, function t -> global batch t)."""
+  axes = {'data': 1, 'fsdp': 1, 'tensor': 1, **axes}
+  config = small_run.get_config()
+  config.update_from_flattened_dict({
+      'total_steps': STEPS, 'warm_start.steps': 0, 'accumulate': accumulate,
+      'optim.warmup_steps': 5})
+  mesh = sharding.make_mesh(axes, jax.devices()[:int(np.prod(
+      list(axes.values())))])
+  make = functools.partial(synthetic.synthetic_batch, config.data,
+                           batch_size=8, **SIZES)
+  assembly = assemble.Assembly(config, models.build(config, **SIZES), mesh,
+                               make(seed=0))
+  return assembly, lambda t: sharding.shard_batch(mesh, make(seed=t))
+
+
+@functools.cache
+def losses(accumulate=1, **axes):
+  """([metrics of each step], the state after the last)."""
+  assembly, batch = assembled(accumulate, **axes)
+  state, step, found = assembly.init(), assembly.step(), []
+  for t in range(STEPS):
+    state, metrics = step(state, batch(t))
+    found.append(jax.device_get(metrics))
+  return found, state
+
+
+@pytest.fixture
+def split_small(monkeypatch):
+  """Small arrays too are split, or nothing of this model would be."""
+  monkeypatch.setattr(sharding, 'FSDP_MIN_BYTES', 256)
+
+
+@pytest.mark.parametrize('layout', [
+    dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2),
+    dict(accumulate=4)], ids=str)
+def test_layouts_give_the_same_losses(layout, split_small):
+  """20 steps; two processes: tests/test_multihost.py."""
+  one, other = losses()[0], losses(**layout)[0]
+  worst = max(abs(a['loss'] - b['loss']) / abs(a['loss'])
+              for a, b in zip(one, other))
+  print(f'{layout}: loss of {STEPS} steps within {worst:.1e}')
+  for a, b in zip(one, other):
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=2e-5,
+                                 err_msg=name)
+
+
+def test_fsdp_holds_an_eighth(split_small):
+  """Of the parameters and of the optimizer's state, measured."""
+  _, state = losses(fsdp=8)
+  for part in (state.params, state.opt_state):
+    leaves = [x for x in jax.tree.leaves(part) if x.ndim]
+    held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+    total = sum(x.nbytes for x in leaves)
+    print(f'a device holds {held / total:.3f} of {total} bytes')
+    assert held < total / 7
+
+
+@pytest.mark.parametrize('layout', [dict(data=8), dict(fsdp=8)], ids=str)
+def test_compiled_step(layout, split_small):
+  """No collective inside the matching; activations split by example."""
+  assembly, batch = assembled(**layout)
+  lowered = assembly.step().lower(assembly.state_target(), batch(0))
+  assert 'sharding_constraint' in lowered.as_text()
+  text = lowered.compile().as_text()
+  found = cost.collectives(text)
+  assert any(c.kind in ('all-reduce', 'reduce-scatter') for c in found)
+  assert re.search(r'\bwhile\(', text), 'the matching is a loop'
+  assert not [c for c in found if c.in_loop]
+  # 36 grid tokens of width 32: one example a device, never all eight.
+  assert re.search(r'f32\[1,36,32\]', text)
+  assert not re.search(r'f32\[8,36,32\]', text)
+
+
+def test_constraints_on_outputs_act():
+  """Replicated in, split out: the constraint alone does it."""
+  mesh = sharding.make_mesh(dict(data=8, fsdp=1, tensor=1))
+  double = jax.jit(lambda x: sharding.constrain_batch(mesh, {'x': 2 * x}))
+  out = double(jax.device_put(np.ones((8, 4)), sharding.replicated(mesh)))
+  assert {s.data.shape for s in out['x'].addressable_shards} == {(1, 4)}
+
+
+def test_several_slices_put_data_on_the_slow_network():
+  class Chip:
+    platform, device_kind = 'tpu', 'TPU v5 lite'
+
+    def __init__(self, number, slice_index):
+      self.id = self.process_index = number
+      self.slice_index, self.core_on_chip = slice_index, 0
+      self.coords = (number % 2, number // 2 % 2, 0)
+
+  chips = [Chip(i, i // 4) for i in range(8)]
+  mesh = sharding.arrange([4, 2, 1], chips)
+  assert mesh.shape == (4, 2, 1)
+  # The outer half of 'data' is one slice; fsdp stays within it.
+  assert [{c.slice_index for c in part.flat} for part in mesh] == [
+      {0}, {0}, {1}, {1}]
+  with pytest.raises(errors.UserError, match='mesh.data: 1 does not divide'):
+    sharding.arrange([1, 8, 1], chips)
+
+
+@pytest.mark.parametrize('rule, message', [
+    ((r'project/kernel', ('fsdp', 'tensr')), "did you mean 'tensor'"),
+    ((r'project/kernel', ('fsdp', None, 'data')), 'fewer dimensions'),
+    ((r'itm_head/.*', ('tensor',)), 'does not divide by'),
+    ((r'no/such', ('fsdp',)), 'matches no parameter')])
+def test_bad_sharding_rules(rule, message):
+  mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=8))
+  shapes = {'project': {'kernel': np.zeros((16, 32))},
+            'itm_head': {'kernel': np.zeros((34, 2))}}
+  with pytest.raises(errors.UserError, match=message):
+    sharding.parameter_specs(shapes, mesh, (rule,))
+
+
+def test_rows_of_a_host_are_all_rows_here():
+  """With one process; with several: tests/test_multihost.py."""
+  for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1, **axes})
+    np.testing.assert_array_equal(sharding.host_rows(mesh, 16),
+                                  np.arange(16))
