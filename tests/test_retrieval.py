@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import evaluation
 from e2e_vlp_jax.data import pipeline as pipeline_lib
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.evaluation import retrieval
@@ -230,3 +231,17 @@ def test_refusals(config, built, options, expected_):
   table.model.views = {'image_only': ('detection',)}
   with pytest.raises(errors.UserError, match='neither an itc nor an itm'):
     retrieval.evaluate(table, {}, pipeline)
+
+
+@pytest.mark.parametrize('options, expected_', [
+    (dict(top_q=3), "evals.retrieval.options.top_q.*did you mean 'top_k'"),
+    (dict(max_pairs=3), 'max_pairs is 3')])
+def test_options_of_the_config(config, built, options, expected_):
+  config = config.copy_and_resolve_references()
+  config.evals = dict(retrieval=dict(
+      type='retrieval', source=dict(name='scenes', split='test'), pp=PP,
+      max_examples=4, training_examples=0, options=options))
+  config.samples.count = 0
+  with pytest.raises(errors.UserError, match=expected_):
+    evaluation.Evaluators(config, built[0].model, built[0].tokenizer,
+                          built[0].labels).run(built[1])
