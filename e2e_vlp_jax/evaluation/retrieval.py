@@ -12,7 +12,8 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 
 _RECALLS = (1, 5, 10)
-_SCORES = {'odds': lambda x: x[..., 1] - x[..., 0], 'logit': lambda x: x[..., 1]}
+_SCORES = {'odds': lambda x: x[..., 1] - x[..., 0],
+           'logit': lambda x: x[..., 1]}
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,

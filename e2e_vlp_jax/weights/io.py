@@ -1,8 +1,8 @@
 """Reads and writes weights files: {tensor name: array}.
 
-safetensors, and torch's .bin, .pth, .pt and .ckpt. The latter are pickles, which may
-carry code: torch reads them with `weights_only`, which refuses everything but
-tensors and plain containers and runs nothing.
+safetensors, and torch's .bin, .pth, .pt and .ckpt. The latter are pickles,
+which may carry code: torch reads them with `weights_only`, which refuses
+everything but tensors and plain containers and runs nothing.
 """
 import json
 import os
