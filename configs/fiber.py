@@ -67,10 +67,10 @@ def get_config(arg=None):
       # Swin-Base [C]; the window follows the image [C].
       swin=dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
                 patch=4, window=side // 32, mlp_ratio=4., drop_path=.1,
-                epsilon=1e-5),
+                epsilon=1e-5, narrow=False),
       # RoBERTa-base [C].
       text=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
-                types=1, dropout=.1, epsilon=1e-5),
+                types=1, dropout=.1, epsilon=1e-5, narrow=False),
       fuse=6, width=768,         # [C]
       queue=options.get('queue', 0), remat='full',
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225))  # [C]
@@ -146,11 +146,12 @@ def _tiny(config):
   """About 1M parameters, from scratch; all values are our choice."""
   config.dtype = 'float32'
   config.model.update(dict(
-      swin=dict(width=64, depths=(1, 3), heads=(2, 4), patch=6, window=8,
-                mlp_ratio=2., drop_path=0., epsilon=1e-5),
+      swin=dict(width=32, depths=(1, 1, 3), heads=(1, 2, 4), patch=4,
+                window=6, mlp_ratio=2., drop_path=0., epsilon=1e-5,
+                narrow=True),
       text=dict(depth=3, width=128, heads=4, ffn=256,
                 positions=config.data.max_text + 2, types=1, dropout=0.,
-                epsilon=1e-5),
+                epsilon=1e-5, narrow=True),
       fuse=2, width=128, remat='none',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.batch_size = 32

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from e2e_vlp_jax.models import layers
 
-# Swin's and BERT's own, which FIBER's new weights share.
+# Swin's and BERT's own, which FIBER's new weights share; the third suits
+# narrow trunks that train from scratch.
 IMAGE_INIT = nn.initializers.truncated_normal(.02, lower=-100, upper=100)
 TEXT_INIT = nn.initializers.normal(.02)
+NARROW_INIT = nn.initializers.lecun_normal()
 
 
 class ImageFromText(nn.Module):
@@ -22,6 +24,7 @@ class ImageFromText(nn.Module):
   heads: int
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
+  kernel_init: Any = IMAGE_INIT
 
   @nn.compact
   def __call__(self, x, text, bias):
@@ -30,7 +33,7 @@ class ImageFromText(nn.Module):
     split = lambda y: y.reshape(*y.shape[:2], -1, self.heads,
                                 c // self.heads)
     dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
-                                     kernel_init=IMAGE_INIT)
+                                     kernel_init=self.kernel_init)
     gate = self.param('gate', nn.initializers.zeros, (1,))
     query = dense(c, 'query')(layers.LayerNorm(self.epsilon, name='norm')(x))
     both = split(dense(2 * c, 'key_value')(text))
@@ -44,13 +47,14 @@ class TextFromImage(nn.Module):
   heads: int
   dropout: float = 0.
   dtype: Any = jnp.float32
+  kernel_init: Any = TEXT_INIT
 
   @nn.compact
   def __call__(self, x, image, train=False):
     """[B, L, D], [B, N, C] -> [B, L, D]."""
     gate = self.param('gate', nn.initializers.zeros, (1,))
     y = layers.MultiHeadAttention(
-        x.shape[-1], self.heads, self.dropout, self.dtype, TEXT_INIT,
-        name='attention')(x, image, image, train=train)
+        x.shape[-1], self.heads, self.dropout, self.dtype,
+        self.kernel_init, name='attention')(x, image, image, train=train)
     y = nn.Dropout(self.dropout, deterministic=not train)(y)
     return y * gate.astype(x.dtype)

@@ -23,6 +23,7 @@ class Layer(nn.Module):
   dropout: float = .1
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
+  kernel_init: Any = fusion.TEXT_INIT
 
   @nn.compact
   def __call__(self, x, bias, image=None, train=False, last_norm=True):
@@ -41,15 +42,16 @@ class Layer(nn.Module):
     drop = nn.Dropout(self.dropout, deterministic=not train)
     norm = lambda name: layers.LayerNorm(self.epsilon, name=name)
     attend = layers.MultiHeadAttention(
-        self.width, self.heads, self.dropout, self.dtype, fusion.TEXT_INIT,
+        self.width, self.heads, self.dropout, self.dtype, self.kernel_init,
         name='self_attention')
     feed = layers.FeedForward(
         self.width, self.ffn, act='gelu', dtype=self.dtype,
-        kernel_init=fusion.TEXT_INIT, name='ffn')
+        kernel_init=self.kernel_init, name='ffn')
     y = drop(attend(x, x, x, bias, train))
     if image is not None:
-      y = y + fusion.TextFromImage(self.heads, self.dropout, self.dtype,
-                                   name='cross')(y, image, train)
+      y = y + fusion.TextFromImage(
+          self.heads, self.dropout, self.dtype, self.kernel_init,
+          name='cross')(y, image, train)
     x = norm('norm1')(x + y)
     x = x + drop(feed(x))
     # The norm exists in any case: the last layer has it in other views.
@@ -63,6 +65,7 @@ class TextEncoder(nn.Module):
   Attributes:
     positions: rows of the position table, two more than the longest text.
     types: rows of the token-type table; texts are of type 0 throughout.
+    narrow: initial weights by fan-in instead of 0.02 (our addition).
     remat: of each layer; see `layers.remat`.
   """
   vocab_size: int
@@ -74,6 +77,7 @@ class TextEncoder(nn.Module):
   types: int = 1
   dropout: float = .1
   epsilon: float = 1e-5
+  narrow: bool = False
   remat: str = 'none'
   dtype: Any = jnp.float32
 
@@ -82,8 +86,10 @@ class TextEncoder(nn.Module):
     self.embedding = layers.TextEmbedding(
         self.vocab_size, self.width, self.positions, self.types, self.dropout,
         self.epsilon, self.dtype)
+    init = fusion.NARROW_INIT if self.narrow else fusion.TEXT_INIT
     self.layers = [layer(self.width, self.heads, self.ffn, self.dropout,
-                         self.epsilon, self.dtype) for _ in range(self.depth)]
+                         self.epsilon, self.dtype, init)
+                   for _ in range(self.depth)]
 
   def embed(self, ids, mask, train=False):
     """[B, L] ids, [B, L] True on tokens -> [B, L, D].
