@@ -278,7 +278,8 @@ def step(pack):
         rngs={'dropout': start.rng}, capture_intermediates=True,
         mutable=['intermediates', *variables])
     after, logged = train_step.make_train_step(
-        model, objectives, tx, mesh=mesh_of(1))(start, batch)
+        model, objectives, tx, mesh=mesh_of(1),
+        shardings=sharding.parameter_specs(params, mesh_of(1)))(start, batch)
     return (outputs, seen['intermediates'], losses_of(outputs, batch),
             after.opt_state[0], after, logged)
   return config, params, variables, run(start)

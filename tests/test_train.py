@@ -41,7 +41,8 @@ def setup_step(config, mesh, seed=0):
   # Not the assembly's own step, which eats its state.
   step = jax.jit(train_step.make_train_step(
       assembly.model, assembly.objectives[-1],
-      assembly.optimizer(assembly.stages[-1]), mesh=mesh))
+      assembly.optimizer(assembly.stages[-1]), mesh=mesh,
+      shardings=assembly.shardings.params))
   return assembly.init(), step, sharding.shard_batch(mesh, make(8))
 
 

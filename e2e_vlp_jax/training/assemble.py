@@ -75,6 +75,7 @@ class Assembly:
     function = train_step.make_train_step(
         self.model, self.objectives[index],
         self.optimizer(self.stages[index]), mesh=self.mesh,
+        shardings=self.shardings.params,
         accumulate=self.config.accumulate, ema_decay=self.config.ema_decay)
     return jax.jit(function, donate_argnums=0,
                    out_shardings=(self.shardings,

@@ -100,6 +100,15 @@ _OPERATION = re.compile(
     rf'= (?P<type>.*?)[\s)](?P<kind>{_KINDS})(?P<start>-start)?\(')
 _SHAPE = re.compile(r'\b(pred|bf16|c64|c128|[suf]\d+)(?:e\w+)?\[([\d,]*)\]')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{\s*$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = '
+                          r'(?P<type>.*?)\s(?P<opcode>[a-z\-]+)\('
+                          r'(?P<rest>.*)$')
+_LAYOUT = re.compile(_SHAPE.pattern + r'(\{[^}]*\})?')
+_OPERAND = re.compile(r'%([\w.\-]+)')
+# They move nothing, or what they move is counted elsewhere.
+_FREE = re.compile(
+    r'parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|'
+    r'call|after-all|opt-barrier|partition-id|replica-id|.*-done|.*-update')
 _CALLED = re.compile(
     r'\b(body|condition|calls|to_apply|true_computation|false_computation)='
     r'%?([\w.\-]+)|branch_computations=\{([^}]*)\}')
@@ -114,26 +123,67 @@ def collectives(hlo):
   parts = re.search(r'num_partitions=(\d+)', hlo)
   replicas = re.search(r'replica_count=(\d+)', hlo)
   everyone = int((parts or replicas or [0, 1])[1])
-  bodies, entry = _computations(hlo)
   found = []
+  for line, times, in_loop in _executed(hlo, fused=True):
+    match = _OPERATION.search(line)
+    if match:
+      found.append(_collective(match, line, everyone, times, in_loop))
+  return [c for c in found if c.group > 1]
+
+
+def memory_traffic(hlo):
+  """Bytes that a step moves from and to a chip's main memory.
+
+  Each operation reads its operands and writes its results once, fused ones
+  none in between; what the compiler keeps in on-chip memory (a TPU's VMEM,
+  memory space 1) is free. An operation that reads a part of an operand is
+  charged for all of it.
+  """
+  sizes, total = {}, 0.
+  for line in hlo.splitlines():
+    match = _INSTRUCTION.match(line)
+    if match:
+      sizes[match['name']] = sum(
+          _bytes(kind, dims) for kind, dims, layout in _LAYOUT.findall(
+              match['type']) if 'S(' not in layout)
+  for line, times, _ in _executed(hlo, fused=False):
+    match = _INSTRUCTION.match(line)
+    if not match or _FREE.fullmatch(match['opcode']):
+      continue
+    moved = sizes[match['name']]
+    if not match['opcode'].endswith('-start'):  # Its type has the operands.
+      moved += sum(sizes.get(x, 0) for x in set(
+          _OPERAND.findall(match['rest'].split('), ')[0])))
+    total += times * moved
+  return total
+
+
+def _executed(hlo, fused):
+  """(line, how often it runs, in a loop of unknown length) of a program.
+
+  Args:
+    hlo: text of a compiled program.
+    fused: also the lines inside fusions, reductions and the like.
+  """
+  bodies, entry = _computations(hlo)
 
   def visit(name, times, in_loop):
     for line in bodies.get(name, ()):
-      match = _OPERATION.search(line)
-      if match:
-        found.append(_collective(match, line, everyone, times, in_loop))
-      loop = re.search(r'\bwhile\(', line)
+      yield line, times, in_loop
       if re.search(r'-(done|update)\(', line):
         continue  # Its start was counted.
       trips = _TRIPS.search(line)
       for key, called, branches in _CALLED.findall(line):
+        if key in ('calls', 'to_apply') and not fused and not re.search(
+            r' (async-start|call)\(', line):
+          continue
+        loop = key in ('body', 'condition')
         for inner in [called] if called else branches.split(','):
-          inside = loop and key in ('body', 'condition')
-          visit(inner.strip().lstrip('%'),
-                times * (int(trips[1]) if inside and trips else 1),
-                in_loop or bool(inside and not trips))
-  visit(entry, 1, False)
-  return [c for c in found if c.group > 1]
+          yield from visit(
+              inner.strip().lstrip('%'),
+              times * (int(trips[1]) if loop and trips else 1),
+              in_loop or (loop and not trips))
+  return visit(entry, 1, False)
 
 
 def _computations(hlo):

@@ -97,14 +97,15 @@ def _constrain_outputs(mesh, outputs, size):
       if x.ndim and x.shape[0] == size else x, outputs)
 
 
-def make_train_step(model, objectives, tx, *, mesh, accumulate=1,
+def make_train_step(model, objectives, tx, *, mesh, shardings, accumulate=1,
                     ema_decay=0.):
   """A function (state, batch) -> (state, metrics), to be jitted.
 
   Args:
     model, objectives: from `models.build` and `objectives.build`.
     tx: optax transformation.
-    mesh: over which batches and parameters are spread.
+    mesh: over which batches are spread.
+    shardings: of the parameters.
     accumulate: micro-batches a step.
     ema_decay: of the averaged parameters, if the state has any.
 
@@ -119,8 +120,9 @@ def make_train_step(model, objectives, tx, *, mesh, accumulate=1,
   requests = objectives_lib.requests(objectives)
 
   def terms(params, model_state, batch, rng):
-    return loss_terms(model, objectives, requests, params, model_state, batch,
-                      rng, mesh)
+    return loss_terms(model, objectives, requests,
+                      sharding.gather_parameters(params, shardings),
+                      model_state, batch, rng, mesh)
 
   def loss_fn(params, model_state, batch, rng, weights):
     losses, metrics, model_state = terms(params, model_state, batch, rng)
