@@ -76,7 +76,7 @@ def preflight(config, topology, search=True, say=print):
         program.peak, state, chip.hbm, say, most=8 if search else 0)
   if chip.hbm and program.peak > chip.hbm:
     raise errors.UserError(_too_large(config, program, chip, shards, largest))
-  roofline = _roofline(program, chip, mesh, config, state)
+  roofline = _roofline(program, chip, mesh, config)
   return {
       'config': config.model.name, 'topology': topology, 'chip': chip.name,
       'chips': mesh.size, 'mesh': dict(mesh.shape),
@@ -104,7 +104,7 @@ class _Program(NamedTuple):
   flops: float
   memory: Any = None
   collectives: Any = ()
-  bytes_accessed: Any = None
+  traffic: float = 0.
 
 
 def _compile(plan, batch_size):
@@ -120,9 +120,9 @@ def _compile(plan, batch_size):
     return _Program(_wanted(str(e)), time.perf_counter() - start, flops)
   seconds = time.perf_counter() - start
   memory = cost.memory(compiled)
+  hlo = compiled.as_text()
   return _Program(memory['peak'], seconds, flops, memory,
-                  cost.collectives(compiled.as_text()),
-                  compiled.cost_analysis().get('bytes accessed'))
+                  cost.collectives(hlo), cost.memory_traffic(hlo))
 
 
 def _wanted(message):
@@ -161,24 +161,20 @@ def _largest(peak_of, first, first_peak, state, capacity, say, most):
   return max(n for n, peak in known.items() if peak <= capacity)
 
 
-def _roofline(program, chip, mesh, config, state):
+def _roofline(program, chip, mesh, config):
   """Least time of a step if all that can overlap does.
 
-  Matrix products at the chip's peak, memory traffic as XLA counts it, the
+  Matrix products at the chip's peak, what its operations read and write, the
   collectives' traffic over all links. Real steps take longer.
   """
-  if chip.flops is None or program.bytes_accessed is None:
+  if chip.flops is None:
     return {'step_time_s': None, 'bound': None,
             'reason': f'peak rates of {chip.name} are not known'}
   # Rows are spread over data and fsdp; 'tensor' shares work by rule only.
   shards = mesh.size if config.sharding_rules else (
       mesh.shape['data'] * mesh.shape['fsdp'])
-  # XLA counts a loop's body once: micro-steps are such a body, the optimizer
-  # (which reads and writes the state) is not.
-  moved = max(program.bytes_accessed - 2 * state, 0.) * config.accumulate + (
-      2 * state)
   times = {'compute': program.flops / shards / chip.flops,
-           'memory': moved / chip.hbm_bandwidth}
+           'memory': program.traffic / chip.hbm_bandwidth}
   if chip.ici_bandwidth:
     times['interconnect'] = sum(
         c.traffic for c in program.collectives) / chip.ici_bandwidth

@@ -120,6 +120,16 @@ HLO = '''HloModule jit_step, is_scheduled=true, num_partitions=8
   %f = f32[4,4] fusion(%ar), kind=kCustom, calls=%reduced
 }
 
+%below (p: (s32[])) -> pred[] {
+  %seven = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %seven), direction=LT
+}
+
+%gathered (p: (s32[])) -> (s32[]) {
+  %a2a = f32[8]{0} all-to-all(%x), replica_groups={{0,1}}
+}
+
 %endless (p: (s32[])) -> (s32[]) {
   %cp = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1}}
 }
@@ -129,6 +139,7 @@ ENTRY %main (p: f32[16,4]) -> f32[16,4] {
   %agd = f32[128,4]{1,0} all-gather-done(%ag)
   %w = (s32[]) while(%t), body=%body, config={"known_trip_count":{"n":"3"}}
   %v = (s32[]) while(%u), body=%endless
+  %z = (s32[]) while(%t), condition=%below, body=%gathered
   ROOT %alone = f32[16,4] all-reduce(%p), replica_groups={{0},{1}}
 }
 '''.replace('AXES', "mesh['a'=2,'b'=4] {'a','b'}")
@@ -136,11 +147,12 @@ ENTRY %main (p: f32[16,4]) -> f32[16,4] {
 
 def test_collectives_of_a_program_text():
   found = {c.kind: c for c in cost.collectives(HLO)}
-  assert len(found) == len(cost.collectives(HLO)) == 4
+  assert len(found) == len(cost.collectives(HLO)) == 5
   assert found['all-gather'] == ('all-gather', 128 * 4 * 4, 8, 1, False)
   assert found['all-reduce'] == ('all-reduce', 16 * 4 * 4 + 4, 2, 3, False)
   assert found['reduce-scatter'] == ('reduce-scatter', 4 * 4 * 2 * 4, 4, 3,
                                      False)
+  assert found['all-to-all'] == ('all-to-all', 32, 2, 7, False)
   assert found['collective-permute'].in_loop
   # Rings: a reduction goes round twice, a gathering once.
   assert found['all-reduce'].traffic == 3 * 260 * 2 * 1 / 2
@@ -161,6 +173,27 @@ def test_collectives_of_a_compiled_program():
       step, out_shardings=sharding.replicated(mesh)).lower(w, x).compile()
   found, = cost.collectives(compiled.as_text())
   assert found == ('all-reduce', 32 * 4 * 4, 8, 5, False)
+
+
+def test_memory_traffic_of_a_program_text():
+  hlo = '''HloModule jit_step
+
+%fused (p: f32[8,4]) -> f32[8,4] {
+  %y = f32[800,800] broadcast(%p)
+  ROOT %z = f32[8,4] slice(%y)
+}
+
+ENTRY %main (p: f32[8,4], q: bf16[6]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %q = bf16[6]{0} parameter(1)
+  %near = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%p)
+  %there = f32[8,4]{1,0:T(8,128)S(1)} copy-done(%near)
+  %used = f32[8,4]{1,0} fusion(%there, %q), kind=kLoop, calls=%fused
+  ROOT %out = f32[8,4]{1,0:S(1)} add(%used, %used)
+}
+'''
+  # Fetched once, read near by; the fusion writes; the sum reads that once.
+  assert cost.memory_traffic(hlo) == 128 + (12 + 128) + 128
 
 
 def test_the_matching_loop_exchanges_nothing():
@@ -241,15 +274,15 @@ def test_roofline_names_what_binds():
   chip = chips.TPUS['v5e']
   mesh = sharding.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1})
   program = preflight._Program(0, 0., 8 * chip.flops, {}, (), 1e9)
-  found = preflight._roofline(program, chip, mesh, config_of(), 0)
+  found = preflight._roofline(program, chip, mesh, config_of())
   assert found['bound'] == 'compute' and found['step_time_s'] == 1.
-  program = program._replace(bytes_accessed=2 * chip.hbm_bandwidth)
-  found = preflight._roofline(program, chip, mesh, config_of(), 0)
+  program = program._replace(traffic=2 * chip.hbm_bandwidth)
+  found = preflight._roofline(program, chip, mesh, config_of())
   assert found['bound'] == 'memory' and found['step_time_s'] == 2.
   program = program._replace(collectives=(
       cost.Collective('all-gather', 8 / 7 * 3 * chip.ici_bandwidth, 8, 1,
                       False),))
-  found = preflight._roofline(program, chip, mesh, config_of(), 0)
+  found = preflight._roofline(program, chip, mesh, config_of())
   assert found['bound'] == 'interconnect'
   assert found['step_time_s'] == pytest.approx(3.)
 

@@ -172,7 +172,7 @@ def _executed(hlo, fused):
       yield line, times, in_loop
       if re.search(r'-(done|update)\(', line):
         continue  # Its start was counted.
-      trips = _TRIPS.search(line)
+      trips = _trips(line, bodies)
       for key, called, branches in _CALLED.findall(line):
         if key in ('calls', 'to_apply') and not fused and not re.search(
             r' (async-start|call)\(', line):
@@ -181,9 +181,27 @@ def _executed(hlo, fused):
         for inner in [called] if called else branches.split(','):
           yield from visit(
               inner.strip().lstrip('%'),
-              times * (int(trips[1]) if loop and trips else 1),
+              times * (trips if loop and trips else 1),
               in_loop or (loop and not trips))
   return visit(entry, 1, False)
+
+
+def _trips(line, bodies):
+  """How often the loop that `line` starts runs, or None.
+
+  Some compilers write it down; others leave the condition, where jax's scans
+  and counted loops compare a number that starts at 0 with a constant.
+  """
+  known = _TRIPS.search(line)
+  if known:
+    return int(known[1])
+  condition = re.search(r'\bcondition=%?([\w.\-]+)', line)
+  lines = '\n'.join(bodies.get(condition[1], ())) if condition else ''
+  limit = re.search(r'ROOT .*compare\(%?[\w.\-]+, %?([\w.\-]+)\), '
+                    r'direction=LT', lines)
+  number = limit and re.search(
+      rf'%?{re.escape(limit[1])} = s32.* constant\((\d+)\)', lines)
+  return int(number[1]) if number else None
 
 
 def _computations(hlo):
