@@ -72,6 +72,7 @@ def get_config(arg=None):
       text=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
                 types=1, dropout=.1, epsilon=1e-5, narrow=False),
       fuse=6, width=768,         # [C]
+      beam_rank='mean',          # of captions [C]
       queue=options.get('queue', 0), remat='full',
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225))  # [C]
 

@@ -18,7 +18,7 @@ FILES = ('test_parity_detr', 'test_parity_resnet', 'test_parity_bert',
          'test_matching', 'test_detection_metrics', 'test_caption_metrics',
          'test_tokenizer', 'test_parity_data', 'test_parity_optim',
          'test_convert_fiber',
-         'test_parity_soho')
+         'test_parity_soho', 'test_parity_fiber_coarse')
 HEADER = '''# How close to the official tools
 
 Written by `python -m tests.parity_report`; every row is asserted by a test.
@@ -61,6 +61,10 @@ NOTES = '''
   torch's batch counters, and seeds and margins, which are no results. Of
   `soho_vqa` the head stands in the test. The pack holds nothing of half
   precision, dropout, or torch's random draws: those recorded are fed in.
+- **FIBER.** Rows "FIBER coarse" are compared with arrays that the original
+  code made (reference/fiber_coarse); docs/fiber.md has a table by files, and
+  what is not compared. Gradients of the text layers' key biases are zero but
+  for rounding on both sides.
 '''
 
 

@@ -579,18 +579,19 @@ def test_double_precision(record_property, reference):
     batch = wide(batch_of(inputs))
     variables = {**wide(variables_of(config, reference('params'))), **state}
     head = {**reference('params'), **reference('captioner_params')}
-    head = {**wide(variables_of(config, head)), **state}
+    head = wide(variables_of(config, head))['params']
+    wanted = {**REQUESTS, 'image_only': ('itc', 'captioning'),
+              'joint': ('itm',)}
 
-    @jax.jit
-    def run(v):
-      (out, terms), seen = model.apply(
-          v, batch, {**REQUESTS, 'image_only': ('itc', 'captioning'),
-                     'joint': ('itm',)},
-          method=lambda m, b, r: (lambda out: (out, {
-              k: value(f, out, b) for k, f in OBJECTIVES.items()}))(m(b, r)),
-          mutable=['intermediates'], capture_intermediates=True)
-      return out, terms, parity.flat(seen['intermediates'])
-    out, terms, seen = run(variables)
+    def total(params):
+      out, seen = model.apply({**variables, 'params': params}, batch, wanted,
+                              mutable=['intermediates'],
+                              capture_intermediates=True)
+      terms = {k: value(f, out, batch) for k, f in OBJECTIVES.items()}
+      return sum(terms.values()), (
+          out, terms, parity.flat(seen['intermediates']))
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, (out, terms, seen)), grads = run(variables['params'])
     # Calls of the shared projections: captioner, joint, ...
     text = seen['text_projection/__call__']
     image = seen['image_projection/__call__'][0]
@@ -606,16 +607,15 @@ def test_double_precision(record_property, reference):
         'features/fused.cls_feats': model.apply(variables, text[1], image,
                                                 method='pair'),
         'features/caption.text_feats': text[0]}
-    for name, o in (('mle', out), ('head_mle', run(head)[0])):
+    for name, o in (('mle', out), ('head_mle', run(head)[0][1][0])):
       got |= {f'captioning/{name}.logits': o['image_only']['caption_logits'],
               f'captioning/{name}.loss': value(captioning.Objective(), o,
                                                batch)}
-    _, grads = gradients(model, variables, batch)
   assert all(np.asarray(x).dtype in (np.float64, np.int32, np.int64)
              for x in got.values())
   compare(record_property, 'float64: features, logits, losses',
           {k: (x, want[k]) for k, x in got.items()}, 1e-9)
-  grads = theirs(grads)
+  grads = theirs(parity.flat({'params': grads}))
   compare(record_property, 'float64: L2 norms of 657 gradients', {
       name: (np.linalg.norm(grads[name]), x)
       for name, x in zip(want['grads_pretrain/names'],
