@@ -192,7 +192,9 @@ def train(config, workdir, allow_changes=False):
         if (saver.due(step, look_at_clock=log_now) or last or stop.requested
             or config.checkpoint.best and scores):
           clock.enter('save')
+          rate.blocked = -clock.seconds('save')
           saver.save(step, state, scores)
+          rate.blocked += clock.seconds('save')
           rate.restart()
         elif log_now:
           saver.check()
@@ -235,10 +237,14 @@ def _skipped(workdir, data, t, logged, bad):
 
 
 class _Rate:
-  """What a step costs, since the last restart."""
+  """What a step costs, since the last restart.
+
+  Attributes:
+    blocked: seconds for which the last save held up the training.
+  """
 
   def __init__(self, clock, mesh):
-    self._clock = clock
+    self._clock, self.blocked = clock, 0.
     chip = chips.of_device(mesh.devices.flat[0])
     self._peak = mesh.size * chip.flops if chip and chip.flops else None
     self.restart()
@@ -253,18 +259,19 @@ class _Rate:
     self._flops += flops
 
   def since_restart(self):
-    """{'step_s', 'data_wait', 'tflops_per_s', 'mfu'}; {} without a step.
+    """{'step_s', 'data_wait', 'tflops_per_s', 'mfu', 'save_blocked_s'}.
 
     Seconds a step, the share of them waiting for data, and the FLOPs of the
     model as counted by `cost.flops`, also as a share of the chips' bfloat16
-    peak where that is known.
+    peak where that is known. {} without a step.
     """
     if not self._steps:
       return {}
     seconds = time.perf_counter() - self._start
     waited = self._clock.seconds('data') - self._waited
     out = {'step_s': seconds / self._steps, 'data_wait': waited / seconds,
-           'tflops_per_s': self._flops / seconds / 1e12}
+           'tflops_per_s': self._flops / seconds / 1e12,
+           'save_blocked_s': self.blocked}
     if self._peak:
       out['mfu'] = self._flops / seconds / self._peak
     return out
