@@ -155,15 +155,24 @@ def queued(reference):
 
 
 @pytest.fixture(scope='module')
-def seen(plain):
-  """(outputs, {path: what a module returned at each call}) of all views."""
-  model, variables, batch = plain
-  out, found = jax.jit(lambda v, b: model.apply(
-      v, b, VIEWS, mutable=['intermediates'], capture_intermediates=True))(
-          variables, batch)
-  found = parity.flat(found['intermediates'])
-  return out, {k.removesuffix('/__call__'): v for k, v in found.items()
-               if k.endswith('/__call__')}
+def look(plain):
+  """batch -> (outputs, {path: what a module returned at each call})."""
+  model, variables, _ = plain
+  run = jax.jit(lambda b: model.apply(
+      variables, b, VIEWS, mutable=['intermediates'],
+      capture_intermediates=True))
+
+  def look(batch):
+    out, found = run(batch)
+    found = parity.flat(found['intermediates'])
+    return out, {k.removesuffix('/__call__'): v for k, v in found.items()
+                 if k.endswith('/__call__')}
+  return look
+
+
+@pytest.fixture(scope='module')
+def seen(plain, look):
+  return look(plain[2])
 
 
 def depth_pairs(want, view, seen):
@@ -412,6 +421,7 @@ def all_pairs(plain):
   return lambda images: np.asarray(score(images)['joint']['itm_logits'])
 
 
+@pytest.mark.slow
 def test_matching_scores(record_property, reference, plain, all_pairs):
   want = reference('losses_heads')
   logits = all_pairs(plain[2]['image'])
@@ -423,6 +433,7 @@ def test_matching_scores(record_property, reference, plain, all_pairs):
           LOGITS)
 
 
+@pytest.mark.slow
 def test_random_negatives(record_property, reference, plain, all_pairs):
   """ITM alone, with pairs that the input pipeline has mixed."""
   want, inputs = reference('losses_heads'), reference('inputs')
@@ -437,6 +448,40 @@ def test_random_negatives(record_property, reference, plain, all_pairs):
   compare(record_property, 'ITM on random negatives', {
       'logits': (logits, want['itm_random.logits']),
       'loss': (loss, want['itm_random.loss'])}, LOGITS)
+
+
+def test_answers(record_property, reference, plain, look, seen):
+  """VQA and NLVR2: our pooled pairs, their heads, which stand here alone."""
+  want, inputs = reference('losses_heads'), reference('inputs')
+  model, variables, _ = plain
+  tensors = reference('params')
+
+  def pair(seen):
+    return np.asarray(model.apply(
+        variables, seen['text_projection'][1], seen['image_projection'][0],
+        method='pair')).reshape(4, -1)
+
+  def head(name, x):
+    get = lambda k: tensors[f'{name}_classifier.{k}']
+    x = x @ get('0.weight').T + get('0.bias')
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+        x.var(-1, keepdims=True) + 1e-5)
+    x = jax.nn.gelu(x * get('1.weight') + get('1.bias'), approximate=False)
+    return np.asarray(x) @ get('3.weight').T + get('3.bias')
+  first = pair(seen[1])
+  second = pair(look(batch_of(inputs, 'image_1'))[1])
+  vqa = head('vqa', first)
+  two = head('nlvr2', np.concatenate([first, second], -1))
+  logp = np.asarray(jax.nn.log_softmax(two))
+  targets = inputs['vqa_targets']
+  compare(record_property, 'VQA and NLVR2: logits, losses, score', {
+      'vqa': (vqa, want['vqa.logits']),
+      'vqa loss': (targets.shape[1] * (np.logaddexp(0, vqa) - vqa * targets
+                                       ).mean(), want['vqa.loss']),
+      'score': (targets[range(4), vqa.argmax(1)].mean(), want['vqa.score']),
+      'nlvr2': (two, want['nlvr2.logits']),
+      'nlvr2 loss': (-logp[range(4), inputs['nlvr2_labels']].mean(),
+                     want['nlvr2.loss'])}, LOGITS)
 
 
 @pytest.mark.slow
@@ -630,6 +675,7 @@ def captioner(reference):
                                **reference('captioner_params')})
 
 
+@pytest.mark.slow
 def test_captions_teacher_forced(record_property, reference, plain,
                                  captioner):
   want = reference('captioning')
@@ -676,6 +722,7 @@ def test_tables_of_relative_positions_resized(record_property, reference):
       for i, (a, b) in enumerate(zip(tables, tables[1:]))}, 2e-5)
 
 
+@pytest.mark.slow
 def test_resolution_change(record_property, reference):
   """Weights of 96 pixels at 128: windows of 4 instead of 3."""
   want, inputs = reference('resolution_change'), reference('inputs')
