@@ -8,6 +8,7 @@ TensorFlow and without data; `--data` reads the config's own. `--peer` times
 somebody else's step on the same batch in turns with ours. docs/pods.md
 explains the figures.
 """
+import concurrent.futures
 import json
 import os
 import tempfile
@@ -213,6 +214,53 @@ def _with_data(config, plan, ours, tokenizer, labels, steps):
           'data_images_per_s': done * config.batch_size / total}
 
 
+def input_speed(config, batches=8, rounds=3):
+  """How fast the config's pipeline makes batches, without any model.
+
+  In turns with the plain decoding of the same files to RGB (Pillow, as many
+  threads as the pipeline has), which is the least that anybody must do.
+
+  Args:
+    config: reads data, seed and batch_size.
+    batches: of a turn.
+    rounds: turns of each; the median counts.
+
+  Returns:
+    {'pipeline_images_per_s', 'decoding_images_per_s', 'share'}: the share of
+    the decoding's speed that the whole pipeline reaches.
+
+  Raises:
+    UserError: no such data.
+  """
+  from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.data import records  # pylint: disable=g-import-not-at-top
+  tokenizer, labels = data_lib.load_vocabularies(config.data)
+  data = pipeline.Pipeline(
+      config.data, tokenizer=tokenizer, labels=labels,
+      sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
+      batch_size=config.batch_size, train=True)
+  threads = config.data.get('threads', 0) or os.cpu_count()
+  speeds = {'pipeline': [], 'decoding': []}
+  for turn in range(rounds):
+    start = turn * (batches + 1)
+    running = data.iterate(start)
+    next(running)  # Starts the threads.
+    ids = []
+
+    def take():
+      for _ in range(batches):
+        ids.extend(next(running)[1]['example_id'].tolist())  # pylint: disable=cell-var-from-loop
+    speeds['pipeline'].append(batches * config.batch_size / _seconds(take))
+    running.close()
+    files = [data.record(i)['image'] for i in ids]
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      speeds['decoding'].append(len(files) / _seconds(
+          lambda: list(pool.map(records.decode_image, files))))  # pylint: disable=cell-var-from-loop
+  made, decoded = (float(np.median(speeds[k])) for k in speeds)
+  return {'pipeline_images_per_s': made, 'decoding_images_per_s': decoded,
+          'share': made / decoded}
+
+
 def _score(model, state, host_batch, batch, steps):
   """Image-text pairs a second that the ITM head scores, or None."""
   if 'itm' not in model.views.get('joint', ()):
@@ -268,6 +316,9 @@ def main(argv=None):
                         help='in turns with: ' + ', '.join(peers.PEERS))
     parser.add_argument('--data', action='store_true',
                         help="also on the config's own data")
+    parser.add_argument('--input', action='store_true',
+                        help='the input pipeline alone, against plain '
+                             'decoding of the same files')
     parser.add_argument('--score', action='store_true',
                         help='also the scoring of image-text pairs')
     parser.add_argument('--json', metavar='OUT', help='write the figures')
@@ -280,8 +331,14 @@ def main(argv=None):
       cli.check_writable('--json', args.json)
     if args.peer:  # Leave it some of the GPU; read when jax first looks.
       os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-    report = benchmark(config, args.steps, args.peer, args.data, args.score)
-    print(table(report))
+    if args.input:
+      report = input_speed(config)
+      print(f'pipeline {report["pipeline_images_per_s"]:.1f} images/s, plain '
+            f'decoding {report["decoding_images_per_s"]:.1f}: a share of '
+            f'{report["share"]:.2f}')
+    else:
+      report = benchmark(config, args.steps, args.peer, args.data, args.score)
+      print(table(report))
     if args.json:
       with open(args.json, 'w') as f:
         json.dump(report, f, indent=1)

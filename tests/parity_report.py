@@ -47,7 +47,10 @@ NOTES = '''
   has alone ("padded batch with mask_padding"), whatever else is in the batch
   and whatever canvas it lies on. Exact where buckets are multiples of the
   trunk's stride, as those of the configs are. (What a bucket also decides is
-  the scale to which an image is resized.)
+  the scale to which an image is resized.) On the quickstart's model and all
+  its test images, the detection metrics in evaluation batches of 64, 7 and 50
+  and in buckets of 96x96, 96x144 and 168x96 differed by at most 6.5e-7 (AP
+  0.7133); `tests/test_evaluators.py` holds a small model to it.
 - **Gradients.** Those of the keys' biases, and of the first decoder layer's
   self-attention queries and keys, are zero by symmetry; there both sides must
   be below 1e-6 of the largest gradient. A unit that lies within rounding of a

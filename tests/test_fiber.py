@@ -93,6 +93,7 @@ def test_outputs_have_the_promised_names_and_shapes(outputs):
     np.testing.assert_allclose(length, 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_views_do_not_depend_on_which_others_run(built, outputs):
   for view, heads in EVERYTHING.items():
     alone = apply(*built, **{view: heads})[view]
@@ -335,6 +336,7 @@ def test_rows_without_text_are_no_negatives(built):
   assert np.isfinite(out['itm_logits']).all()
 
 
+@pytest.mark.slow
 def test_negatives_follow_the_stream_of_draws(built):
   model, variables, batch = built
   draw = jax.jit(lambda seed: model.apply(

@@ -82,6 +82,7 @@ class Model(nn.Module):
       features [B, N, C] (before the projection).
     """
     c = self.config
+    layers.check_canvas(image, self.backbone.multiple)
     pixels = image.astype(jnp.float32) / 255.
     pixels = (pixels - jnp.asarray(c.image_mean)) / jnp.asarray(c.image_std)
     # Padding is zero after normalisation (DETR), whatever its bytes were.

@@ -282,6 +282,19 @@ def downsample_mask(mask: Array, height: int, width: int) -> Array:
   return mask[:, rows][:, :, cols]
 
 
+def check_canvas(image, multiple):
+  """UserError unless the sides of [B, H, W, 3] are multiples of `multiple`.
+
+  Cells that reach beyond the canvas would shift the positions of all others.
+  """
+  h, w = image.shape[1:3]
+  if h % multiple or w % multiple:
+    near = lambda n: max(1, round(n / multiple)) * multiple
+    raise errors.UserError(
+        f'data.buckets: {h}x{w}: sides must be multiples of {multiple}, the '
+        f'stride of model.backbone; try {near(h)}x{near(w)}')
+
+
 def hide_padding(x: Array, mask: Optional[Array]) -> Array:
   """Zeroes the padded cells of a feature map [B, h, w, C].
 

@@ -42,11 +42,14 @@ class PatchCNN(nn.Module):
     stem: channels after the stem.
     width: channels of the cells.
     blocks: number of residual bottlenecks at stride 12.
+    multiple: what the sides of a canvas must be multiples of.
   """
   stem: int = 64
   width: int = 128
   blocks: int = 2
   dtype: Any = jnp.float32
+
+  multiple = STRIDE
 
   @nn.compact
   def __call__(self, x, train=False, mask=None):

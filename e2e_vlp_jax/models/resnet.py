@@ -128,6 +128,8 @@ class ResNet(nn.Module):
   remat: str = 'none'
   dtype: Any = jnp.float32
 
+  multiple = 1  # Any canvas, as in DETR.
+
   @nn.compact
   def __call__(self, x, train=False, mask=None):
     """Trunk.

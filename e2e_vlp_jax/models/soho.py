@@ -84,6 +84,7 @@ class Model(nn.Module):
       mask [B, N], words [B, N] (see `Neck`).
     """
     c = self.config
+    layers.check_canvas(image, self.backbone.multiple)
     pixels = image.astype(jnp.float32) / 255.
     pixels = (pixels - jnp.asarray(c.image_mean)) / jnp.asarray(c.image_std)
     # Padding is zero after normalisation, whatever its bytes were.
