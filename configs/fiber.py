@@ -67,11 +67,12 @@ def get_config(arg=None):
       # Swin-Base [C]; the window follows the image [C].
       swin=dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
                 patch=4, window=side // 32, mlp_ratio=4., drop_path=.1,
-                epsilon=1e-5, narrow=False),
+                epsilon=1e-5, scratch=False),
       # RoBERTa-base [C].
       text=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
-                types=1, dropout=.1, epsilon=1e-5, narrow=False),
+                types=1, dropout=.1, epsilon=1e-5, scratch=False),
       fuse=6, width=768,         # [C]
+      itm_pool='cls',            # of the text: cls [C] | mean
       beam_rank='mean',          # of captions [C]
       queue=options.get('queue', 0), remat='full',
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225))  # [C]
@@ -149,17 +150,17 @@ def _tiny(config):
   config.model.update(dict(
       swin=dict(width=32, depths=(1, 1, 3), heads=(1, 2, 4), patch=4,
                 window=6, mlp_ratio=2., drop_path=0., epsilon=1e-5,
-                narrow=True),
+                scratch=True),
       text=dict(depth=3, width=128, heads=4, ffn=256,
                 positions=config.data.max_text + 2, types=1, dropout=0.,
-                epsilon=1e-5, narrow=True),
-      fuse=2, width=128, remat='none',
+                epsilon=1e-5, scratch=True),
+      fuse=2, width=128, itm_pool='mean', remat='none',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.batch_size = 32
   config.total_steps = 3000
-  # The gates start at 0, and let nothing through until they have moved.
-  groups = ((r'.*/gate', dict(lr=5., wd=0.)),
-            (r'.*(bias|/scale)|logit_scale', dict(wd=0.)),
+  # Matching is slowest to learn.
+  config.objectives.update(dict(mlm=1., itc=1., itm=2.))
+  groups = ((r'.*(bias|/scale|/gate)|logit_scale', dict(wd=0.)),
             (r'.*', dict()))
   config.optim.update(dict(
       schedule='cosine', optimizer='adamw', learning_rate=1e-3,

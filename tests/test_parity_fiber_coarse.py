@@ -235,7 +235,7 @@ def test_fused_features(record_property, reference, plain, seen):
     pairs |= {f'{view} text': (text, want[f'{view}.text_feats']),
               f'{view} image': (image, want[f'{view}.image_feats'])}
     if view == 'fused':
-      pairs['pair'] = (model.apply(variables, text, image, method='pair'),
+      pairs['pair'] = (model.apply(variables, text, image, None, method='pair'),
                        want['fused.cls_feats'])
   compare(record_property, 'fusion encoder: every block and layer, '
           'projections, pooled pair', pairs, FEATURES)
@@ -459,7 +459,7 @@ def test_answers(record_property, reference, plain, look, seen):
   def pair(seen):
     return np.asarray(model.apply(
         variables, seen['text_projection'][1], seen['image_projection'][0],
-        method='pair')).reshape(4, -1)
+        None, method='pair')).reshape(4, -1)
 
   def head(name, x):
     get = lambda k: tensors[f'{name}_classifier.{k}']
@@ -650,7 +650,7 @@ def test_double_precision(record_property, reference):
         'features/fused.text_feats': text[1],
         'features/fused.image_feats': image,
         'features/fused.cls_feats': model.apply(variables, text[1], image,
-                                                method='pair'),
+                                                None, method='pair'),
         'features/caption.text_feats': text[0]}
     for name, o in (('mle', out), ('head_mle', run(head)[0][1][0])):
       got |= {f'captioning/{name}.logits': o['image_only']['caption_logits'],
@@ -750,7 +750,7 @@ def test_resolution_change(record_property, reference):
       'fused text': (text, want['fused128.text_feats']),
       'fused image': (image, want['fused128.image_feats']),
       'fused pair': (model.apply({'params': params}, text, image,
-                                 method='pair'), want['fused128.cls_feats']),
+                                 None, method='pair'), want['fused128.cls_feats']),
       'dual': (out['image_only']['image_embedding'],
                want['dual128.image_cls']),
       'stage 0': (get('swin/merges_0'), want['dual128.stage0_out'])},

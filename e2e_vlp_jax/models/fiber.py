@@ -208,15 +208,17 @@ class Model(nn.Module):
     t = self.temperature
     return 1 / (t + jax.lax.stop_gradient(jnp.clip(t, .001, 1.) - t))
 
-  def pair(self, text, image):
-    """Projected text and image tokens -> [..., 2E], text first."""
+  def pair(self, text, image, mask):
+    """Projected tokens, text mask -> both pooled [..., 2E], text first."""
+    text = (text[..., 0, :] if self.config.itm_pool == 'cls' else
+            layers.masked_mean(text, mask))
     return jnp.concatenate([
-        jnp.tanh(self.text_pooler(text[..., 0, :])),
+        jnp.tanh(self.text_pooler(text)),
         jnp.tanh(self.image_pooler(image.mean(-2)))], -1)
 
-  def itm_logits(self, text, image):
+  def itm_logits(self, text, image, mask):
     """Projected tokens [B, P, ., E] -> [B, P, 2]; 1 = they belong together."""
-    x = self.pair(text, image)
+    x = self.pair(text, image, mask)
     return self.itm_head(x.astype(layers.wide(x)))
 
   def mlm_logits(self, text):
@@ -288,7 +290,7 @@ class Model(nn.Module):
         if 'mlm' in requests[view]:
           out[view]['mlm_logits'] = self.mlm_logits(fused[0])
         if 'itm' in requests[view]:
-          out[view]['itm_logits'] = self.itm_logits(*fused)
+          out[view]['itm_logits'] = self.itm_logits(*fused, mask)
     if hard:
       out['hard_negative'] = self._hard_negative(
           low, words, image, text, held, batch, train)
@@ -366,11 +368,11 @@ class Model(nn.Module):
 
     stack = lambda *xs: jnp.concatenate(xs, 1)
     true = _for_each(low, s)
+    masks = stack(mask, hard_mask, mask)
     fused = self.fuse(stack(true, true, hard_image),
-                      stack(words, hard_text, words),
-                      stack(mask, hard_mask, mask), train)
+                      stack(words, hard_text, words), masks, train)
     label = lambda ok, value: jnp.where(ok & there, value, -1)
-    return {'itm_logits': self.itm_logits(*fused),
+    return {'itm_logits': self.itm_logits(*fused, masks),
             'itm_labels': stack(label(True, 1), label(text_found, 0),
                                 label(image_found, 0))}
 

@@ -12,11 +12,24 @@ import jax.numpy as jnp
 
 from e2e_vlp_jax.models import layers
 
-# Swin's and BERT's own, which FIBER's new weights share; the third suits
-# narrow trunks that train from scratch.
+# Swin's and BERT's own, which FIBER's new weights share. The third is for
+# narrow trunks that train from scratch; the gates are then open from the
+# start, as there is nothing that they could spoil.
 IMAGE_INIT = nn.initializers.truncated_normal(.02, lower=-100, upper=100)
 TEXT_INIT = nn.initializers.normal(.02)
-NARROW_INIT = nn.initializers.lecun_normal()
+_SCRATCH_INIT = nn.initializers.lecun_normal()
+
+
+def image_init(scratch):
+  return _SCRATCH_INIT if scratch else IMAGE_INIT
+
+
+def text_init(scratch):
+  return _SCRATCH_INIT if scratch else TEXT_INIT
+
+
+def _gate_init(scratch):
+  return nn.initializers.constant(float(scratch))
 
 
 class ImageFromText(nn.Module):
@@ -24,7 +37,7 @@ class ImageFromText(nn.Module):
   heads: int
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  kernel_init: Any = IMAGE_INIT
+  scratch: bool = False
 
   @nn.compact
   def __call__(self, x, text, bias):
@@ -33,8 +46,8 @@ class ImageFromText(nn.Module):
     split = lambda y: y.reshape(*y.shape[:2], -1, self.heads,
                                 c // self.heads)
     dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
-                                     kernel_init=self.kernel_init)
-    gate = self.param('gate', nn.initializers.zeros, (1,))
+                                     kernel_init=image_init(self.scratch))
+    gate = self.param('gate', _gate_init(self.scratch), (1,))
     query = dense(c, 'query')(layers.LayerNorm(self.epsilon, name='norm')(x))
     both = split(dense(2 * c, 'key_value')(text))
     y = layers.attention(split(query)[:, :, 0], both[:, :, 0], both[:, :, 1],
@@ -47,14 +60,14 @@ class TextFromImage(nn.Module):
   heads: int
   dropout: float = 0.
   dtype: Any = jnp.float32
-  kernel_init: Any = TEXT_INIT
+  scratch: bool = False
 
   @nn.compact
   def __call__(self, x, image, train=False):
     """[B, L, D], [B, N, C] -> [B, L, D]."""
-    gate = self.param('gate', nn.initializers.zeros, (1,))
+    gate = self.param('gate', _gate_init(self.scratch), (1,))
     y = layers.MultiHeadAttention(
         x.shape[-1], self.heads, self.dropout, self.dtype,
-        self.kernel_init, name='attention')(x, image, image, train=train)
+        text_init(self.scratch), name='attention')(x, image, image, train=train)
     y = nn.Dropout(self.dropout, deterministic=not train)(y)
     return y * gate.astype(x.dtype)

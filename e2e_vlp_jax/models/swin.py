@@ -111,14 +111,14 @@ class WindowAttention(nn.Module):
   """Self-attention within windows."""
   heads: int
   dtype: Any = jnp.float32
-  kernel_init: Any = fusion.IMAGE_INIT
+  scratch: bool = False
 
   @nn.compact
   def __call__(self, x, window, bias=None):
     """[B, windows, n, C], (rows, columns), bias to [windows, H, n, n] -> x."""
     c = x.shape[-1]
     dense = functools.partial(nn.Dense, dtype=self.dtype,
-                              kernel_init=self.kernel_init)
+                              kernel_init=fusion.image_init(self.scratch))
     qkv = dense(3 * c, name='qkv')(x)
     q, k, v = jnp.moveaxis(
         qkv.reshape(*x.shape[:-1], 3, self.heads, c // self.heads), -3, 0)
@@ -147,7 +147,7 @@ class Block(nn.Module):
   drop_path: float = 0.
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  kernel_init: Any = fusion.IMAGE_INIT
+  scratch: bool = False
 
   @nn.compact
   def __call__(self, x, text=None, text_bias=None, train=False):
@@ -183,12 +183,12 @@ class Block(nn.Module):
       y = jnp.roll(y, (-shift, -shift), (1, 2))
       bias = shift_bias(grid, window, (shift, shift))
     y = WindowAttention(
-        self.heads, self.dtype, self.kernel_init, name='attention')(
+        self.heads, self.dtype, self.scratch, name='attention')(
             partition(y, window), window, bias)
     if text is not None:
       # Every window attends to the whole text: no need to tell them apart.
       cross = fusion.ImageFromText(self.heads, self.epsilon, self.dtype,
-                                   self.kernel_init, name='cross')
+                                   self.scratch, name='cross')
       tokens = y.reshape(y.shape[0], -1, c)
       y = (tokens + cross(tokens, text, text_bias)).reshape(y.shape)
     y = unpartition(y, window, grid)
@@ -197,7 +197,7 @@ class Block(nn.Module):
     x = x + drop(y)
     feed = layers.FeedForward(c, int(c * self.mlp_ratio), act='gelu',
                               dtype=self.dtype, name='ffn',
-                              kernel_init=self.kernel_init)
+                              kernel_init=fusion.image_init(self.scratch))
     return x + drop(feed(norm('norm2')(x)))
 
 
@@ -205,7 +205,7 @@ class Merge(nn.Module):
   """Patch merging: 2x2 tokens become one of twice the width."""
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  kernel_init: Any = fusion.IMAGE_INIT
+  scratch: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -219,7 +219,8 @@ class Merge(nn.Module):
                         -1)
     x = layers.LayerNorm(self.epsilon, name='norm')(x)
     return nn.Dense(x.shape[-1] // 2, use_bias=False, dtype=self.dtype,
-                    kernel_init=self.kernel_init, name='reduce')(x)
+                    kernel_init=fusion.image_init(self.scratch),
+                    name='reduce')(x)
 
 
 class Swin(nn.Module):
@@ -231,7 +232,7 @@ class Swin(nn.Module):
     window: side of the windows; odd blocks of a stage shift by half of it.
     patch: pixels a token, along each axis.
     drop_path: of the last block; rises linearly from 0 at the first.
-    narrow: initial weights by fan-in instead of 0.02 (our addition).
+    scratch: initial weights by fan-in instead of 0.02, gates open (ours).
     remat: of each block; see `layers.remat`.
   """
   depths: Sequence[int]
@@ -242,7 +243,7 @@ class Swin(nn.Module):
   mlp_ratio: float = 4.
   drop_path: float = 0.
   epsilon: float = 1e-5
-  narrow: bool = False
+  scratch: bool = False
   remat: str = 'none'
   dtype: Any = jnp.float32
 
@@ -253,13 +254,12 @@ class Swin(nn.Module):
     self.patch_norm = layers.LayerNorm(self.epsilon)
     rates = np.linspace(0, self.drop_path, self.depth)
     block = layers.remat(Block, self.remat, static_argnums=(4,))
-    init = fusion.NARROW_INIT if self.narrow else fusion.IMAGE_INIT
     self.blocks = [[
         block(self.heads[s], self.window, self.window // 2 * (k % 2),
               self.mlp_ratio, float(rates[self.first(s) + k]), self.epsilon,
-              self.dtype, init)
+              self.dtype, self.scratch)
         for k in range(depth)] for s, depth in enumerate(self.depths)]
-    self.merges = [Merge(self.epsilon, self.dtype, init)
+    self.merges = [Merge(self.epsilon, self.dtype, self.scratch)
                    for _ in self.depths[1:]]
     self.norm = layers.LayerNorm(self.epsilon)
 

@@ -23,7 +23,7 @@ class Layer(nn.Module):
   dropout: float = .1
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  kernel_init: Any = fusion.TEXT_INIT
+  scratch: bool = False
 
   @nn.compact
   def __call__(self, x, bias, image=None, train=False, last_norm=True):
@@ -42,16 +42,15 @@ class Layer(nn.Module):
     drop = nn.Dropout(self.dropout, deterministic=not train)
     norm = lambda name: layers.LayerNorm(self.epsilon, name=name)
     attend = layers.MultiHeadAttention(
-        self.width, self.heads, self.dropout, self.dtype, self.kernel_init,
-        name='self_attention')
+        self.width, self.heads, self.dropout, self.dtype,
+        fusion.text_init(self.scratch), name='self_attention')
     feed = layers.FeedForward(
         self.width, self.ffn, act='gelu', dtype=self.dtype,
-        kernel_init=self.kernel_init, name='ffn')
+        kernel_init=fusion.text_init(self.scratch), name='ffn')
     y = drop(attend(x, x, x, bias, train))
     if image is not None:
       y = y + fusion.TextFromImage(
-          self.heads, self.dropout, self.dtype, self.kernel_init,
-          name='cross')(y, image, train)
+          self.heads, self.dropout, self.dtype, self.scratch, name='cross')(y, image, train)
     x = norm('norm1')(x + y)
     x = x + drop(feed(x))
     # The norm exists in any case: the last layer has it in other views.
@@ -65,7 +64,7 @@ class TextEncoder(nn.Module):
   Attributes:
     positions: rows of the position table, two more than the longest text.
     types: rows of the token-type table; texts are of type 0 throughout.
-    narrow: initial weights by fan-in instead of 0.02 (our addition).
+    scratch: initial weights by fan-in instead of 0.02, gates open (ours).
     remat: of each layer; see `layers.remat`.
   """
   vocab_size: int
@@ -77,7 +76,7 @@ class TextEncoder(nn.Module):
   types: int = 1
   dropout: float = .1
   epsilon: float = 1e-5
-  narrow: bool = False
+  scratch: bool = False
   remat: str = 'none'
   dtype: Any = jnp.float32
 
@@ -86,9 +85,8 @@ class TextEncoder(nn.Module):
     self.embedding = layers.TextEmbedding(
         self.vocab_size, self.width, self.positions, self.types, self.dropout,
         self.epsilon, self.dtype)
-    init = fusion.NARROW_INIT if self.narrow else fusion.TEXT_INIT
     self.layers = [layer(self.width, self.heads, self.ffn, self.dropout,
-                         self.epsilon, self.dtype, init)
+                         self.epsilon, self.dtype, self.scratch)
                    for _ in range(self.depth)]
 
   def embed(self, ids, mask, train=False):
