@@ -368,6 +368,7 @@ def train_config(**model):
   config = small_config(**model)
   config.batch_size = 8
   config.warm_start.steps = 0
+  config.optim.warmup_steps = 0
   config.data.sentences = 1
   return config
 
