@@ -73,6 +73,8 @@ def get_config(arg=None):
                 types=1, dropout=.1, epsilon=1e-5, scratch=False),
       fuse=6, width=768,         # [C]
       itm_pool='cls',            # of the text: cls [C] | mean
+      # Negatives for ITM: 1 = by softmax of the ITC logits [C], 0 = any.
+      hardness=1.,
       beam_rank='mean',          # of captions [C]
       queue=options.get('queue', 0), remat='full',
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225))  # [C]
@@ -154,10 +156,10 @@ def _tiny(config):
       text=dict(depth=3, width=128, heads=4, ffn=256,
                 positions=config.data.max_text + 2, types=1, dropout=0.,
                 epsilon=1e-5, scratch=True),
-      fuse=2, width=128, itm_pool='mean', remat='none',
+      fuse=2, width=128, itm_pool='mean', hardness=.2, remat='none',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.batch_size = 32
-  config.total_steps = 3000
+  config.total_steps = 2200
   # Matching is slowest to learn.
   config.objectives.update(dict(mlm=1., itc=1., itm=2.))
   groups = ((r'.*(bias|/scale|/gate)|logit_scale', dict(wd=0.)),
@@ -167,10 +169,10 @@ def _tiny(config):
       warmup_steps=100, final_fraction=.02, clip_norm=1., groups=groups))
   # The paper starts from ImageNet and RoBERTa weights; this run first teaches
   # its trunk the class and attributes of what covers each token.
-  config.warm_start.steps = 600
+  config.warm_start.steps = 500
   config.warm_start.optim.update(dict(
       schedule='cosine', learning_rate=2e-3, warmup_steps=20,
       final_fraction=.02))
   config.log_every_steps = 50
-  config.eval_every_steps = 1000
+  config.eval_every_steps = 1100
   config.checkpoint.every_steps = 250

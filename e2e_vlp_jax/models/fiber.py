@@ -341,7 +341,7 @@ class Model(nn.Module):
       has_image = jnp.concatenate([has_image, held[1]])
       has_text = jnp.concatenate([has_text, held[1]])
     own = jnp.arange(b)[:, None]
-    scale = self.itc_scale()
+    scale = self.config.hardness * self.itc_scale()
     # [B, S] each: indices into images and texts.
     image_at, image_found = self._draw(
         scale * jnp.einsum('bse,ne->bsn', text, images), has_image,
