@@ -130,6 +130,7 @@ def get_config(arg=None):
     side = options.get('side', {'scenes': 96, 'coco': 192, 'nlvr1': 192}[data])
     _data(config, data, side, 12, 'scenes' if data == 'scenes'
           else 'bert-base-uncased')
+    config.model.num_queries = max(16, config.data.max_boxes)
   else:
     if size != 'detr':
       config.model.backbone.depth = int(size[1:])

@@ -245,7 +245,7 @@ class _Rate:
 
   def __init__(self, clock, mesh):
     self._clock, self.blocked = clock, 0.
-    chip = chips.of_device(mesh.devices.flat[0])
+    chip = chips.of_device(jax.local_devices()[0])
     self._peak = mesh.size * chip.flops if chip and chip.flops else None
     self.restart()
 

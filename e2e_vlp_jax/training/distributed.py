@@ -13,9 +13,12 @@ Elsewhere three variables say it (the launch scripts set them):
 Peers that do not come within E2E_VLP_JOIN_TIMEOUT seconds (300 by default)
 end the run instead of holding the other machines for hours.
 """
+import ipaddress
 import os
 import re
 import socket
+import sys
+import threading
 import time
 
 import jax
@@ -33,9 +36,11 @@ def join():
 
   Prints, on process 0, which hosts were found.
 
+  Ends the process with exit code 2 and one line if somebody does not come in
+  time.
+
   Raises:
-    UserError: variables are missing or senseless, or somebody does not
-      answer in time.
+    UserError: variables are missing or senseless.
   """
   automatic = os.environ.get('E2E_VLP_DISTRIBUTED', '')
   found = [os.environ.get(v) for v in _VARIABLES]
@@ -57,14 +62,19 @@ def join():
                    process_id=_integer(_VARIABLES[2], found[2], 0, count - 1))
   # CPU processes exchange arrays through gloo; accelerators ignore this.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+
+  def give_up():
+    print(f'error: E2E_VLP_COORDINATOR: process '
+          f'{options.get("process_id", "?")} of '
+          f'{options.get("num_processes", "?")} waited {timeout} s at '
+          f'{address}; {_seen(options)}', file=sys.stderr, flush=True)
+    os._exit(2)  # jax holds this process in C++, and would abort it.
+  watch = threading.Timer(timeout, give_up)
+  watch.daemon = True
   start = time.perf_counter()
-  try:
-    jax.distributed.initialize(initialization_timeout=timeout, **options)
-  except Exception as e:  # Whatever the RPC layer makes of a silent peer.
-    raise errors.UserError(
-        f'E2E_VLP_COORDINATOR: process {options.get("process_id", "?")} of '
-        f'{options.get("num_processes", "?")} waited {timeout} s at {address} '
-        f'({_peers_seen(str(e))})') from e
+  watch.start()
+  jax.distributed.initialize(initialization_timeout=timeout + 60, **options)
+  watch.cancel()
   seconds = time.perf_counter() - start
   name = socket.gethostname().encode()[:_NAME_BYTES].ljust(_NAME_BYTES)
   names = multihost_utils.process_allgather(np.frombuffer(name, np.uint8))
@@ -76,12 +86,45 @@ def join():
           flush=True)
 
 
-def _peers_seen(message):
-  """What jax's error says about who came, in a few words."""
-  absent = sorted(set(re.findall(r'/task:(\d+)', message)), key=int)
-  if absent:
-    return f'still missing: process {", ".join(absent)}'
-  return 'no peer answered: ' + message.split('\n', 1)[0][:120]
+def _seen(options):
+  """Who is there, as far as this process can tell, in a few words."""
+  if 'coordinator_address' not in options:
+    return 'not all hosts of the platform came'
+  host, _, port = options['coordinator_address'].rpartition(':')
+  if options['process_id']:
+    try:
+      socket.create_connection((host, int(port)), 2).close()
+    except OSError as e:
+      return f'nobody answers there ({e.strerror or e})'
+    return 'process 0 answers there, others are missing'
+  peers = _connected(host, int(port))
+  return (f'{len(peers)} of {options["num_processes"] - 1} peers seen'
+          + (': ' + ', '.join(peers) if peers else ''))
+
+
+def _connected(host, port):
+  """Addresses connected to our `port`, but for ourselves once; on Linux."""
+  found = []
+  for path in ('/proc/net/tcp', '/proc/net/tcp6'):
+    try:
+      with open(path) as f:
+        rows = [line.split() for line in f.readlines()[1:]]
+    except OSError:
+      continue
+    for row in rows:
+      (_, local), (address, _) = (x.split(':') for x in row[1:3])
+      if int(local, 16) == port and row[3] == '01':  # established
+        # The kernel writes each 32-bit word in the machine's byte order.
+        words = [bytes.fromhex(address[i:i + 8])[::-1]
+                 for i in range(0, len(address), 8)]
+        ip = ipaddress.ip_address(b''.join(words))
+        found.append(str(getattr(ip, 'ipv4_mapped', None) or ip))
+  own = socket.gethostbyname(host)
+  for address in found:
+    if address == own or ipaddress.ip_address(address).is_loopback:
+      found.remove(address)
+      break
+  return found
 
 
 def agreed(flag):
