@@ -59,10 +59,11 @@ def import_weights(format_name, path, config, output, resize=False,
            **source.read_config(io.read_config(path))}
   spaces = {len(label_space.LabelSpace.load(n).classes): n
             for n in label_space.names()}
+  fewer = getattr(source, 'FEWER', ())
   mapping.check_config(facts, config, {
       'classes': ('data.labels', len(labels.classes), spaces),
       'vocabulary': ('data.tokenizer.path', tokenizer.vocab_size, {})}, path,
-                       resize)
+                       resize, fewer)
 
   # The model of the config, as training builds it.
   sizes = dict(vocab_size=tokenizer.vocab_size,
@@ -116,6 +117,11 @@ def import_weights(format_name, path, config, output, resize=False,
         lambda name: '/'.join(name.split('/')[:2]))
   _list('resized', record['resized'],
         lambda name: '{} to {}'.format(*record['resized'][name]))
+  for key in fewer:
+    ours, theirs = mapping.value_of(config, key), facts[key]
+    if ours < theirs:
+      print(f'  {key}={ours}: the first {ours} of the file\'s {theirs}; '
+            f'{theirs - ours} left out')
   for key in getattr(source, 'UNSAID', ()):
     if key not in facts:
       print(f'  {key}={mapping.value_of(config, key)} is taken from --config: '

@@ -38,6 +38,11 @@ CONFIG = {  # small models of each kind; 'scenes' has 6 classes
              'model.width': 32, 'model.heads': 4, 'model.ffn': 48,
              'model.encoder_layers': 1, 'model.decoder_layers': 2,
              'model.num_queries': 8},
+    'soho': {'spec': f'{REPO}/configs/soho.py:r18,data=scenes,side=64',
+             'dtype': 'float32', 'model.backbone.stem': 8,
+             'model.backbone.width': 8, 'model.width': 32, 'model.heads': 4,
+             'model.ffn': 48, 'model.max_text': 24, 'model.remat': 'none',
+             'data.tokenizer.path': 'scenes'},
     'bert': {'spec': f'{BASE}:r50,data=scenes,side=64', 'dtype': 'float32',
              'data.tokenizer.path': 'scenes',
              'model.backbone.depth': 18, 'model.width': 32, 'model.heads': 4,
@@ -202,6 +207,46 @@ def test_all_names_of_a_trunk_give_the_same_parameters(converted):
     trees.append((params['backbone'], state['batch_stats']['backbone']))
   for tree in trees[1:]:
     jax.tree.map(np.testing.assert_array_equal, trees[0], tree)
+
+
+@pytest.mark.parametrize('config,layers', [('bert', 1), ('soho', 3)])
+def test_a_bert_of_more_layers(files, tmp_path, capsys, config, layers):
+  """A model starts from the first ones; the others are accounted for."""
+  a = safetensors.numpy.load_file(files['bert'])
+  place = 'bert.encoder.layer.'
+  last = {k.removeprefix(place + '1.'): v for k, v in a.items()
+          if k.startswith(place + '1.')}
+  a |= {f'{place}{i}.{k}': v + i for i in (2, 3) for k, v in last.items()}
+  file = save(tmp_path / 'bert4.safetensors', a)
+  ckpt = tmp_path / 'ckpt'
+  run('--format', 'hf_bert', '--input', file, '--output', ckpt,
+      *config_args(config, **{'model.encoder_layers': layers}))
+  out = capsys.readouterr().out
+  assert (f'model.encoder_layers={layers}: the first {layers} of the file\'s '
+          f'4; {4 - layers} left out') in out
+  params, _, _ = checkpoint.load(str(ckpt))
+  assert {k for k in params['encoder'] if k.startswith('layer')} == {
+      f'layer{i}' for i in range(layers)}
+  run('--export', '--input', ckpt, '--output', tmp_path / 'back.safetensors')
+  b = safetensors.numpy.load_file(tmp_path / 'back.safetensors')
+  assert all(a[k].tobytes() == x.tobytes() for k, x in b.items())
+  surplus = json.loads((ckpt / 'conversion.json').read_text())['surplus']
+  assert set(a) == set(b) | set(surplus) and not set(b) & set(surplus)
+  unused = {k for k in a if k.startswith(place)
+            and int(k.removeprefix(place)[0]) >= layers}
+  assert len(unused) == 16 * (4 - layers)
+  assert unused == {k for k, why in surplus.items() if 'above the last' in why}
+  # What the layers of a BERT do not have is no less unknown.
+  odd = save(tmp_path / 'odd.safetensors',
+             {**a, place + '3.gate': np.zeros(1, np.float32)})
+  if config == 'bert':
+    run('--format', 'hf_bert', '--input', odd, '--output', tmp_path / 'odd',
+        *config_args(config, **{'model.encoder_layers': layers}))
+    assert f'{place}3.gate (unknown' in capsys.readouterr().out
+  error = refused(capsys, '--format', 'hf_bert', '--input', file,
+                  '--output', tmp_path / 'more',
+                  *config_args(config, **{'model.encoder_layers': 5}))
+  assert 'model.encoder_layers is 5, the file has 4' in error
 
 
 def test_a_trained_checkpoint_exports_under_published_names(

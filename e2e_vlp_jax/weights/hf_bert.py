@@ -4,6 +4,7 @@ The embeddings and the encoder become those of the model. The heads are taken
 where the file has them: masked LM; the pooler as that of image-text matching,
 and next-sentence prediction as its classifier, with the classes swapped (BERT
 counts "belongs" as 0, we as 1): both ask whether two inputs belong together.
+A model of fewer layers starts from the first ones, as SOHO's three do.
 """
 import re
 
@@ -16,8 +17,19 @@ SIGNATURE = tuple(_B + name for name in (
     'embeddings.position_embeddings.weight',
     'embeddings.token_type_embeddings.weight',
     'encoder.layer.0.intermediate.dense.weight'))
+_DENSE = (('attention.self.query', 'self_attention/query'),
+          ('attention.self.key', 'self_attention/key'),
+          ('attention.self.value', 'self_attention/value'),
+          ('attention.output.dense', 'self_attention/out'),
+          ('intermediate.dense', 'ffn/in'), ('output.dense', 'ffn/out'))
+_NORMS = (('attention.output.LayerNorm', 'norm1'),
+          ('output.LayerNorm', 'norm2'))
+_LAYER = '|'.join(re.escape(theirs) for theirs, _ in _DENSE + _NORMS)
 SURPLUS = (
-    (r'bert\.embeddings\.position_ids', 'the numbers from 0, a constant'),)
+    (r'bert\.embeddings\.position_ids', 'the numbers from 0, a constant'),
+    (rf'bert\.encoder\.layer\.\d+\.({_LAYER})\.(weight|bias)',
+     'of a layer above the last one of the config'))
+FEWER = ('model.encoder_layers',)
 COPIES = {
     'cls.predictions.decoder.weight': _B + 'embeddings.word_embeddings.weight',
     'cls.predictions.decoder.bias': 'cls.predictions.bias'}
@@ -66,16 +78,10 @@ def entries(config):
   out += mapping.norm(f'{_B}embeddings.LayerNorm', 'text_embedding/norm')
   for i in range(config.model.encoder_layers):
     theirs, ours = f'{_B}encoder.layer.{i}', f'encoder/layer{i}'
-    for name in ('query', 'key', 'value'):
-      out += mapping.dense(f'{theirs}.attention.self.{name}',
-                           f'{ours}/self_attention/{name}')
-    out += mapping.dense(f'{theirs}.attention.output.dense',
-                         f'{ours}/self_attention/out')
-    out += mapping.norm(f'{theirs}.attention.output.LayerNorm',
-                        f'{ours}/norm1')
-    out += mapping.dense(f'{theirs}.intermediate.dense', f'{ours}/ffn/in')
-    out += mapping.dense(f'{theirs}.output.dense', f'{ours}/ffn/out')
-    out += mapping.norm(f'{theirs}.output.LayerNorm', f'{ours}/norm2')
+    for a, b in _DENSE:
+      out += mapping.dense(f'{theirs}.{a}', f'{ours}/{b}')
+    for a, b in _NORMS:
+      out += mapping.norm(f'{theirs}.{a}', f'{ours}/{b}')
   out += mapping.dense('cls.predictions.transform.dense', 'mlm_head/dense',
                        'mlm')
   out += mapping.norm('cls.predictions.transform.LayerNorm', 'mlm_head/norm',

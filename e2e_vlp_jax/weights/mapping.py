@@ -12,6 +12,8 @@ A *source* is one file of this package, found by its name (hf_detr, ...):
 and where it needs them:
   spelling(names)   `canonical` for a file with these names.
   UNSAID            config keys of which its files say nothing.
+  FEWER             config keys that may be less than what the file says, such
+                    as a number of layers, of which the first ones are taken.
 
 Every form below permutes values, so that the way there and back keeps every
 bit. Half precision is widened to float32, which loses nothing either; the
@@ -152,7 +154,7 @@ def value_of(config, key):
   return config
 
 
-def check_config(facts, config, sizes, path, resize=False):
+def check_config(facts, config, sizes, path, resize=False, fewer=()):
   """UserError if the file is of another model than `config` describes.
 
   Args:
@@ -162,6 +164,7 @@ def check_config(facts, config, sizes, path, resize=False):
       {number: value of that key that has it}).
     path: of the file, for the message.
     resize: windows may differ.
+    fewer: keys that may be less in `config`.
   """
   found, fitting = [], []
   for key, value in facts.items():
@@ -174,6 +177,8 @@ def check_config(facts, config, sizes, path, resize=False):
                        f'a {key} of {value} entries')
       continue
     node = value_of(config, key)
+    if key in fewer and node is not None and 0 < node < value:
+      continue
     if node != value and not (resize and key == WINDOW and node):
       found.append(f'{key} is {node}, the file has {value}')
       # A key that the config lacks cannot be set on the command line.
@@ -249,8 +254,11 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
   for canonical, (name, x) in tensors.items():
     if canonical in used:
       continue
-    original, y = tensors.get(source.COPIES.get(canonical), (None, None))
-    if original and x.dtype == y.dtype and np.array_equal(x, y):
+    origin = source.COPIES.get(canonical)
+    original, y = tensors.get(origin, (None, None))
+    if original and origin not in used:
+      surplus[name] = f'stands for {original}, which is left out, too'
+    elif original and x.dtype == y.dtype and np.array_equal(x, y):
       copies[name] = original
     elif original:
       surplus[name] = f'differs from {original}, which stands for both here'
