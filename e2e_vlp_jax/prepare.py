@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -30,26 +31,30 @@ _DATASETS = os.path.join(os.path.dirname(__file__), 'data', 'datasets')
 
 def main(argv=None):
   argv = list(sys.argv[1:] if argv is None else argv)
-  names = sorted(f[:-3] for f in os.listdir(_DATASETS)
-                 if f.endswith('.py') and f not in ('__init__.py', 'base.py'))
+  names = _names()
   p = cli.parser(__doc__)
-  p.add_argument('name', metavar='NAME', help=', '.join(names))
+  p.add_argument('dataset', metavar='NAME', help=', '.join(names))
   p.add_argument('--data_dir', required=True, help='where to write')
   p.add_argument('--source', help='folder of the official files')
   plain = [a for a in argv if a not in ('-h', '--help')]
   if plain:
     # Which options there are depends on the dataset.
-    builder = _builder(p.parse_known_args(plain + ['--data_dir', ''])[0].name,
-                       names)
+    builder = _builder(
+        p.parse_known_args(plain + ['--data_dir', ''])[0].dataset, names)
     for option, (default, text) in builder.OPTIONS.items():
       if isinstance(default, bool):
         p.add_argument(f'--{option}', action='store_true', help=text)
       else:
         p.add_argument(f'--{option}', type=type(default), default=default,
-                       help=f'{text} (default {default})')
+                       help=f'{text} (default {default!r})')
   args, _ = cli.parse(p, argv)
   prepare(builder, args.data_dir, args.source,
           {k: getattr(args, k) for k in builder.OPTIONS})
+
+
+def _names():
+  return sorted(f[:-3] for f in os.listdir(_DATASETS)
+                if f.endswith('.py') and f not in ('__init__.py', 'base.py'))
 
 
 def _builder(name, names):
@@ -61,7 +66,12 @@ def _builder(name, names):
 
 def prepare(builder_class, data_dir, source, options):
   """Writes one dataset unless it is there already; returns its report."""
-  name = builder_class.name
+  name = options.get('name', builder_class.name)
+  others = set(_names()) - {builder_class.name}
+  if not re.fullmatch('[a-z][a-z0-9_]*', name) or name in others:
+    raise errors.UserError(
+        f'name: {name!r}; expected small letters, digits and _, and not the '
+        f'name of another dataset ({", ".join(sorted(others))})')
   folder = records.dataset_folder(data_dir, name)
   wanted = dict(options)
   if source:

@@ -33,7 +33,7 @@ class ImageFiles:
     Args:
       source: a folder.
       folders: e.g. ['train2017', 'images/train2017']. A zip may hold its
-        files with or without the folder's own name in front.
+        files with or without one folder in front.
 
     Raises:
       UserError: none of them is there.
@@ -48,7 +48,10 @@ class ImageFiles:
           archive = zipfile.ZipFile(path + '.zip')
         except (zipfile.BadZipFile, OSError) as e:
           raise errors.UserError(f'{path}.zip: {e}') from e
-        self._places.append((path, archive, set(archive.namelist())))
+        members = archive.namelist()
+        self._places.append((path, archive, {
+            **{m.partition('/')[2]: m for m in members},
+            **{m: m for m in members}}))
     if not self._places:
       raise errors.UserError(
           f'no images in {source!r}: expected '
@@ -68,29 +71,35 @@ class ImageFiles:
           if os.path.isfile(full):
             with open(full, 'rb') as f:
               return f.read()
-        else:
-          inner = f'{os.path.basename(path)}/{name}'
-          inner = inner if inner in members else name
-          if inner in members:
-            with self._lock:
-              return archive.read(inner)
+        elif name in members:
+          with self._lock:
+            return archive.read(members[name])
       except (OSError, zipfile.BadZipFile) as e:
         raise errors.UserError(f'{name} cannot be read: {e}') from e
     raise errors.UserError('no such image file')
 
   def load_all(self, names):
-    """Yields `Stored` or the UserError for each name, in order.
+    """Yields `Stored` or the UserError for each name, in order."""
+    return load_all(names, self.read)
 
-    Decodes on all cores, a bounded number of images ahead.
-    """
-    def load(name):
-      try:
-        return storable(self.read(name), name)
-      except errors.UserError as e:
-        return e
-    with multiprocessing.pool.ThreadPool() as pool:
-      for k in range(0, len(names), 64):
-        yield from pool.map(load, names[k:k + 64])
+
+def load_all(names, read):
+  """Yields `Stored` or the UserError for each name, in order.
+
+  Decodes on all cores, a bounded number of images ahead.
+
+  Args:
+    names: list.
+    read: name -> encoded bytes; may raise UserError. Several threads call it.
+  """
+  def load(name):
+    try:
+      return storable(read(name), name)
+    except errors.UserError as e:
+      return e
+  with multiprocessing.pool.ThreadPool() as pool:
+    for k in range(0, len(names), 64):
+      yield from pool.map(load, names[k:k + 64])
 
 
 class Stored:

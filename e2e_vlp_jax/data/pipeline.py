@@ -76,7 +76,8 @@ class Pipeline:
     tokenizer: a `tokenizer.Tokenizer`.
     labels: a `label_space.LabelSpace`.
     sources: list of {name, split, weight}; the weight is the source's share
-      of a training batch and needs no normalising.
+      of a training batch and needs no normalising. 'images' and 'texts' are
+      how many of them the source has.
     pp: 'op|op(arg)', see `builder`.
     seed: int.
     batch_size: B of the global batch.
@@ -117,7 +118,8 @@ class Pipeline:
       self._splits.append(split)
       if not len(split):  # pylint: disable=g-explicit-length-test
         raise UserError(f'data: {self._names[-1]} has no examples')
-    weights = [s.get('weight', 1.) for s in sources]
+    weights = [_weight(s.get('weight', 1.), split)
+               for s, split in zip(sources, self._splits)]
     if min(weights) < 0 or not sum(weights) > 0:
       raise UserError(f'data: the weights of the sources are {weights}; '
                       'expected numbers >= 0, not all 0')
@@ -365,6 +367,15 @@ def _partner_texts(row, ids, sources, read):
                                      != read(row)['image_id']):
       return found['texts']
   return []
+
+
+def _weight(weight, split):
+  """The weight of a source as a number."""
+  counts = {'images': len(split), 'texts': int(split.index['num_texts'].sum())}
+  if isinstance(weight, str) and weight not in counts:
+    raise UserError(f'data: weight {weight!r} of {split.name}; expected a '
+                    f'number or one of {", ".join(counts)}')
+  return counts.get(weight, weight)
 
 
 def _checked_buckets(data_config):

@@ -65,9 +65,14 @@ def open_split(data_dir, name, split):
              if os.path.exists(os.path.join(dataset_folder(data_dir, n),
                                             REPORT))]
     there = f' (it holds {", ".join(found)})' if found else ''
+    # A name without a builder is that of a corpus of image-text pairs.
+    built = os.path.exists(os.path.join(
+        os.path.dirname(__file__), 'datasets', f'{name}.py'))
     raise errors.UserError(
         f'no prepared dataset {name!r} in {data_dir!r}{there}; make it with: '
-        f'python -m e2e_vlp_jax.prepare {name} --data_dir {data_dir}')
+        'python -m e2e_vlp_jax.prepare '
+        + (name if built else f'pairs --name {name} --source DIR')
+        + f' --data_dir {data_dir}')
   builder = tfds.builder_from_directory(folder)
   if split not in builder.info.splits:
     raise errors.UserError(f'{name} in {data_dir!r} has no split {split!r}'

@@ -6,6 +6,7 @@ that says where its records come from; `prepare NAME` finds it by its name.
 import collections
 import hashlib
 import json
+import math
 import re
 
 import numpy as np
@@ -17,6 +18,7 @@ from e2e_vlp_jax import errors
 _BYTES = lambda: tfds.features.Scalar(np.object_)
 _BOX = lambda: tfds.features.Tensor(shape=(4,), dtype=np.float32)
 _TEXT = tfds.features.Text
+_NAMED = 1000  # things of one kind that a report lists; it counts all
 
 
 def features():
@@ -68,7 +70,8 @@ def record(**fields):
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Writes records in their order, and keeps what a report needs.
 
-  A subclass is called Builder and has `name`, `OPTIONS` and `sources`.
+  A subclass is called Builder and has `name`, `OPTIONS` and `sources`. Where
+  `name` is also one of its options, that one names what is written.
 
   Attributes:
     options: the values of `OPTIONS`.
@@ -91,12 +94,14 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if self.NEEDS_SOURCE and not source:
       raise errors.UserError(f'{self.name} needs --source, the folder of its '
                              'official files')
-    negative = [k for k, v in options.items() if v < 0]
+    negative = [k for k, v in options.items()
+                if not isinstance(v, str) and v < 0]
     if negative:
       raise errors.UserError(f'{self.name}: {negative[0]} is '
                              f'{options[negative[0]]}; expected 0 or more')
     self.source = source
     self.options = {k: options.get(k, v) for k, (v, _) in self.OPTIONS.items()}
+    self.name = self.options.get('name', self.name)
     self.indexes, self.reports = {}, {}
     super().__init__(data_dir=data_dir, file_format='array_record')
 
@@ -113,13 +118,51 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     found = self.reports[split]['skipped'].setdefault(
         reason, {'count': 0, 'names': []})
     found['count'] += 1
-    if name is not None:
+    if name is not None and len(found['names']) < _NAMED:
       found['names'].append(str(name))
 
   def note(self, split, what):
     """Counts one thing that was kept, but changed."""
     changed = self.reports[split]['changed']
     changed[what] = changed.get(what, 0) + 1
+
+  def box(self, split, what, name, xywh, stored, height, width):
+    """A box of the annotations, checked and clipped to the image.
+
+    What has no area there is left out and counted.
+
+    Args:
+      split: its report counts.
+      what: kind of thing, for the report; 'box', say.
+      name: of the thing, for the report.
+      xywh: left, top, width and height in pixels; may be anything.
+      stored: the `image_files.Stored` image.
+      height, width: the image's size according to the annotations.
+
+    Returns:
+      (x0, y0, x1, y1) in [0, 1] of the upright picture, or None.
+    """
+    skip = lambda why: self.skip(split, f'{what}: {why}', name)
+    try:
+      x, y, w, h = (float(v) for v in xywh)
+      finite = all(map(math.isfinite, (x, y, w, h)))
+    except (TypeError, ValueError):
+      finite = False
+    if not finite:
+      return skip('not four finite numbers')
+    if w <= 0 or h <= 0:
+      return skip('no area')
+    inside = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
+    if inside[2] <= inside[0] or inside[3] <= inside[1]:
+      return skip('outside the image')
+    # COCO's own boxes stick out by a hundredth of a pixel now and then.
+    if max(abs(p - q) for p, q in zip(inside, (x, y, x + w, y + h))) > .1:
+      self.note(split, f'{what} clipped to the image')
+    box = stored.box(*inside, height, width)
+    if box is None:
+      return skip(f'annotated on {width}x{height}, the image is '
+                  f'{stored.width}x{stored.height}')
+    return box
 
   def _info(self):
     return tfds.core.DatasetInfo(builder=self, features=features(),
@@ -181,6 +224,11 @@ def canonical(example):
 def relative_box(x0, y0, x1, y1, height, width):
   """Pixels to (ymin, xmin, ymax, xmax) in [0, 1], float32 [4]."""
   return np.float32([y0 / height, x0 / width, y1 / height, x1 / width])
+
+
+def held_out(k, total, count):
+  """Whether thing k of `total` is one of `count` that are spread evenly."""
+  return (k + 1) * count // total > k * count // total
 
 
 def clean(text):

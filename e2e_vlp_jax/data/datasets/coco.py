@@ -13,7 +13,6 @@ How boxes and EXIF-rotated pixels are brought together: `Stored.box`.
 import collections
 import functools
 import json
-import math
 import os
 
 from e2e_vlp_jax import errors
@@ -111,36 +110,17 @@ class Builder(base.RecordBuilder):
     """The valid objects of an image; the others are counted."""
     objects = []
     height, width = image['height'], image['width']
+    scale = stored.height * stored.width / (height * width)
     for a in annotations:
       name = f'{image["file_name"]}#{a["id"]}'
-      skip = lambda why, name=name: self.skip(split, f'box: {why}', name)
-      try:
-        x, y, w, h = (float(v) for v in a['bbox'])
-        finite = all(map(math.isfinite, (x, y, w, h)))
-      except (KeyError, TypeError, ValueError):
-        finite = False
-      if not finite:
-        skip('not four finite numbers')
-        continue
       if a.get('category_id') not in labels:
-        skip(f'category {a.get("category_id")} is not listed')
+        self.skip(split, f'box: category {a.get("category_id")} is not listed',
+                  name)
         continue
-      if w <= 0 or h <= 0:
-        skip('no area')
-        continue
-      inside = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
-      if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        skip('outside the image')
-        continue
-      # COCO's own boxes stick out by a hundredth of a pixel now and then.
-      if max(abs(p - q) for p, q in zip(inside, (x, y, x + w, y + h))) > .1:
-        self.note(split, 'box clipped to the image')
-      box = stored.box(*inside, height, width)
+      box = self.box(split, 'box', name, a.get('bbox'), stored, height, width)
       if box is None:
-        skip(f'annotated on {width}x{height}, the image is '
-             f'{stored.width}x{stored.height}')
         continue
-      scale = stored.height * stored.width / (height * width)
+      w, h = map(float, a['bbox'][2:])
       objects.append(dict(
           bbox=base.relative_box(*box, 1, 1), label=labels[a['category_id']],
           attributes=[], is_crowd=bool(a.get('iscrowd', 0)),

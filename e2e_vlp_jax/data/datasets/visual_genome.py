@@ -1,0 +1,270 @@
+"""`visual_genome`: photographs with objects, attributes and region phrases.
+
+Official layout (visualgenome.org, 1.2 or 1.4) under --source, unzipped but
+for the images:
+  objects.json
+  region_descriptions.json, or region_graphs.json, which has the same phrases
+  attributes.json   without it, objects have no attributes
+  image_data.json   without it, boxes are of the pixels as they are stored
+  VG_100K/, VG_100K_2/, or .zip, or images.zip and images2.zip
+
+A record's `texts` are the phrases of its regions, each wording once (as the
+released FIBER reads them); its `phrases` are all of them with their boxes.
+
+An object is what its first name says, cleaned as bottom-up attention does
+(data/genome/setup_vg.py there): lower case, without a final full stop;
+colours and the like in front of a name become attributes; attributes are
+split at 'and'. Names become those of the label space; what it lacks is left
+out, and the report has how many and which.
+
+All images are training images, as SOHO and FIBER use them, unless --splits
+names the folder of bottom-up attention's train.txt, val.txt and test.txt
+(data/genome there), or --num_validation holds out some (our choice: spread
+evenly over the ids). Some 51,000 of the images are COCO's, too:
+--exclude_coco leaves out those on which a model will be evaluated, such as
+COCO's instances_val2017.json; the splits of bottom-up attention agree with
+COCO's Karpathy splits by themselves.
+
+Memory: the places of the items in the JSON files and one image's items, some
+100 MB (our estimate). Each file is read twice.
+"""
+import collections
+import functools
+import json
+import os
+import re
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import image_files
+from e2e_vlp_jax.data import json_list
+from e2e_vlp_jax.data import label_space
+from e2e_vlp_jax.data.datasets import base
+
+_SPLITS = {'train': 'train', 'validation': 'val', 'test': 'test'}
+_REGIONS = ('region_descriptions.json', 'region_graphs.json')
+_FOLDERS = ['VG_100K', 'VG_100K_2', 'images', 'images2', 'images/VG_100K',
+            'images/VG_100K_2']
+_LISTED = 200  # unknown names in the report, the most frequent ones
+# Before a name, these are attributes; of bottom-up attention.
+_ADJECTIVES = frozenset(
+    'black blue brown dark gray green grey large long metal orange pink red '
+    'silver small tall white wooden yellow'.split())
+
+
+class Builder(base.RecordBuilder):
+  """Brings together what the files say about each image."""
+  name = 'visual_genome'
+  NEEDS_SOURCE = True
+  OPTIONS = {
+      'limit': (0, 'keep the first images by id of each split; 0 keeps all'),
+      'labels': ('joint', 'label space: objects and attributes that it names '
+                 'are kept, under its names'),
+      'num_validation': (0, 'images held out as split validation'),
+      'splits': ('', "folder of bottom-up attention's train.txt, val.txt, "
+                 'test.txt'),
+      'exclude_coco': ('', 'COCO JSON file, or text file of COCO image ids or '
+                       'file names, one a line: these images are left out')}
+
+  def annotation_files(self):
+    return [p for n in ('image_data.json', 'objects.json', 'attributes.json',
+                        self._regions_name())
+            if os.path.exists(p := self._file(n))]
+
+  def sources(self):
+    space = label_space.LabelSpace.load(self.options['labels'])
+    own = lambda names: {n: n for n in names}
+    self._classes = space.class_aliases | own(space.classes)
+    self._attributes = space.attribute_aliases | own(space.attributes)
+    self._objects = self._list('objects.json', 'objects')
+    self._regions = self._list(self._regions_name(), 'regions')
+    self._described = self._list('attributes.json', 'attributes', True)
+    self._images = self._list('image_data.json', None, True)
+    self._excluded = (_ids(self.options['exclude_coco'])
+                      if self.options['exclude_coco'] else set())
+    if self._excluded and not self._images:
+      raise errors.UserError(f'no annotation file {self._file("image_data.json")}'
+                             ', which exclude_coco needs')
+    files = image_files.ImageFiles(self.source, _FOLDERS)
+    ids = sorted(self._objects.ids() | self._regions.ids()
+                 | (self._images.ids() if self._images else set()))
+    found = {}
+    for split, members in self._split(ids).items():
+      if not members:
+        raise errors.UserError(f'visual_genome: no image for split {split}')
+      most = min(self.options['limit'] or len(members), len(members))
+      found[split] = most, functools.partial(
+          self._records, split, members, files, most)
+    return found
+
+  def _file(self, name):
+    return os.path.join(self.source, name)
+
+  def _regions_name(self):
+    there = [n for n in _REGIONS if os.path.exists(self._file(n))]
+    return (there or _REGIONS)[0]
+
+  def _list(self, name, key, optional=False):
+    path = self._file(name)
+    if not os.path.exists(path):
+      zipped = [p for p in (path + '.zip', path[:-5] + '.zip')
+                if os.path.exists(p)]
+      if zipped:
+        raise errors.UserError(f'no {path}; unzip {zipped[0]} first')
+      if optional:
+        return None
+    return json_list.JsonList(path, ('image_id', 'id'), key)
+
+  def _split(self, ids):
+    """{split: ids}."""
+    count, folder = self.options['num_validation'], self.options['splits']
+    if count and folder:
+      raise errors.UserError('visual_genome: num_validation and splits '
+                             'exclude each other')
+    if folder:
+      lists = {s: os.path.join(folder, f'{n}.txt') for s, n in _SPLITS.items()}
+      lists = {s: _ids(p) for s, p in lists.items() if os.path.exists(p)}
+      if not lists:
+        raise errors.UserError(f'splits: no train.txt, val.txt or test.txt in '
+                               f'{folder!r}')
+      return {s: [i for i in ids if i in members]
+              for s, members in lists.items()}
+    if count >= len(ids):
+      raise errors.UserError(f'num_validation: {count} of {len(ids)} images '
+                             'leave none for training')
+    held = [base.held_out(k, len(ids), count) for k in range(len(ids))]
+    splits = {'train': [i for i, h in zip(ids, held) if not h]}
+    if count:
+      splits['validation'] = [i for i, h in zip(ids, held) if h]
+    return splits
+
+  def _records(self, split, ids, files, most):
+    unknown = collections.defaultdict(collections.Counter)
+    if self._excluded:
+      kept = [i for i in ids if (self._images.get(i) or {}).get('coco_id')
+              not in self._excluded]
+      for i in sorted(set(ids) - set(kept)):
+        self.skip(split, 'image: excluded, it is COCO\'s', i)
+      ids = kept
+    written = 0
+    names = [f'{i}.jpg' for i in ids]
+    for i, name, stored in zip(ids, names, files.load_all(names)):
+      if isinstance(stored, errors.UserError):
+        self.skip(split, f'image: {base.reason(stored, name)}', name)
+        continue
+      if stored.changed:
+        self.note(split, f'image encoded again: {stored.changed}')
+      if not self._described:
+        self.note(split, 'record without attributes: no attributes.json')
+      image = (self._images and self._images.get(i)) or {}
+      size = image.get('height'), image.get('width')
+      if not all(isinstance(s, int) and s > 0 for s in size):
+        size = stored.height, stored.width
+      texts, phrases = self._phrases(split, i, stored, size)
+      yield base.record(
+          image=stored.data, image_id=str(i), height=stored.height,
+          width=stored.width, texts=texts, phrases=phrases,
+          objects=self._things(split, i, stored, size, unknown),
+          has_attributes=bool(self._described))
+      written += 1
+      if written == most:
+        break
+    for what, names in unknown.items():
+      self.reports[split]['skipped'][f'{what} outside of the label space'] = {
+          'count': names.total(),
+          'names': [f'{n!r} {c}x' for n, c in names.most_common(_LISTED)]}
+
+  def _phrases(self, split, i, stored, size):
+    """(texts, phrases) of an image."""
+    texts, phrases = {}, []
+    for r in (self._regions.get(i) or {}).get('regions', ()):
+      name = f'{i}#{r.get("region_id")}'
+      text = r.get('phrase')
+      text = base.clean(text) if isinstance(text, str) else ''
+      if not text:
+        self.skip(split, 'phrase: empty', name)
+        continue
+      texts[text] = True
+      box = self.box(split, 'phrase', name,
+                     [r.get(k) for k in ('x', 'y', 'width', 'height')],
+                     stored, *size)
+      if box is not None:
+        phrases.append(dict(bbox=base.relative_box(*box, 1, 1), text=text))
+    return list(texts), phrases
+
+  def _things(self, split, i, stored, size, unknown):
+    """The objects of an image."""
+    said = collections.defaultdict(list)
+    if self._described:
+      for a in (self._described.get(i) or {}).get('attributes', ()):
+        said[a.get('object_id')] += a.get('attributes') or ()
+    objects = []
+    scale = stored.height * stored.width / (size[0] * size[1])
+    for o in (self._objects.get(i) or {}).get('objects', ()):
+      name = f'{i}#{o.get("object_id")}'
+      # Objects that were found to be one keep the ids they had.
+      attributes = [a for k in (o.get('object_id'),
+                                *(o.get('merged_object_ids') or ()))
+                    for a in said.pop(k, ())]
+      called = o.get('names') or [o.get('name')]
+      if not isinstance(called[0], str):
+        self.skip(split, 'box: no name', name)
+        continue
+      label, adjectives = self._read_name(called[0])
+      if label not in self._classes:
+        unknown['object'][label] += 1
+        continue
+      box = self.box(split, 'box', name, [o.get(k) for k in 'xywh'], stored,
+                     *size)
+      if box is None:
+        continue
+      known = {}
+      for a in adjectives + [b for a in attributes for b in _parts(a)]:
+        if a in self._attributes:
+          known[self._attributes[a]] = True
+        elif a:
+          unknown['attribute'][a] += 1
+      objects.append(dict(
+          bbox=base.relative_box(*box, 1, 1), label=self._classes[label],
+          attributes=list(known), is_crowd=False,
+          area=float(o['w']) * float(o['h']) * scale,
+          id=int(o.get('object_id') or 0)))
+    for _ in (k for k, v in said.items() if v):
+      self.note(split, 'attributes of an object that is not listed left out')
+    return objects
+
+  def _read_name(self, name):
+    """'White  shirt.' -> ('shirt', ['white'])."""
+    name = _tidy(name)
+    *front, last = name.split() or ['']
+    if name not in self._classes and front and _ADJECTIVES.issuperset(front):
+      return last, front
+    return name, []
+
+
+def _parts(attribute):
+  """'Tall and green' -> ['tall', 'green']."""
+  name = _tidy(str(attribute))
+  return [name] if name == 'black and white' else [
+      part.strip() for part in name.split(' and ')]
+
+
+def _tidy(name):
+  return base.clean(name).lower().removesuffix('.').strip()
+
+
+def _ids(path):
+  """The image ids of a COCO JSON file, or of a list of ids or file names."""
+  try:
+    with open(path, encoding='utf-8') as f:
+      if path.endswith('.json'):
+        return {int(i['id']) for i in json.load(f)['images']}
+      words = [line.split()[0] for line in f if line.strip()]
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(f'{path}: not a list of image ids: '
+                           f'{type(e).__name__} {e}') from e
+  found = [re.search(r'(\d+)(\.\w+)?$', w) for w in words]
+  if not all(found) or not found:
+    wrong = [w for w, m in zip(words, found) if not m]
+    raise errors.UserError(f'{path}: not a list of image ids, one a line: '
+                           f'{wrong[0] if wrong else "it is empty"!r}')
+  return {int(m[1]) for m in found}

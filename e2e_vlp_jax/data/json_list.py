@@ -1,0 +1,98 @@
+"""JSON files that are one long list, read an item at a time.
+
+The files of Visual Genome take gigabytes as Python objects; an item of them
+is small.
+"""
+import json
+import mmap
+import re
+
+from e2e_vlp_jax import errors
+
+_OPEN, _CLOSE = re.compile(rb'\s*\[\s*'), re.compile(rb'\s*\]')
+_COMMA = re.compile(rb'\s*,\s*')
+_GUESS = 1 << 16  # bytes of an item; longer ones are tried again
+
+
+class JsonList:
+  """Items by their ids; of each, only its place is held.
+
+  Attributes:
+    path: of the file.
+  """
+
+  def __init__(self, path, ids, key=None):
+    """Reads the file once, to find and check its items.
+
+    Args:
+      path: of a JSON file, a list of objects.
+      ids: keys of which the first that an item has is its id, a number.
+      key: of what every item must have, a list of objects; None = nothing.
+
+    Raises:
+      UserError: no such file, or something else is in it.
+    """
+    self.path, self._places = path, {}
+    for number, (start, end, item) in enumerate(_items(path)):
+      what = f'{path}: item {number}'
+      found = [item[k] for k in ids if k in item] if isinstance(
+          item, dict) else []
+      if not found or not isinstance(found[0], int):
+        raise errors.UserError(f'{what} has no number {ids[0]!r}; is this an '
+                               'official file?')
+      if key and not (isinstance(item.get(key), list) and all(
+          isinstance(x, dict) for x in item[key])):
+        raise errors.UserError(f'{what} has no list {key!r} of objects; is '
+                               'this an official file?')
+      self._places[found[0]] = start, end
+
+  def ids(self):
+    """Ids of the items, as they come in the file."""
+    return self._places.keys()
+
+  def get(self, i, default=None):
+    """Item i, or `default`."""
+    if i not in self._places:
+      return default
+    start, end = self._places[i]
+    with open(self.path, 'rb') as f:
+      f.seek(start)
+      try:
+        return json.loads(f.read(end - start))
+      except ValueError as e:
+        raise errors.UserError(
+            f'{self.path}: item of id {i} is not readable: {e}') from e
+
+
+def _items(path):
+  """Yields (start, end, item) of the list in a file; in bytes."""
+  bad = lambda at, why: errors.UserError(
+      f'{path} is not a readable JSON list: byte {at}: {why}')
+  try:
+    with open(path, 'rb') as f, mmap.mmap(
+        f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+      mark = _OPEN.match(data)
+      if not mark:
+        raise bad(0, 'no [')
+      while not _CLOSE.match(data, mark.end()):
+        at, size = mark.end(), _GUESS
+        while True:
+          try:
+            # A byte a character: numbers and structure are ASCII.
+            item, length = json.JSONDecoder().raw_decode(
+                data[at:at + size].decode('latin-1'))
+            break
+          except ValueError as e:
+            if at + size >= len(data):
+              raise bad(at, e) from e
+            size *= 4
+        yield at, at + length, item
+        mark = _COMMA.match(data, at + length)
+        if not mark:
+          if not _CLOSE.match(data, at + length):
+            raise bad(at + length, 'neither , nor ]')
+          return
+  except FileNotFoundError as e:
+    raise errors.UserError(f'no annotation file {path}') from e
+  except (OSError, ValueError) as e:
+    raise errors.UserError(f'{path} is not readable: {e}') from e
