@@ -6,7 +6,9 @@ Argument: SIZE[,key=value...]
   SIZE  tiny   from scratch on 2 CPU cores, embedded data
         r50 r101 r152   the paper's: 12 encoder and 6 decoder layers
         detr   DETR-R50 (Carion et al. 2020), no text
-  data  scenes | coco | nlvr1 (prepared by e2e_vlp_jax.prepare)
+  data  scenes | coco | visual_genome | nlvr1 | published, which is
+        coco+visual_genome; any other prepared dataset may follow after '+'.
+        Evaluated on the first one.
   side  image side in pixels that the aspect buckets are built around
   ffn   feed-forward width (paper sizes)
 
@@ -28,7 +30,8 @@ from ml_collections.config_dict import placeholder
 
 SIZES = ('tiny', 'r50', 'r101', 'r152', 'detr')
 KEYS = {'data': str, 'side': int, 'ffn': int}
-DATA = ('scenes', 'coco', 'nlvr1')
+DATA = ('scenes', 'coco', 'visual_genome', 'nlvr1')
+PUBLISHED = 'coco+visual_genome'
 
 
 def parse_argument(arg):
@@ -41,10 +44,17 @@ def parse_argument(arg):
     key, _, value = pair.partition('=')
     if key not in KEYS:
       raise ValueError(f'no argument {key!r}; choose from {", ".join(KEYS)}')
-    options[key] = KEYS[key](value)
-  if options.get('data', DATA[0]) not in DATA:
-    raise ValueError(f'no data {options["data"]!r}; choose one of '
+    try:
+      options[key] = KEYS[key](value)
+    except ValueError:
+      raise ValueError(f'{key}: found {value!r}, expected a whole number'
+                       ) from None
+  data = options.get('data', DATA[0])
+  if data != 'published' and data.split('+')[0] not in DATA:
+    raise ValueError(f'no data {data!r}; choose one of published, '
                      f'{", ".join(DATA)}')
+  if data == 'published':
+    options['data'] = PUBLISHED
   return size, options
 
 
@@ -127,7 +137,7 @@ def get_config(arg=None):
   if size == 'tiny':
     _tiny(config)
     data = options.get('data', 'scenes')
-    side = options.get('side', {'scenes': 96, 'coco': 192, 'nlvr1': 192}[data])
+    side = options.get('side', 96 if data == 'scenes' else 192)
     _data(config, data, side, 12, 'scenes' if data == 'scenes'
           else 'bert-base-uncased')
     config.model.num_queries = max(16, config.data.max_boxes)
@@ -135,6 +145,9 @@ def get_config(arg=None):
     if size != 'detr':
       config.model.backbone.depth = int(size[1:])
     data = options.get('data', 'coco')
+    if data == PUBLISHED:  # 200 epochs of the paper's 180K images
+      config.total_steps = 1_125_000
+      config.optim.decay_steps = (750_000,)
     _data(config, data, options.get('side', 576), 32, 'bert-base-uncased')
   if size == 'detr':
     _detr(config)
@@ -142,28 +155,31 @@ def get_config(arg=None):
 
 
 def _data(config, data, side, multiple, vocabulary):
-  """Input, evaluators and samples of one dataset."""
-  train = {'scenes': 'train', 'coco': 'train', 'nlvr1': 'dev'}[data]
-  test = {'scenes': 'test', 'coco': 'validation', 'nlvr1': 'test'}[data]
-  length = {'scenes': 20, 'coco': 40, 'nlvr1': 40}[data]
+  """Input of one or several datasets; evaluators and samples of the first."""
+  names = data.split('+')
+  length = 20 if data == 'scenes' else 40
   rates = dict(mlm=.2, itm=.5) if config.model.width == 128 else dict(
       mlm=.15, itm=.5)
   crop = '' if data == 'scenes' else 'scale_crop|'
   config.data = dict(
-      dir='data', train=(dict(name=data, split=train, weight=1.),),
+      # Not known how the paper mixes; ours: every image once an epoch.
+      dir='data', train=tuple(
+          dict(name=n, split='dev' if n == 'nlvr1' else 'train',
+               weight='images' if names[1:] else 1.) for n in names),
       tokenizer=dict(kind='wordpiece', path=vocabulary),
       labels='scenes' if data == 'scenes' else
-      'joint' if config.model.width != 128 or data == 'nlvr1' else 'coco',
+      'coco' if data == 'coco' and config.model.width == 128 else 'joint',
       buckets=((side, side),) if data == 'scenes' else
       ((side // 2, side * 2),) if data == 'nlvr1' else buckets(side, multiple),
-      max_text=length, sentences=2 if data == 'scenes' else 1, max_boxes={'scenes': 8, 'nlvr1': 32,
-                                               'coco': 100}[data],
+      max_text=length, sentences=2 if data == 'scenes' else 1,
+      max_boxes={'scenes': 8, 'nlvr1': 32}.get(data, 100),
       max_attributes=4, threads=0, max_bad_records=100,
       pp_train=f'decode|{crop}fit|boxes|text|mlm({rates["mlm"]})'
                f'|itm({rates["itm"]})')
   config.model.max_text = length
   see = 'decode|fit|boxes|text'
-  source = dict(name=data, split=test)
+  source = dict(name=names[0], split='test' if names[0] in (
+      'scenes', 'nlvr1') else 'validation')
 
   def evaluator(kind, pp=see, of=source, count=1000, training=128):
     return dict(type=kind, source=of, pp=pp, max_examples=count,

@@ -5,7 +5,9 @@
 Argument: SIZE[,key=value...]
   SIZE  tiny   from scratch on 2 CPU cores, embedded data
         base   Swin-Base and RoBERTa-base, the published pre-training
-  data  scenes | coco (prepared by e2e_vlp_jax.prepare)
+  data  scenes | coco | visual_genome | published, which is
+        coco+visual_genome+sbu+cc3m; any other prepared dataset may follow
+        after '+'. Evaluated on the first one.
   side  image side in pixels; the window of `base` is side / 32
   queue past features that ITC and ITM compare with as well: 0 = none, all
         pairs of the global batch (our default), 4096 = the released code
@@ -19,7 +21,8 @@ from ml_collections.config_dict import placeholder
 
 SIZES = ('tiny', 'base')
 KEYS = {'data': str, 'side': int, 'queue': int}
-DATA = ('scenes', 'coco')
+DATA = ('scenes', 'coco', 'visual_genome')
+PUBLISHED = 'coco+visual_genome+sbu+cc3m'  # [C]
 
 
 def parse_argument(arg):
@@ -32,10 +35,17 @@ def parse_argument(arg):
     key, _, value = pair.partition('=')
     if key not in KEYS:
       raise ValueError(f'no argument {key!r}; choose from {", ".join(KEYS)}')
-    options[key] = KEYS[key](value)
-  if options.get('data', DATA[0]) not in DATA:
-    raise ValueError(f'no data {options["data"]!r}; choose one of '
+    try:
+      options[key] = KEYS[key](value)
+    except ValueError:
+      raise ValueError(f'{key}: found {value!r}, expected a whole number'
+                       ) from None
+  data = options.get('data', DATA[0])
+  if data != 'published' and data.split('+')[0] not in DATA:
+    raise ValueError(f'no data {data!r}; choose one of published, '
                      f'{", ".join(DATA)}')
+  if data == 'published':
+    options['data'] = PUBLISHED
   return size, options
 
 
@@ -114,18 +124,15 @@ GROUPS = (
 
 
 def _data(config, data, side):
-  """Input, evaluators and samples of one dataset.
-
-  The published mixture is COCO, Visual Genome's region phrases, SBU and
-  Conceptual Captions, every (image, text) pair an example [C]; there is no
-  `prepare` for the last three yet.
-  """
-  test = {'scenes': 'test', 'coco': 'validation'}[data]
-  scenes = data == 'scenes'
+  """Input of one or several datasets; evaluators and samples of the first."""
+  scenes, names = data == 'scenes', data.split('+')
   fit = 'fit' if scenes else 'squash'  # [C]: the square is filled
   rate = .2 if scenes else .15   # [C] .15
   config.data = dict(
-      dir='data', train=(dict(name=data, split='train', weight=1.),),
+      # Every (image, text) pair is an example [C]; see docs/fiber.md.
+      dir='data', train=tuple(
+          dict(name=n, split='train', weight='texts' if names[1:] else 1.)
+          for n in names),
       tokenizer=dict(kind='wordpiece', path='scenes') if scenes else
       dict(kind='bpe', path='roberta-base'),
       labels='scenes' if scenes else 'joint', buckets=((side, side),),
@@ -134,7 +141,8 @@ def _data(config, data, side):
       max_bad_records=100,
       pp_train=f'decode|{fit}|boxes|text|mlm({rate})')
   see = f'decode|{fit}|boxes|text'
-  source = dict(name=data, split=test)
+  source = dict(name=names[0],
+                split='test' if names[0] == 'scenes' else 'validation')
 
   def evaluator(kind, pp=see, of=source, count=1000, training=128):
     return dict(type=kind, source=of, pp=pp, max_examples=count,

@@ -6,7 +6,9 @@ Argument: SIZE[,key=value...]
   SIZE  tiny   from scratch on 2 CPU cores, embedded data
         r18    the released configuration: ResNet-18 and 3 layers
         r101   the paper's main model: ResNet-101 and 12 layers
-  data  scenes | coco (prepared by e2e_vlp_jax.prepare)
+  data  scenes | coco | visual_genome | published, which is
+        coco+visual_genome; any other prepared dataset may follow after '+'.
+        Evaluated on the first one.
   side  short side of the images in pixels (tiny: side of the square)
 
 Values of r18 are those of the released config (github.com/researchmm/soho,
@@ -19,8 +21,9 @@ from ml_collections.config_dict import placeholder
 
 SIZES = ('tiny', 'r18', 'r101')
 KEYS = {'data': str, 'side': int}
-DATA = ('scenes', 'coco')
-_COCO = 118_287  # images of train2017
+DATA = ('scenes', 'coco', 'visual_genome')
+PUBLISHED = 'coco+visual_genome'
+_IMAGES = {'coco': 118_287, 'visual_genome': 108_077}  # for training
 
 
 def parse_argument(arg):
@@ -33,10 +36,17 @@ def parse_argument(arg):
     key, _, value = pair.partition('=')
     if key not in KEYS:
       raise ValueError(f'no argument {key!r}; choose from {", ".join(KEYS)}')
-    options[key] = KEYS[key](value)
-  if options.get('data', DATA[0]) not in DATA:
-    raise ValueError(f'no data {options["data"]!r}; choose one of '
+    try:
+      options[key] = KEYS[key](value)
+    except ValueError:
+      raise ValueError(f'{key}: found {value!r}, expected a whole number'
+                       ) from None
+  data = options.get('data', DATA[0])
+  if data != 'published' and data.split('+')[0] not in DATA:
+    raise ValueError(f'no data {data!r}; choose one of published, '
                      f'{", ".join(DATA)}')
+  if data == 'published':
+    options['data'] = PUBLISHED
   return size, options
 
 
@@ -108,9 +118,11 @@ def get_config(arg=None):
               (r'.*', dict(optimizer='adamw_hf'))))
   if size == 'r101':
     _r101(config)
-  # Our choice: epochs of COCO train2017, in each of which an image is seen
-  # once. The papers' corpus has Visual Genome, too (219K images in all).
-  steps = lambda epochs: round(epochs * _COCO / config.batch_size)
+  data = options.get('data', 'scenes' if size == 'tiny' else 'coco')
+  # Our choice: in an epoch as many images are seen as there are, 118K of COCO
+  # train2017 by default. The paper's corpus, `published`, has 219K.
+  images = sum(_IMAGES.get(n, 0) for n in data.split('+')) or _IMAGES['coco']
+  steps = lambda epochs: round(epochs * images / config.batch_size)
   config.total_steps = steps(40)
   config.optim.decay_steps = (steps(25), steps(35))
   config.warm_start = dict(steps=0, objectives=dict(cells=1.),
@@ -121,17 +133,16 @@ def get_config(arg=None):
 
   if size == 'tiny':
     _tiny(config)
-  data = options.get('data', 'scenes' if size == 'tiny' else 'coco')
-  side = options.get('side', {
-      'scenes': {'tiny': 96}.get(size, 256),
-      'coco': {'tiny': 192}.get(size, 600)}[data])
+  side = options.get('side', {'tiny': 96}.get(size, 256) if data == 'scenes'
+                     else {'tiny': 192}.get(size, 600))
   _data(config, data, side)
   return config
 
 
 def _data(config, data, side):
-  """Input, evaluators and samples of one dataset."""
+  """Input of one or several datasets; evaluators and samples of the first."""
   scenes, tiny = data == 'scenes', config.model.width == 128
+  names = data.split('+')
   if scenes:
     see = 'decode|fit|text'
   else:  # the released pipeline, without augmentation
@@ -141,17 +152,21 @@ def _data(config, data, side):
   train = see.replace('|text', '|boxes|text') if tiny else see
   length = 20 if scenes else 16
   config.data = dict(
-      dir='data', train=(dict(name=data, split='train', weight=1.),),
+      # Released: every group of 4 texts is an example (docs/soho.md).
+      dir='data', train=tuple(
+          dict(name=n, split='train', weight='texts' if names[1:] else 1.)
+          for n in names),
       tokenizer=dict(kind='wordpiece',
                      path='scenes' if scenes else 'bert-base-uncased'),
-      labels='scenes' if scenes else 'coco',
+      labels=data if data in ('scenes', 'coco') else 'joint',
       buckets=((side, side),) if scenes else buckets(side),
       max_text=length, sentences=2 if tiny else 4,
       max_boxes=8 if scenes else 100, max_attributes=4, threads=0,
       max_bad_records=100, pp_train=f'{train}|mlm({rate})|itm(.5)')
   if tiny:
     config.model.max_text = length
-  source = dict(name=data, split='test' if scenes else 'validation')
+  source = dict(name=names[0],
+                split='test' if names[0] == 'scenes' else 'validation')
 
   def evaluator(kind, pp, of=source, count=1000, training=128):
     return dict(type=kind, source=of, pp=pp, max_examples=count,

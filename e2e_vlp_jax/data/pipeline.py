@@ -76,8 +76,8 @@ class Pipeline:
     tokenizer: a `tokenizer.Tokenizer`.
     labels: a `label_space.LabelSpace`.
     sources: list of {name, split, weight}; the weight is the source's share
-      of a training batch and needs no normalising. 'images' and 'texts' are
-      how many of them the source has.
+      of a training batch and needs no normalising. 'images': as many as the
+      source has; 'texts': as many rows as it takes to show each text once.
     pp: 'op|op(arg)', see `builder`.
     seed: int.
     batch_size: B of the global batch.
@@ -118,7 +118,7 @@ class Pipeline:
       self._splits.append(split)
       if not len(split):  # pylint: disable=g-explicit-length-test
         raise UserError(f'data: {self._names[-1]} has no examples')
-    weights = [_weight(s.get('weight', 1.), split)
+    weights = [_weight(s.get('weight', 1.), split, data_config['sentences'])
                for s, split in zip(sources, self._splits)]
     if min(weights) < 0 or not sum(weights) > 0:
       raise UserError(f'data: the weights of the sources are {weights}; '
@@ -369,9 +369,10 @@ def _partner_texts(row, ids, sources, read):
   return []
 
 
-def _weight(weight, split):
+def _weight(weight, split, sentences):
   """The weight of a source as a number."""
-  counts = {'images': len(split), 'texts': int(split.index['num_texts'].sum())}
+  texts = split.index['num_texts']
+  counts = {'images': len(split), 'texts': int((-(-texts // sentences)).sum())}
   if isinstance(weight, str) and weight not in counts:
     raise UserError(f'data: weight {weight!r} of {split.name}; expected a '
                     f'number or one of {", ".join(counts)}')

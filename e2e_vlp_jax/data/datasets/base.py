@@ -238,7 +238,8 @@ def clean(text):
 
 def reason(error, name):
   """An error without the file's name, so that equal reasons count as one."""
-  return str(error).replace(repr(name), 'it').replace(name, 'it')
+  return re.sub(rf'(?<!\w){re.escape(name)}(?!\w)', 'it',
+                str(error).replace(repr(name), 'it'))
 
 
 def _flat(example):

@@ -96,12 +96,13 @@ class Builder(base.RecordBuilder):
           self.skip(split, reason, where)
       for name, stored in zip(mine, image_files.load_all(mine, part.image)):
         if isinstance(stored, errors.UserError):
-          self.skip(split, f'image: {base.reason(stored, name)}', name)
+          self.skip(split, f'image: {base.reason(stored, name)}',
+                    part.image_id(name))
           continue
         texts = list(dict.fromkeys(
             t for t in map(base.clean, part.texts(name)) if t))
         if not texts:
-          self.skip(split, 'image: no text', name)
+          self.skip(split, 'image: no text', part.image_id(name))
           continue
         if stored.changed:
           self.note(split, f'image encoded again: {stored.changed}')

@@ -82,8 +82,9 @@ class Builder(base.RecordBuilder):
     self._excluded = (_ids(self.options['exclude_coco'])
                       if self.options['exclude_coco'] else set())
     if self._excluded and not self._images:
-      raise errors.UserError(f'no annotation file {self._file("image_data.json")}'
-                             ', which exclude_coco needs')
+      raise errors.UserError('no annotation file '
+                             f'{self._file("image_data.json")}, which '
+                             'exclude_coco needs')
     files = image_files.ImageFiles(self.source, _FOLDERS)
     ids = sorted(self._objects.ids() | self._regions.ids()
                  | (self._images.ids() if self._images else set()))
