@@ -154,6 +154,13 @@ def get_config(arg=None):
   return config
 
 
+def get_sweep(arg=None):
+  """Three learning rates, each with two seeds: what is chance, what is not."""
+  rate = get_config(arg).optim.learning_rate
+  return [{'optim.learning_rate': rate * factor, 'seed': seed}
+          for factor in (.5, 1., 2.) for seed in (0, 1)]
+
+
 def _data(config, data, side, multiple, vocabulary):
   """Input of one or several datasets; evaluators and samples of the first."""
   names = data.split('+')

@@ -139,6 +139,13 @@ def get_config(arg=None):
   return config
 
 
+def get_sweep(arg=None):
+  """Sizes of the dictionary: of r18 and r101 those of the paper's ablation."""
+  sizes = (32, 64, 128) if (arg or 'tiny').startswith('tiny') else (
+      1024, 2048, 4096, 8192)
+  return [{'model.dictionary.size': n} for n in sizes]
+
+
 def _data(config, data, side):
   """Input of one or several datasets; evaluators and samples of the first."""
   scenes, tiny = data == 'scenes', config.model.width == 128

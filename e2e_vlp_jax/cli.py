@@ -44,6 +44,8 @@ def parser(doc, config=False, workdir=False):
 def parse(p, argv=None):
   """Parses `argv`; returns (args, config or None).
 
+  args.overrides has the (key, text) pairs that went into the config.
+
   Args:
     p: a parser from `parser()`.
     argv: arguments without the program's name; sys.argv[1:] by default.
@@ -77,6 +79,7 @@ def parse(p, argv=None):
   spec = getattr(args, 'config', None)
   if overrides and not spec:
     raise errors.UserError(f'--config.{overrides[0][0]} without --config')
+  args.overrides = overrides
   return args, load_config(spec, overrides) if spec else None
 
 
@@ -105,6 +108,31 @@ def load_config(spec, overrides=()):
     UserError: no such file, a bad argument (get_config's ValueError), an
       unknown key (with the nearest one) or a value of another type.
   """
+  config = _call(spec, 'get_config')
+  for key, text in overrides:
+    _override(config, key, text)
+  return config
+
+
+def load_sweep(spec):
+  """The runs of a config file's get_sweep: [{'model.width': 128, ...}].
+
+  Raises:
+    UserError: no such file or function, a bad argument, or no dicts.
+  """
+  runs = _call(spec, 'get_sweep')
+  try:
+    runs = list(runs)
+  except TypeError:
+    runs = []
+  if not runs or not all(isinstance(run, dict) for run in runs):
+    raise errors.UserError(f'--config {spec}: get_sweep gave no list of '
+                           'dicts; expected such as [{"seed": 0}, {"seed": 1}]')
+  return runs
+
+
+def _call(spec, function):
+  """What `function` of the config file 'path.py:ARG' returns for ARG."""
   path, _, argument = spec.partition(':')
   if not (os.path.isfile(path) and path.endswith('.py')):
     files = {os.path.relpath(f) for d in (os.path.dirname(path), 'configs')
@@ -114,15 +142,12 @@ def load_config(spec, overrides=()):
   module_spec = importlib.util.spec_from_file_location('_config', path)
   module = importlib.util.module_from_spec(module_spec)
   module_spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
-    raise errors.UserError(f'--config: {path!r} has no function get_config')
+  if not hasattr(module, function):
+    raise errors.UserError(f'--config: {path!r} has no function {function}')
   try:
-    config = module.get_config(*[argument] if argument else [])
+    return getattr(module, function)(*[argument] if argument else [])
   except ValueError as e:
     raise errors.UserError(f'--config {spec}: {e}') from e
-  for key, text in overrides:
-    _override(config, key, text)
-  return config
 
 
 def _override(config, key, text):

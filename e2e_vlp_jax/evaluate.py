@@ -12,6 +12,7 @@ from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 
 
@@ -27,7 +28,9 @@ def evaluate(config, path, workdir):
   model = models.build(config, vocab_size=tokenizer.vocab_size,
                        num_classes=len(labels.classes),
                        num_attributes=len(labels.attributes))
-  models.check_parameters(model, config, params, path)
+  models.check_variables(
+      model, config, {'params': params, **model_state}, path,
+      run.differences(meta['config']['model'], run.to_dict(config.model)))
   mesh = sharding.make_mesh(config.mesh)
   evaluators = evaluation.Evaluators(config, model, tokenizer, labels, mesh)
   # An unwritable folder is found before the minutes are spent.

@@ -73,14 +73,9 @@ def train(config, workdir, allow_changes=False):
   if state is None:
     state = assembly.init()
     if config.init_from:
-      loaded, model_state, _ = checkpoint.load(config.init_from)
-      params, report_ = checkpoint.merge(
-          state.params, models.adapt(model, loaded, state.params))
-      if not report_['loaded']:
-        raise errors.UserError(f'init_from: {config.init_from!r} has no '
-                               'parameter that fits this model')
-      model_state, _ = checkpoint.merge(state.model_state, model_state)
-      state = state.replace(params=params, model_state=model_state)
+      state, report_ = checkpoint.start_from(
+          config.init_from, state,
+          lambda loaded: models.adapt(model, loaded, state.params))
       run.report_loaded(workdir, config.init_from, report_)
   first_step = int(state.step)
 

@@ -201,6 +201,9 @@ def test_workdir_of_another_run_is_refused(tiny_scenes, tmp_path):
   run.open_workdir(str(tmp_path), config)
   config.log_every_steps = 3
   run.open_workdir(str(tmp_path), config)
+  config.optim.clip_norm = 2.  # Nothing was written yet that could be lost.
+  run.open_workdir(str(tmp_path), config)
+  (tmp_path / 'metrics.jsonl').write_text('')
   config.optim.learning_rate = 1.
   before = (tmp_path / 'config.json').read_text()
   with pytest.raises(errors.UserError, match='optim.learning_rate'):

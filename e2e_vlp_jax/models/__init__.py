@@ -69,10 +69,19 @@ def _backbone_class(name):
                  class_name)
 
 
-def check_parameters(model, config, params, path):
-  """UserError unless `params` (of a checkpoint at `path`) fit the model.
+def check_variables(model, config, found, path, changes):
+  """UserError unless the variables of a checkpoint fit the model.
 
-  Heads that were never trained may be absent altogether.
+  Heads that were never trained may be absent altogether, and so may state
+  that another setting alone needs.
+
+  Args:
+    model: from `build`.
+    config: whole config.
+    found: {'params': ..., other collections}, nested dicts of arrays.
+    path: of the checkpoint, for the message.
+    changes: {key of config.model: (value in the checkpoint's config, value
+      here)}, for the message.
   """
   data = config.data
   batch = synthetic.synthetic_batch(
@@ -80,21 +89,24 @@ def check_parameters(model, config, params, path):
       num_classes=model.num_classes, num_attributes=model.num_attributes,
       batch_size=1)
   shapes = jax.eval_shape(
-      lambda b: model.init(jax.random.key(0), b, model.views), batch)['params']
+      lambda b: model.init(jax.random.key(0), b, model.views), batch)
   flat = lambda tree: {
       tuple(str(k.key) for k in path): tuple(x.shape)
       for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-  want, found = flat(shapes), flat(params)
-  for name, shape in found.items():
-    if want.get(name) != shape:
-      expected = ('no such parameter' if name not in want
-                  else f'shape {want[name]}')
-      raise errors.UserError(
-          f'checkpoint {path}: of another model or size: {"/".join(name)} '
-          f'has shape {shape}, --config expects {expected}')
-  modules = {name[0] for name in found}
-  lacking = [n for n in want if n not in found and n[0] in modules]
-  if lacking:
+  want, found = flat(shapes), flat(found)
+  modules = {name[:2] for name in found}
+  wrong = [f'has {found[n]}, --config expects '
+           + (f'{want[n]}' if n in want else 'none') + f' for {"/".join(n)}'
+           for n in found if found[n] != want.get(n)
+           and (n in want or n[0] == 'params')]
+  wrong += [f'lacks {"/".join(n)}' for n in want if n not in found
+            and n[0] == 'params' and n[:2] in modules]
+  if wrong:
+    more = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''
+    keys = [f'model.{k} is {a!r} there, {b!r} here'
+            for k, (a, b) in changes.items()]
     raise errors.UserError(
-        f'checkpoint {path}: of another model or size: '
-        f'{"/".join(lacking[0])} is missing ({len(lacking)} parameters)')
+        f'checkpoint {path}: of another model or size: it {wrong[0]}{more}'
+        + ('; its config has other values: ' + ', '.join(keys[:4])
+           + (f' and {len(keys) - 4} more' if len(keys) > 4 else '')
+           if keys else ''))

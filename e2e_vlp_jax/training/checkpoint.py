@@ -11,6 +11,7 @@ import os
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -316,6 +317,36 @@ def compare(found, wanted, where):
       parts.append(f'{title}: {", ".join(names[:3])}{more}')
   raise errors.UserError(f'{where} is of another model or size; '
                          + '; '.join(parts))
+
+
+def start_from(path, state, adapt):
+  """A fresh state with what fits of another run's parameters and state.
+
+  Args:
+    path: of a checkpoint, see `step_folder`.
+    state: TrainState.
+    adapt: parameters as they are saved -> as the model wants them.
+
+  Returns:
+    (state, report): see `merge`; 'resized' are those that `adapt` changed.
+
+  Raises:
+    UserError: no checkpoint, or nothing of it fits.
+  """
+  loaded, model_state, _ = load(path)
+  adapted = adapt(loaded)
+  params, report = merge(state.params, adapted)
+  if not report['loaded']:
+    raise errors.UserError(f'init_from: {path!r} has no parameter that fits '
+                           'this model')
+  model_state, others = merge(state.model_state, model_state)
+  before, after = _flat(loaded), _flat(adapted)
+  report = {kind: names + others[kind] for kind, names in report.items()}
+  report['resized'] = [k for k in report['loaded']
+                       if before.get(k) != after.get(k)]
+  average = state.ema_params and jax.tree.map(jnp.copy, params)
+  return state.replace(params=params, model_state=model_state,
+                       ema_params=average), report
 
 
 def merge(params, loaded):

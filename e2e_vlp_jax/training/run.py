@@ -1,4 +1,5 @@
 """A run: its folder, its config, its stages. Everything but the loop."""
+import glob
 import json
 import os
 from typing import Any, NamedTuple
@@ -49,6 +50,31 @@ def _flat(tree, prefix=''):
   return {prefix[:-1]: tree}
 
 
+def differences(old, new, free=()):
+  """{dotted key: (old value, new value)} of two configs as plain dicts.
+
+  Args:
+    old, new: from `to_dict`.
+    free: keys and groups that do not count, such as `FREE_KEYS`.
+  """
+  a, b = _flat(old), _flat(new)
+  return {k: (a.get(k), b.get(k)) for k in sorted(set(a) | set(b))
+          if a.get(k) != b.get(k)
+          and not any(k == f or k.startswith(f + '.') for f in free)}
+
+
+def finished(workdir, config):
+  """Whether `workdir` holds the run of `config`, at its last step."""
+  try:
+    with open(os.path.join(workdir, 'config.json')) as f:
+      held = json.load(f)
+  except (OSError, ValueError):
+    return False
+  last = os.path.join(workdir, 'checkpoints', str(config.total_steps))
+  return os.path.isdir(last) and not differences(held, to_dict(config),
+                                                 FREE_KEYS)
+
+
 def open_workdir(workdir, config, allow_changes=False):
   """Creates a run's folder, or checks that it holds this very run.
 
@@ -69,28 +95,29 @@ def open_workdir(workdir, config, allow_changes=False):
         'bucket (gcsfuse, Filestore, NFS) and name the mounted folder')
   path = os.path.join(workdir, 'config.json')
   new = to_dict(config)
-  if os.path.exists(path):
+  # A run that was refused before it wrote anything has nothing to lose.
+  written = [f for f in (os.path.join(workdir, 'metrics.jsonl'),
+                         *glob.glob(f'{glob.escape(workdir)}/checkpoints/*'))
+             if os.path.exists(f)]
+  if written and os.path.exists(path):
     try:
       with open(path) as f:
         old = json.load(f)
     except ValueError as e:
       raise errors.UserError(f'{path}: not JSON ({e}); is --workdir right?'
                              ) from e
-    a, b = _flat(old), _flat(new)
-    free = lambda k: any(k == f or k.startswith(f + '.') for f in FREE_KEYS)
-    diff = [k for k in sorted(set(a) | set(b))
-            if a.get(k) != b.get(k) and not free(k)]
+    diff = [(k, *v) for k, v in differences(old, new, FREE_KEYS).items()]
     if diff and allow_changes:
       if jax.process_index() == 0:
-        for k in diff:
-          print(f'--allow-changes: {k}: {a.get(k)!r} -> {b.get(k)!r}')
+        for k, there, here in diff:
+          print(f'--allow-changes: {k}: {there!r} -> {here!r}')
     elif diff:
-      k = diff[0]
+      k, there, here = diff[0]
       more = f' and {len(diff) - 1} more keys' if len(diff) > 1 else ''
       raise errors.UserError(
           f'--workdir {workdir} holds a run with another config: {k} is '
-          f'{a.get(k)!r} there, {b.get(k)!r} here{more}; use another '
-          'workdir or that config, or --allow-changes')
+          f'{there!r} there, {here!r} here{more}; use another workdir or '
+          'that config, or --allow-changes')
   if jax.process_index() == 0:
     try:
       os.makedirs(workdir, exist_ok=True)
@@ -108,14 +135,16 @@ def report_loaded(workdir, path, report):
   Args:
     workdir: gets init_from.json.
     path: of the checkpoint.
-    report: from `checkpoint.merge`.
+    report: from `checkpoint.start_from`.
   """
   if jax.process_index():
     return
-  why = {'loaded': 'loaded', 'missing': 'new here, freshly drawn',
+  why = {'loaded': 'loaded', 'resized': 'of these resized',
+         'missing': 'new here, freshly drawn',
          'surplus': 'in the checkpoint alone, skipped',
          'other_shape': 'of another shape, freshly drawn'}
-  for kind, names in report.items():
+  for kind in why:
+    names = report[kind]
     some = (f': {", ".join(names[:5])}' + ', ...' * (len(names) > 5)
             if kind != 'loaded' and names else '')
     print(f'init_from {path}: {len(names)} {why[kind]}{some}', flush=True)

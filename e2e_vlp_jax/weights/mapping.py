@@ -24,6 +24,7 @@ import pkgutil
 import re
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 
 from e2e_vlp_jax import errors
@@ -150,7 +151,8 @@ def _canonical(source, names):
 def value_of(config, key):
   """The config's value under 'a.b.c', None where it has no such key."""
   for part in key.split('.'):
-    config = config[part] if config is not None and part in config else None
+    inside = isinstance(config, ml_collections.ConfigDict) and part in config
+    config = config[part] if inside else None
   return config
 
 
@@ -166,7 +168,7 @@ def check_config(facts, config, sizes, path, resize=False, fewer=()):
     resize: windows may differ.
     fewer: keys that may be less in `config`.
   """
-  found, fitting = [], []
+  found, fitting, absent = [], [], []
   for key, value in facts.items():
     if key in sizes:
       key, number, settings = sizes[key]
@@ -179,12 +181,15 @@ def check_config(facts, config, sizes, path, resize=False, fewer=()):
     node = value_of(config, key)
     if key in fewer and node is not None and 0 < node < value:
       continue
-    if node != value and not (resize and key == WINDOW and node):
+    if node is None:  # cannot be set on the command line
+      absent.append(key)
+    elif node != value and not (resize and key == WINDOW):
       found.append(f'{key} is {node}, the file has {value}')
-      # A key that the config lacks cannot be set on the command line.
       fitting.append(f"--config.{key}={str(value).replace(' ', '')}"
-                     + (' (or --resize)' if key == WINDOW else '')
-                     if node is not None else f'a config that has {key}')
+                     + (' (or --resize)' if key == WINDOW else ''))
+  if absent:
+    found.append(f'it has no {_some(absent)}')
+    fitting.append(f'a config that has {absent[0]}')
   if found:
     raise errors.UserError(
         f'--input {path!r} is of another model than --config: '

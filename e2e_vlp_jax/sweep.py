@@ -1,0 +1,311 @@
+"""Runs of one config that differ in some values: its file's `get_sweep`.
+
+  python -m e2e_vlp_jax.sweep --config configs/e2e_vlp.py:tiny --workdir W
+
+`get_sweep(ARG)` gives dicts {config key: value}, one a run; ARG is that of
+`get_config`. --config.a.b=value holds for all runs. Each run is a training of
+its own in W/NAME, NAME saying what is particular to it.
+
+  --mode local  one after the other. Again: what is done is skipped, what was
+                stopped goes on. A run that fails is named at the end (exit
+                code 1) and keeps no other from running.
+  --mode slurm  writes W/sweep.sbatch, one array task a run, each as
+                launch/slurm.sbatch does it, and prints how to submit it.
+  --mode print  prints the commands.
+  --mode table  what the runs have come to so far.
+
+Local runs and `table` write W/sweep.json and W/sweep.html: overrides and last
+metrics of every run, the best by --metric first.
+"""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from typing import Any, NamedTuple
+import zlib
+
+import jinja2
+
+from e2e_vlp_jax import cli
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.training import run as run_lib
+
+TRAIN = ('python', '-m', 'e2e_vlp_jax.train')
+SLURM = os.path.join('launch', 'slurm.sbatch')
+_LONGEST = 120  # characters of a run's name; file systems allow 255 bytes
+
+
+class Run(NamedTuple):
+  """One training.
+
+  Attributes:
+    name: of its folder.
+    overrides: {config key: value}, what the sweep gives it.
+    config: with them.
+    workdir: path.
+    arguments: of train.
+  """
+  name: str
+  overrides: dict
+  config: Any
+  workdir: str
+  arguments: list
+
+
+def runs_of(spec, common, workdir):
+  """The runs of a sweep, every one with a config that holds.
+
+  Args:
+    spec: 'path.py:ARG'.
+    common: (key, text) pairs for all runs.
+    workdir: folder of the sweep.
+
+  Raises:
+    UserError: an unknown key, a value of another type, two runs alike.
+  """
+  sweep = cli.load_sweep(spec)
+  out, seen = [], {}
+  for number, overrides in enumerate(sweep, 1):
+    for key, _ in common:
+      if key in overrides:
+        raise errors.UserError(f'--config.{key}: the sweep itself sets it, to '
+                               f'{overrides[key]!r} in run {number}')
+    texts = [(key, _text(value)) for key, value in overrides.items()]
+    try:
+      config = cli.load_config(spec, [*common, *texts])
+    except errors.UserError as e:
+      raise errors.UserError(f'get_sweep of {spec}, run {number}: {e}') from e
+    name = _name(overrides, sweep)
+    if name in seen:
+      raise errors.UserError(f'get_sweep of {spec}: runs {seen[name]} and '
+                             f'{number} are both {name!r}')
+    seen[name] = number
+    folder = os.path.join(workdir, name)
+    out.append(Run(name, overrides, config, folder, [
+        '--config', spec, '--workdir', folder,
+        *(f'--config.{key}={text}' for key, text in [*common, *texts])]))
+  return out
+
+
+def _text(value):
+  """A value as the command line reads it."""
+  if isinstance(value, bool):
+    return str(value).lower()
+  return value if isinstance(value, str) else repr(value)
+
+
+def _name(overrides, sweep):
+  """'learning_rate=0.001,seed=1', or full keys where those would not do."""
+  keys = {key for run in sweep for key in run}
+  last = lambda key: key.rpartition('.')[2]
+  alone = lambda key: sum(last(k) == last(key) for k in keys) == 1
+  name = ','.join(f'{last(k) if alone(k) else k}={_text(v)}'
+                  for k, v in overrides.items()) or 'base'
+  plain = re.sub(r'[^-\w.=,+]+', '_', name, flags=re.ASCII)
+  if plain != name or len(plain) > _LONGEST:  # What was cut makes no two alike.
+    plain = f'{plain[:_LONGEST]}-{zlib.crc32(name.encode()):08x}'
+  return plain
+
+
+# --- The table --------------------------------------------------------------
+def table(runs, metric=None):
+  """[{'name', 'overrides', 'workdir', 'step', 'finished', 'metrics'}].
+
+  The last value of each eval/ metric and of the loss; the best by `metric`
+  first, which is the largest, or of a loss the smallest.
+  """
+  rows = []
+  for run in runs:
+    step, metrics = 0, {}
+    try:
+      with open(os.path.join(run.workdir, 'metrics.jsonl')) as f:
+        for line in filter(None, map(_read, f)):
+          step = max(step, line.get('step', 0))
+          metrics.update({k: v for k, v in line.items() if v is not None
+                          and (k.startswith('eval/') or k == 'train/loss')})
+    except FileNotFoundError:
+      pass
+    rows.append({'name': run.name, 'overrides': run.overrides,
+                 'workdir': run.workdir, 'step': step,
+                 'finished': run_lib.finished(run.workdir, run.config),
+                 'metrics': metrics})
+  sign = 1 if metric and 'loss' in metric else -1
+  return sorted(rows, key=lambda row: sign * row['metrics'][metric]
+                if metric in row['metrics'] else float('inf'))
+
+
+def _read(line):
+  try:
+    return json.loads(line)
+  except ValueError:  # half written
+    return None
+
+
+_PAGE = jinja2.Template('''<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+  body { margin: 24px; color: #1f2328; font: 15px/1.45 system-ui, sans-serif; }
+  table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+  th, td { padding: 4px 12px; border-bottom: 1px solid #e3e6ea;
+           text-align: right; }
+  th { color: #6b7280; font-size: 13px; }
+  th:first-child, td:first-child { text-align: left; }
+</style></head><body>
+<h1>{{ title }}</h1>
+<table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row, link in rows %}<tr>{% for cell in row %}
+<td>{% if loop.first %}<a href="{{ link }}">{{ cell }}</a>
+{% else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>
+{% endfor %}</table></body></html>
+''', autoescape=True)
+
+
+def write_table(workdir, spec, runs, metric=None):
+  """Writes W/sweep.json and W/sweep.html; returns the rows of `table`."""
+  rows = table(runs, metric)
+  names = sorted({k for row in rows for k in row['metrics']},
+                 key=lambda k: (k != metric, k))
+  keys = list(dict.fromkeys(k for row in rows for k in row['overrides']))
+  cells = [([row['name'], *(_text(row['overrides'].get(k, '')) for k in keys),
+             row['step'] if row['finished'] else f'{row["step"]}, not done',
+             *(f'{row["metrics"][k]:.4f}' if k in row['metrics'] else ''
+               for k in names)], f'{row["name"]}/report.html') for row in rows]
+  page = _PAGE.render(title=f'Sweep of {spec}', rows=cells,
+                      head=['run', *keys, 'step', *names])
+  _write(os.path.join(workdir, 'sweep.json'), json.dumps(
+      {'config': spec, 'metric': metric, 'runs': rows}, indent=1))
+  _write(os.path.join(workdir, 'sweep.html'), page)
+  return rows
+
+
+def _write(path, text):
+  try:
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+      f.write(text)
+    os.replace(path + '.tmp', path)
+  except OSError as e:
+    raise errors.UserError(f'{path}: cannot be written ({e.strerror})') from e
+
+
+def show(rows, metric):
+  """Prints the rows: name, step, and `metric` or the first few metrics."""
+  names = [metric] if metric else sorted(
+      {k for row in rows for k in row['metrics']})[:4]
+  cells = [['run', 'step', *names]] + [
+      [row['name'], f'{row["step"]}{"" if row["finished"] else ", not done"}',
+       *(f'{row["metrics"][k]:.4f}' if k in row['metrics'] else '-'
+         for k in names)] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  for row in cells:
+    print('  '.join(f'{cell:{w}}' for cell, w in zip(row, widths)).rstrip())
+
+
+# --- The modes --------------------------------------------------------------
+def run_here(runs, after):
+  """Trains one after the other; returns the exit code.
+
+  Args:
+    runs: [Run].
+    after: called after each.
+  """
+  failed, stopped = {}, []
+  for number, run in enumerate(runs, 1):
+    here = f'[{number}/{len(runs)}] {run.name}'
+    if run_lib.finished(run.workdir, run.config):
+      print(f'{here}: done before', flush=True)
+      continue
+    print(f'{here}: {run.workdir}', flush=True)
+    # Ctrl-C reaches the training, too, which saves before it ends; SIGTERM
+    # has to be passed on.
+    child = subprocess.Popen([sys.executable, *TRAIN[1:], *run.arguments])
+    handle = lambda signum, frame, child=child: (
+        stopped.append(signum),
+        signum == signal.SIGTERM and child.terminate())
+    before = {s: signal.signal(s, handle)
+              for s in (signal.SIGINT, signal.SIGTERM)}
+    code = child.wait()
+    for number_, handler in before.items():
+      signal.signal(number_, handler)
+    after()
+    if stopped:
+      print(f'{here}: stopped; the same command goes on', flush=True)
+      return 128 + stopped[0]
+    if code or not run_lib.finished(run.workdir, run.config):
+      failed[run.name] = f'exit code {code}' if code else 'ended too early'
+      print(f'{here}: failed ({failed[run.name]})', flush=True)
+  for name, why in failed.items():
+    print(f'failed: {name} ({why})', file=sys.stderr)
+  return 1 if failed else 0
+
+
+def write_slurm(runs, workdir):
+  """Writes W/sweep.sbatch; returns the command that submits it."""
+  try:
+    with open(SLURM, encoding='utf-8') as f:
+      options = [line for line in f if line.startswith('#SBATCH')]
+  except FileNotFoundError:
+    raise errors.UserError(f'--mode slurm: no {SLURM} in {os.getcwd()!r}; run '
+                           'it in the repository\'s root') from None
+  cases = ''.join(f'  {i}) arguments=({shlex.join(run.arguments)}) ;;\n'
+                  for i, run in enumerate(runs))
+  path = os.path.join(workdir, 'sweep.sbatch')
+  _write(path, f'''#!/usr/bin/env bash
+{''.join(options)}#SBATCH --array=0-{len(runs) - 1}
+# One array task a run; options given to sbatch win. To see what task 0 does:
+#   DRY_RUN=1 SLURM_ARRAY_TASK_ID=0 bash {shlex.quote(path)}
+set -euo pipefail
+cd "${{SLURM_SUBMIT_DIR:-}}" 2>/dev/null || true
+[[ -f {SLURM} ]] || cd {shlex.quote(os.getcwd())}
+case "${{SLURM_ARRAY_TASK_ID:-none}}" in
+{cases}  *) echo 'error: not a task of the array; start it with sbatch' >&2
+     exit 2 ;;
+esac
+exec bash {SLURM} "${{arguments[@]}}"
+''')
+  return shlex.join(['sbatch', path])
+
+
+def check_metric(metric, config):
+  """UserError unless the runs of `config` can have this metric."""
+  names = [f'eval/{name}/' for name in config.evals]
+  if metric != 'train/loss' and not any(map(metric.startswith, names)):
+    raise errors.UserError(
+        f'--metric: {metric!r} is of no evaluator of the config'
+        + (errors.nearest('/'.join(metric.split('/')[:2]) + '/', names)
+           or f'; expected one that begins with {names[0]}'))
+
+
+def main(argv=None):
+  with errors.exit_on_user_error():
+    parser = cli.parser(__doc__, config='required', workdir=True)
+    parser.add_argument('--mode', default='local',
+                        choices=('local', 'slurm', 'print', 'table'))
+    parser.add_argument('--metric', metavar='eval/NAME/METRIC',
+                        help='by which the table is sorted')
+    args, config = cli.parse(parser, argv)
+    if args.metric:
+      check_metric(args.metric, config)
+    workdir = os.path.abspath(args.workdir)
+    runs = runs_of(args.config, args.overrides, workdir)
+    collect = lambda: write_table(workdir, args.config, runs, args.metric)
+    code = 0
+    if args.mode == 'print':
+      for run in runs:
+        print(shlex.join([*TRAIN, *run.arguments]))
+    elif args.mode == 'slurm':
+      print(write_slurm(runs, workdir))
+    else:
+      collect()  # A folder that cannot be written is found out here.
+      if args.mode == 'local':
+        code = run_here(runs, collect)
+      show(collect(), args.metric)
+      print(f'written: {os.path.join(workdir, "sweep.html")}, sweep.json')
+  sys.exit(code)
+
+
+if __name__ == '__main__':
+  main()
