@@ -50,14 +50,14 @@ def parse_argument(arg):
   return size, options
 
 
-def buckets(side):
+def buckets(side, multiple):
   """4:3, 3:2 and square, with `side` pixels on the short side.
 
   The released code resizes to a short side of at most 600 and a long one of
   at most 1000, and pads to multiples of 32; most photographs of COCO are 4:3
   or 3:2, which is 608x800 or 608x928 there, and here.
   """
-  up = lambda x: -int(-x // 32) * 32
+  up = lambda x: -int(-x // multiple) * multiple
   short, wide, wider = up(side), up(side * 4 / 3), up(side * 3 / 2)
   return ((short, wide), (short, wider), (wide, short), (wider, short),
           (short, short))
@@ -166,7 +166,7 @@ def _data(config, data, side):
       tokenizer=dict(kind='wordpiece',
                      path='scenes' if scenes else 'bert-base-uncased'),
       labels=data if data in ('scenes', 'coco') else 'joint',
-      buckets=((side, side),) if scenes else buckets(side),
+      buckets=((side, side),) if scenes else buckets(side, 12 if tiny else 32),
       max_text=length, sentences=2 if tiny else 4,
       max_boxes=8 if scenes else 100, max_attributes=4, threads=0,
       max_bad_records=100, pp_train=f'{train}|mlm({rate})|itm(.5)')
