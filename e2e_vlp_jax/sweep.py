@@ -256,7 +256,7 @@ def write_slurm(runs, workdir):
   _write(path, f'''#!/usr/bin/env bash
 {''.join(options)}#SBATCH --array=0-{len(runs) - 1}
 # One array task a run; options given to sbatch win. To see what task 0 does:
-#   DRY_RUN=1 SLURM_ARRAY_TASK_ID=0 bash {shlex.quote(path)}
+#   DRY_RUN=1 SLURM_ARRAY_TASK_ID=0 bash sweep.sbatch
 set -euo pipefail
 cd "${{SLURM_SUBMIT_DIR:-}}" 2>/dev/null || true
 [[ -f {SLURM} ]] || cd {shlex.quote(os.getcwd())}

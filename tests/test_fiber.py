@@ -467,7 +467,11 @@ def test_parameter_counts():
     (lambda c: c.data.update(max_text=21), 'positions'),
     (lambda c: c.model.update(fuse=5), 'fuse'),
     (lambda c: c.model.update(queue=4), 'sentences'),
-], ids=['window', 'patch', 'positions', 'fuse', 'queue'])
+    (lambda c: c.model.update(queue=-1), 'model.queue: -1'),
+    (lambda c: c.model.swin.update(depths=(1, 1, 1, 1)), 'model.swin.heads'),
+    (lambda c: c.model.text.update(heads=3), 'heads: 3.*text/layers_0'),
+], ids=['window', 'patch', 'positions', 'fuse', 'queue', 'queue<0', 'stages',
+        'heads'])
 def test_what_does_not_fit_is_refused(change, message):
   config = small_config()
   change(config)
@@ -482,3 +486,21 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_arguments_are_checked(arg):
   with pytest.raises(ValueError, match='choose'):
     config_lib.get_config(arg)
+  with pytest.raises(ValueError, match="side: found 'x', expected a whole"):
+    config_lib.get_config('base,side=x')
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'batch_size': 1}, 'batch_size: 1 in 1'),
+    ({'batch_size': 2, 'accumulate': 2, 'objectives.itc': 0.},
+     'objective itm .* at least 4'),
+    ({'objective_options.itm.view': 'hard'}, 'valid choices: joint'),
+    ({'optim.schedule': 'cosin', 'warm_start.steps': 5}, 'optim.schedule'),
+    ({'dtype': 'float33'}, "dtype: 'float33'.*'float32'")])
+def test_recipes_that_cannot_be(changes, message):
+  """Refused before the first step, of a later stage too."""
+  config = config_lib.get_config('tiny')
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.UserError, match=message):
+    assemble.Assembly(config, models.build(config, **SIZES),
+                      sharding.make_mesh(config.mesh), {})

@@ -452,6 +452,11 @@ def test_missing_and_extra_tensors(state, convert_state, capsys):
     ('model.dictionary.update', 'momentun', "did you mean 'momentum'"),
     ('model.neck.mix', 'gates', "did you mean 'gate'"),
     ('model.mvm.cell', 'image', 'valid choices: batch, pair'),
+    ('model.heads', 5, 'width 32 of encoder/layer0.*such as 4'),
+    ('model.act', 'gelo', "did you mean 'gelu'"),
+    ('model.itm_pool', 'cla', "did you mean 'cls'"),
+    ('model.dictionary.size', -1, 'model.dictionary.size: -1'),
+    ('model.backbone.depth', 19, 'depth 19; valid choices: 18, 34'),
     ('data.max_text', 17, 'texts of 17 tokens for model.max_text: 16')])
 def test_values_that_do_not_fit(key, value, part):
   config = resnet_config(**{key: value})

@@ -13,6 +13,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import synthetic
 
 MODELS = ('e2e_vlp', 'soho', 'fiber')
+DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 BACKBONES = {'resnet': ('resnet', 'ResNet'),
              'patch_cnn': ('patch_cnn', 'PatchCNN')}
 
@@ -33,6 +34,9 @@ def build(config, *, vocab_size, num_classes, num_attributes):
   except (ModuleNotFoundError, AttributeError) as e:
     raise errors.UserError(f'model.name: no model {model.name!r}'
                            + errors.nearest(model.name, MODELS)) from e
+  if config.dtype not in DTYPES:
+    raise errors.UserError(f'dtype: {config.dtype!r}'
+                           + errors.nearest(config.dtype, DTYPES))
   if 'backbone' in model:
     _backbone_class(model.backbone.name)
   return cls(ml_collections.FrozenConfigDict(model),

@@ -168,8 +168,8 @@ class Model(nn.Module):
                                                   self.text_embedding.attend)
         if 'itm' in wanted:
           out[view]['itm_logits'] = self.itm_head(
-              text[:, :, 0] if self.config.itm_pool == 'cls' else
-              layers.masked_mean(text, batch[prefix + '_mask']))
+              layers.pool(text, batch[prefix + '_mask'],
+                          self.config.itm_pool))
     return out
 
   def _image_only(self, image, memory, batch, wanted, train):

@@ -83,6 +83,9 @@ class Model(nn.Module):
     self.mlm_decoder = self.param('mlm_decoder', fusion.TEXT_INIT,
                                   (c.width, self.vocab_size))
     self.cells_head = heads_lib.Cells(self.num_classes, self.num_attributes)
+    if c.queue < 0:
+      raise errors.UserError(f'model.queue: {c.queue}; expected 0 (none) or '
+                             'a number of past examples')
     if c.queue:
       self.queue = queue_lib.Queue(c.queue)
       self.temperature = self.param(
@@ -210,8 +213,7 @@ class Model(nn.Module):
 
   def pair(self, text, image, mask):
     """Projected tokens, text mask -> both pooled [..., 2E], text first."""
-    text = (text[..., 0, :] if self.config.itm_pool == 'cls' else
-            layers.masked_mean(text, mask))
+    text = layers.pool(text, mask, self.config.itm_pool)
     return jnp.concatenate([
         jnp.tanh(self.text_pooler(text)),
         jnp.tanh(self.image_pooler(image.mean(-2)))], -1)

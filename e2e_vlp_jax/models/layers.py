@@ -18,12 +18,41 @@ Array = jax.Array
 # valid key (an all-padding example) stays finite instead of becoming NaN.
 MASKED = -1e9
 REMAT = ('none', 'dots', 'full')
+POOLS = ('cls', 'mean')
+_ACTIVATIONS = {'relu': jax.nn.relu,
+                'gelu': lambda x: jax.nn.gelu(x, approximate=False)}
 
 
 def activation(name: str) -> Callable[[Array], Array]:
   """'relu' | 'gelu' (the exact erf form, as BERT and torch have it)."""
-  return {'relu': jax.nn.relu,
-          'gelu': lambda x: jax.nn.gelu(x, approximate=False)}[name]
+  if name not in _ACTIVATIONS:
+    raise errors.UserError(f'model.act: {name!r}'
+                           + errors.nearest(name, _ACTIVATIONS))
+  return _ACTIVATIONS[name]
+
+
+def check_heads(heads, width, where):
+  """UserError unless heads divide the width of `where` (a module's path)."""
+  if heads < 1 or width % heads:
+    fitting = min((n for n in range(1, width + 1) if width % n == 0),
+                  key=lambda n: abs(n - heads))
+    raise errors.UserError(
+        f'heads: {heads} heads do not divide the width {width} of '
+        f'{"/".join(where)}; expected a divisor, such as {fitting}')
+
+
+def pool(states: Array, mask: Array, how: str) -> Array:
+  """One vector a text, `model.itm_pool`: its first token, or their mean.
+
+  Args:
+    states: [..., L, D].
+    mask: [..., L].
+    how: one of `POOLS`.
+  """
+  if how not in POOLS:
+    raise errors.UserError(f'model.itm_pool: {how!r}'
+                           + errors.nearest(how, POOLS))
+  return states[..., 0, :] if how == 'cls' else masked_mean(states, mask)
 
 
 def wide(x: Array) -> Any:
@@ -105,6 +134,8 @@ class MultiHeadAttention(nn.Module):
   @nn.compact
   def __call__(self, query, key, value, bias=None, train=False):
     """[B, T, D], [B, N, D], [B, N, D], bias to [B, H, T, N] -> [B, T, D]."""
+    check_heads(self.heads, self.width, self.path)
+
     def project(name, x):
       x = nn.Dense(self.width, dtype=self.dtype, name=name,
                    kernel_init=self.kernel_init)(x)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import layers
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3),
@@ -157,6 +158,10 @@ class ResNet(nn.Module):
     x = stop(x, 0)
     block = layers.remat(Block, self.remat, static_argnums=(2,))
     maps = []
+    if self.depth not in BLOCKS:
+      raise errors.UserError(
+          f'model.backbone.depth: no ResNet of depth {self.depth}; valid '
+          f'choices: {", ".join(map(str, BLOCKS))}')
     for stage, count in enumerate(BLOCKS[self.depth], 1):
       last_dilated = stage == 4 and self.dilated
       for i in range(count):

@@ -56,6 +56,9 @@ class Model(nn.Module):
     if c.mvm.cell not in CELLS:
       raise errors.UserError(f'model.mvm.cell: {c.mvm.cell!r}'
                              + errors.nearest(c.mvm.cell, CELLS))
+    if c.dictionary.size < 0:
+      raise errors.UserError(f'model.dictionary.size: {c.dictionary.size}; '
+                             'expected 0 (none) or a number of words')
     self.backbone = models.build_backbone(c.backbone, self.dtype)
     self.neck = necks.Neck(c.width, dict(c.dictionary), dtype=self.dtype,
                            **c.neck)
@@ -210,7 +213,6 @@ class Model(nn.Module):
     if 'mlm' in wanted:
       out['mlm_logits'] = self.text_embedding.attend(states)
     if 'itm' in wanted:
-      state = (states[:, :, 0] if self.config.itm_pool == 'cls' else
-               layers.masked_mean(states, valid))
+      state = layers.pool(states, valid, self.config.itm_pool)
       out['itm_logits'] = self.itm_head(state.astype(jnp.float32))
     return out

@@ -117,6 +117,7 @@ class WindowAttention(nn.Module):
   def __call__(self, x, window, bias=None):
     """[B, windows, n, C], (rows, columns), bias to [windows, H, n, n] -> x."""
     c = x.shape[-1]
+    layers.check_heads(self.heads, c, self.path)
     dense = functools.partial(nn.Dense, dtype=self.dtype,
                               kernel_init=fusion.image_init(self.scratch))
     qkv = dense(3 * c, name='qkv')(x)
@@ -248,6 +249,10 @@ class Swin(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self):
+    if len(self.heads) != len(self.depths):
+      raise errors.UserError(
+          f'model.swin.heads: {tuple(self.heads)} for model.swin.depths '
+          f'{tuple(self.depths)}; expected as many, one a stage')
     self.patch_embed = nn.Conv(
         self.width, (self.patch,) * 2, (self.patch,) * 2, 'VALID',
         dtype=self.dtype, kernel_init=_PATCH_INIT)

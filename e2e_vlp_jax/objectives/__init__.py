@@ -6,7 +6,8 @@ fields are `config.objective_options.<name>`):
 - `__call__(outputs, batch) -> (losses, metrics)`, both {name: (sum, weight)}.
   A loss is sum / weight over the global batch; losses add up. Metrics are
   only logged. A weight should depend on the batch alone: one that depends on
-  the model's outputs costs accumulation a second forward pass.
+  the model's outputs costs accumulation a second forward pass;
+- `check(config)`, if there is anything to refuse before the run starts.
 """
 import importlib
 
@@ -46,10 +47,44 @@ def build(config, mesh=None, batch_axes=(), weights=None):
                                f'option{errors.nearest(key, fields)}')
     if 'mesh' in fields:
       options.update(mesh=mesh, batch_axes=tuple(batch_axes))
-    out[name] = (weight, module.Objective(**options))
+    objective = module.Objective(**options)
+    if hasattr(objective, 'check'):
+      objective.check(config)
+    out[name] = (weight, objective)
   if not out:
     raise errors.UserError('objectives: every weight is 0, nothing to train')
   return out
+
+
+def check_rivals(config, name):
+  """UserError if a (micro-)batch has one image and there is no queue."""
+  rows = config.batch_size // config.accumulate
+  if rows < 2 and not config.model.get('queue', 0):
+    raise errors.UserError(
+        f'batch_size: {config.batch_size} in {config.accumulate} part(s), but '
+        f'objective {name} sets the images of a part against each other: '
+        f'expected at least {2 * config.accumulate}')
+
+
+def check_requests(objectives, views, name):
+  """UserError if an objective asks what the model does not have.
+
+  Args:
+    objectives: from `build`.
+    views: `Model.views`.
+    name: of the model.
+  """
+  for objective_name, (_, objective) in objectives.items():
+    for view, heads in objective.requests.items():
+      lacking = [h for h in heads if h not in views.get(view, ())]
+      if lacking:
+        having = [v for v in views if lacking[0] in views[v]]
+        raise errors.UserError(
+            f'objectives.{objective_name}: needs the head {lacking[0]!r} of '
+            f'the view {view!r}, which model {name!r} with these options does '
+            'not have'
+            + (errors.nearest(view, having) if having else
+               f'; set objectives.{objective_name}=0'))
 
 
 def requests(objectives):

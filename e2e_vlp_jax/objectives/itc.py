@@ -12,6 +12,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from e2e_vlp_jax import objectives
+
 _MASKED = -1e9
 
 
@@ -27,6 +29,10 @@ class Objective:
   """
   requests: ClassVar = {'image_only': ('itc',), 'text_only': ('itc',)}
   unfilled: bool = False
+
+  def check(self, config):
+    """UserError where an image would have no rival."""
+    objectives.check_rivals(config, 'itc')
 
   def __call__(self, outputs, batch):
     found = {**outputs['image_only'], **outputs['text_only']}

@@ -1,6 +1,7 @@
 """Image-text matching: does this text belong to this image?"""
 import dataclasses
 
+from e2e_vlp_jax import objectives
 from e2e_vlp_jax.objectives import tokens
 
 
@@ -13,6 +14,11 @@ class Objective:
       which are true; otherwise the input pipeline has swapped texts.
   """
   view: str = 'joint_masked'
+
+  def check(self, config):
+    """UserError where no other pair could be the negative."""
+    if self.view == 'hard_negative':
+      objectives.check_rivals(config, 'itm')
 
   @property
   def requests(self):

@@ -40,6 +40,9 @@ class Assembly:
     self.objectives = [
         objectives_lib.build(config, mesh, sharding.BATCH_AXES,
                              stage.objectives) for stage in self.stages]
+    for stage, built in zip(self.stages, self.objectives):
+      objectives_lib.check_requests(built, model.views, config.model.name)
+      self.schedule(stage)  # A later stage's mistake shows now, not then.
     self.requests = objectives_lib.requests(
         {f'{i}/{k}': v for i, built in enumerate(self.objectives)
          for k, v in built.items()})
