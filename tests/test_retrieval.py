@@ -96,7 +96,7 @@ class Table(predictor_lib.Predictor):
                      zip(batch['example_id'], batch['text'])])
 
 
-def expected(table, pipeline, ids, texts, top_k, score='odds'):
+def expected(table, pipeline, ids, texts, top_k, score='odds', weight=0.):
   """The evaluator's result, pair by pair."""
   written = [pipeline.record(i)['texts'][:texts] for i in ids]
   owner = np.repeat(np.arange(len(ids)), [len(w) for w in written])
@@ -108,6 +108,7 @@ def expected(table, pipeline, ids, texts, top_k, score='odds'):
   near = (np.array([table.image_vector(i) for i in ids])
           @ np.array([table.text_vector(t) for t in tokens]).T)
   out = by_hand(near, near, owner)
+  judged = judged + weight * near
   if top_k:
     by_image, by_text = near.astype(float), near.astype(float)
     for i in range(len(ids)):
@@ -123,20 +124,21 @@ def expected(table, pipeline, ids, texts, top_k, score='odds'):
   return out
 
 
-@pytest.mark.parametrize('itc, texts, top_k, score, batch_size, at_once', [
-    (True, 3, 5, 'odds', 6, 4), (True, 1, 0, 'odds', 16, 4),
-    (True, 2, 100, 'logit', 5, 16), (False, 1, 7, 'odds', 6, 4),
-    (False, 2, 7, 'logit', 16, 40)])
+@pytest.mark.parametrize(
+    'itc, texts, top_k, score, weight, batch_size, at_once', [
+        (True, 3, 5, 'odds', 0., 6, 4), (True, 1, 0, 'odds', 0., 16, 4),
+        (True, 2, 100, 'logit', 0., 5, 16), (True, 2, 6, 'odds', 1.5, 6, 4),
+        (False, 1, 7, 'odds', 0., 6, 4), (False, 2, 7, 'logit', 0., 16, 40)])
 def test_against_a_derivation_by_hand(config, built, itc, texts, top_k, score,
-                                      batch_size, at_once):
+                                      weight, batch_size, at_once):
   table = Table(built, config, itc)
   pipeline = test_evaluators.open_pipeline(config, table, PP, batch_size)
   done = []
   got = retrieval.evaluate(table, {}, pipeline, progress=done.append,
                            texts=texts, top_k=top_k, score=score,
-                           at_once=at_once)
+                           itc_weight=weight, at_once=at_once)
   assert got == pytest.approx(expected(table, pipeline, range(16), texts,
-                                       top_k, score))
+                                       top_k, score, weight))
   scored = itc and top_k or not itc
   assert done.count(16) == (2 if scored else 1) and max(done) == 16
   # One shape, so one compilation; and no more work than asked for.
@@ -245,3 +247,8 @@ def test_options_of_the_config(config, built, options, expected_):
   with pytest.raises(errors.UserError, match=expected_):
     evaluation.Evaluators(config, built[0].model, built[0].tokenizer,
                           built[0].labels).run(built[1])
+  config.evals.retrieval.texts = 1
+  with pytest.raises(errors.UserError,
+                     match=r'evals.retrieval.texts.*evals.retrieval.options'):
+    evaluation.Evaluators(config, built[0].model, built[0].tokenizer,
+                          built[0].labels)

@@ -15,6 +15,9 @@ import tqdm
 
 from e2e_vlp_jax import errors
 
+_KEYS = ('type', 'source', 'pp', 'max_examples', 'training_examples',
+         'options')
+
 
 class Evaluators:
   """The evaluators of a config, ready to run on any parameters.
@@ -47,6 +50,12 @@ class Evaluators:
             f'evals.{name}.type: no evaluator {options.type!r}'
             + errors.nearest(options.type, ['detection', 'captioning', 'itm',
                                             'mlm', 'retrieval'])) from e
+      for key in options:
+        if key not in _KEYS:
+          raise errors.UserError(
+              f'evals.{name}.{key}: no such key'
+              + errors.nearest(key, _KEYS) + "; the evaluator's own options "
+              f'are evals.{name}.options')
       takes = inspect.signature(module.evaluate).parameters
       for key in options.get('options', {}):
         if key not in takes:

@@ -159,7 +159,10 @@ class Predictor:
     return out['joint']['itm_logits'].astype(jnp.float32)
 
   def embed(self, variables, batch):
-    """Unit vectors of images and texts: float32 [B, E] and [B, S, E].
+    """Vectors of images and texts, whose products are ITC's logits.
+
+    Texts' are of length 1, images' as long as the learned scale: float32
+    [B, E] and [B, S, E].
 
     Args:
       variables: {'params': ..., **model_state}.
@@ -171,8 +174,9 @@ class Predictor:
   def _embed_fn(self, variables, batch):
     out = self.model.apply(variables, batch, {'image_only': ('itc',),
                                               'text_only': ('itc',)})
-    return (out['image_only']['image_embedding'].astype(jnp.float32),
-            out['text_only']['text_embedding'].astype(jnp.float32))
+    image = out['image_only']
+    return ((image['image_embedding'] * image['itc_scale']).astype(
+        jnp.float32), out['text_only']['text_embedding'].astype(jnp.float32))
 
   def mlm(self, variables, batch):
     """The likeliest token at every position of the masked texts: [B, S, L].

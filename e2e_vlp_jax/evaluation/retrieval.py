@@ -1,7 +1,7 @@
 """Retrieval: the text of an image, and the image of a text, among many.
 
 A model with an ITC head (views `image_only` and `text_only`) embeds every
-image and text once and ranks by cosine; its ITM head (view `joint`) then
+image and text once and ranks by their products; its ITM head (view `joint`) then
 ranks the best `top_k` anew, as ALBEF does (Li et al., 2021). A model without
 ITC scores every pair by ITM, which is affordable for some hundreds of images.
 """
@@ -17,7 +17,7 @@ _SCORES = {'odds': lambda x: x[..., 1] - x[..., 0],
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
-             progress=None, texts=None, top_k=32, score='odds',
+             progress=None, texts=None, top_k=32, score='odds', itc_weight=0.,
              max_pairs=100_000, at_once=16):
   """Recalls in both directions.
 
@@ -85,6 +85,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
                              nan=-1e30)
       if not itc:
         return recalls(judged, judged, found.owner)
+      judged += itc_weight * near
       above = judged - np.min(judged[by_image | by_text], initial=0) + 2
       again = recalls(np.where(by_image, above, near),
                       np.where(by_text, above, near), found.owner)
@@ -136,7 +137,8 @@ class _Items:
   Attributes:
     ids: [N] example_id of the images.
     owner: [M] number of the image to which a text belongs.
-    image_vectors, text_vectors: float32 [N, E] and [M, E], if asked for.
+    image_vectors, text_vectors: float32 [N, E] and [M, E], if asked for;
+      their products are ITC's logits.
   """
 
   def __init__(self, predictor, variables, pipeline, max_examples, progress,
