@@ -212,34 +212,37 @@ def run_here(runs, after):
     runs: [Run].
     after: called after each.
   """
-  failed, stopped = {}, []
+  failed, stopped, children = {}, [], []
+
+  def stop(signum, frame):
+    # Ctrl-C reaches the training, too, which saves before it ends; SIGTERM
+    # has to be passed on.
+    del frame
+    stopped.append(signum)
+    if signum == signal.SIGTERM and children:
+      children[-1].terminate()
+  before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
   for number, run in enumerate(runs, 1):
     here = f'[{number}/{len(runs)}] {run.name}'
     if run_lib.finished(run.workdir, run.config):
       print(f'{here}: done before', flush=True)
       continue
     print(f'{here}: {run.workdir}', flush=True)
-    # Ctrl-C reaches the training, too, which saves before it ends; SIGTERM
-    # has to be passed on.
-    child = subprocess.Popen([sys.executable, *TRAIN[1:], *run.arguments])
-    handle = lambda signum, frame, child=child: (
-        stopped.append(signum),
-        signum == signal.SIGTERM and child.terminate())
-    before = {s: signal.signal(s, handle)
-              for s in (signal.SIGINT, signal.SIGTERM)}
-    code = child.wait()
-    for number_, handler in before.items():
-      signal.signal(number_, handler)
+    children.append(subprocess.Popen([sys.executable, *TRAIN[1:],
+                                      *run.arguments]))
+    code = children[-1].wait()
     after()
     if stopped:
       print(f'{here}: stopped; the same command goes on', flush=True)
-      return 128 + stopped[0]
+      break
     if code or not run_lib.finished(run.workdir, run.config):
       failed[run.name] = f'exit code {code}' if code else 'ended too early'
       print(f'{here}: failed ({failed[run.name]})', flush=True)
+  for signum, handler in before.items():
+    signal.signal(signum, handler)
   for name, why in failed.items():
     print(f'failed: {name} ({why})', file=sys.stderr)
-  return 1 if failed else 0
+  return 128 + stopped[0] if stopped else 1 if failed else 0
 
 
 def write_slurm(runs, workdir):

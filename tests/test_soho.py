@@ -466,6 +466,23 @@ def test_values_that_do_not_fit(key, value, part):
     jax.eval_shape(lambda: model.init(jax.random.key(0), batch, model.views))
 
 
+def test_a_checkpoint_with_another_dictionary_is_refused():
+  """Parameters alone do not tell; the words are state."""
+  def shapes(size):
+    config = small_config(**{'model.dictionary.size': size})
+    model = models.build(config, **SIZES)
+    batch = synthetic.synthetic_batch(config.data, batch_size=1, **SIZES)
+    return config, model, jax.eval_shape(
+        lambda: model.init(jax.random.key(0), batch, model.views))
+  config, model, found = shapes(12)
+  models.check_variables(model, config, found, 'W', {})
+  found = shapes(6)[2]
+  with pytest.raises(errors.UserError, match='codebook/neck/words.*'
+                     'model.dictionary.size is 6 there, 12 here'):
+    models.check_variables(model, config, found, 'W',
+                           {'dictionary.size': (6, 12)})
+
+
 def test_the_released_mask_hides_columns_of_portraits():
   """square_mask: its width is read from the height; off by default."""
   portrait, landscape = np.ones((1, 800, 608)), np.ones((1, 608, 800))

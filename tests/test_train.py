@@ -154,7 +154,8 @@ def test_damaged_newest_checkpoint_is_set_aside(whole, tiny_scenes, tmp_path):
 def test_checkpoint_of_another_size_is_refused(whole, tiny_scenes, tmp_path):
   """By evaluate and by a run that should go on with it."""
   wide = small_config(tiny_scenes, **{'model.width': 64})
-  with pytest.raises(errors.UserError, match='another model or size'):
+  with pytest.raises(errors.UserError, match='another model or size.*'
+                     'model.width is 32 there, 64 here'):
     evaluate.evaluate(wide, str(whole), str(tmp_path / 'e'))
   shutil.copytree(whole, tmp_path / 'w')
   (tmp_path / 'w' / 'config.json').unlink()
@@ -167,12 +168,13 @@ def test_init_from_loads_what_fits_and_says_so(whole, tiny_scenes, tmp_path,
                                                capsys):
   config = small_config(tiny_scenes, init_from=str(whole),
                         **{'model.num_queries': 9, 'total_steps': 1,
-                           'warm_start.steps': 0,
+                           'warm_start.steps': 0, 'ema_decay': .5,
                            'optim.learning_rate': 0.})
   train.train(config, str(tmp_path))
   said = capsys.readouterr().out
   assert re.search(r'[12] of another shape.*query_content', said), said
   assert json.loads((tmp_path / 'init_from.json').read_text())['other_shape']
+  # The averaged parameters, which are what is loaded here, start there, too.
   a, b = checkpoint.load(str(whole))[0], checkpoint.load(str(tmp_path))[0]
   np.testing.assert_array_equal(a['encoder']['layer0']['ffn']['in']['kernel'],
                                 b['encoder']['layer0']['ffn']['in']['kernel'])
