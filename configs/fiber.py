@@ -158,18 +158,19 @@ def _tiny(config):
   """About 1M parameters, from scratch; all values are our choice."""
   config.dtype = 'float32'
   config.model.update(dict(
-      swin=dict(width=32, depths=(1, 1, 3), heads=(1, 2, 4), patch=4,
+      swin=dict(width=32, depths=(1, 1, 4), heads=(1, 2, 4), patch=4,
                 window=6, mlp_ratio=2., drop_path=0., epsilon=1e-5,
                 scratch=True),
       text=dict(depth=3, width=128, heads=4, ffn=256,
                 positions=config.data.max_text + 2, types=1, dropout=0.,
                 epsilon=1e-5, scratch=True),
-      fuse=2, width=128, itm_pool='mean', hardness=.2, remat='none',
+      fuse=2, width=128, itm_pool='mean', hardness=.5, remat='none',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
-  config.batch_size = 32
-  config.total_steps = 2200
+  config.batch_size = 16
+  config.data.sentences = 2  # An image's lower blocks serve both.
+  config.total_steps = 3400
   # Matching is slowest to learn.
-  config.objectives.update(dict(mlm=1., itc=1., itm=2.))
+  config.objectives.update(dict(mlm=1., itc=1., itm=4.))
   groups = ((r'.*(bias|/scale|/gate)|logit_scale', dict(wd=0.)),
             (r'.*', dict()))
   config.optim.update(dict(
@@ -177,10 +178,12 @@ def _tiny(config):
       warmup_steps=100, final_fraction=.02, clip_norm=1., groups=groups))
   # The paper starts from ImageNet and RoBERTa weights; this run first teaches
   # its trunk the class and attributes of what covers each token.
-  config.warm_start.steps = 500
+  config.warm_start.steps = 2000
   config.warm_start.optim.update(dict(
       schedule='cosine', learning_rate=2e-3, warmup_steps=20,
       final_fraction=.02))
   config.log_every_steps = 50
-  config.eval_every_steps = 1100
-  config.checkpoint.every_steps = 250
+  config.eval_every_steps = 2700
+  config.checkpoint.every_steps = 450
+  config.evals.retrieval.options = dict(texts=1,
+                                        itc_weight=config.model.hardness)

@@ -279,8 +279,8 @@ def main(argv=None):
     parser.add_argument('--no-search', action='store_true',
                         help='do not look for the largest batch')
     parser.add_argument('--quick', action='store_true',
-                        help='compile with the least optimisation: about ten '
-                        'times faster on few cores, memory within a tenth')
+                        help='compile with the least optimisation: a quarter '
+                        'of the time, memory within a tenth')
     parser.add_argument('--json', metavar='OUT', help='write the figures')
     args, config = cli.parse(parser, argv)
     if args.topology != chips.LOCAL:

@@ -82,6 +82,7 @@ class Model(nn.Module):
                                        kernel_init=fusion.TEXT_INIT)
     self.mlm_decoder = self.param('mlm_decoder', fusion.TEXT_INIT,
                                   (c.width, self.vocab_size))
+    self.cells_norm = layers.LayerNorm()
     self.cells_head = heads_lib.Cells(self.num_classes, self.num_attributes)
     if c.queue < 0:
       raise errors.UserError(f'model.queue: {c.queue}; expected 0 (none) or '
@@ -259,10 +260,10 @@ class Model(nn.Module):
     if {'text_only', 'joint'} & set(requests) or hard:
       words = self.encode_text(batch['text'], batch['text_mask'], train)
 
-    if {'grid', 'image_only'} & set(requests) or hard:
+    if 'image_only' in requests or hard:
       dual = self.finish_image(low, train)
     if 'grid' in requests:
-      out['grid'] = self._grid(dual, low, batch)
+      out['grid'] = self._grid(low, batch)
     if 'captioning' in requests.get('image_only', ()):
       states = self.decode(dual, batch['text'], batch['text_mask'], train)
       out['image_only']['caption_logits'] = self.mlm_logits(states)
@@ -305,17 +306,18 @@ class Model(nn.Module):
       self.fuse(_for_each(low, s), words, batch['text_mask'])
     return out
 
-  def _grid(self, dual, low, batch):
-    """Labels of the last tokens, to warm-start the trunk."""
-    merges = len(self.config.swin.depths) - 1 - self.swin.stage(
-        self.swin.depth - self.config.fuse - 1) if (
-            self.swin.depth > self.config.fuse) else 0
-    h, w = (n >> merges for n in low.shape[1:3])
-    mask = layers.downsample_mask(batch['image_mask'], h, w)
-    flat = lambda x: x.reshape(x.shape[0], h * w, *x.shape[3:])
-    return {**self.cells_head(self.swin.norm(dual)),
+  def _grid(self, low, batch):
+    """Labels of the tokens that the first pair reads, to warm-start both.
+
+    Not of the last ones: the text never sees those, and would have to wait
+    until cross-attention finds out what an image token holds.
+    """
+    x = self.swin.enter(self.swin.depth - self.config.fuse, low)
+    mask = layers.downsample_mask(batch['image_mask'], *x.shape[1:3])
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+    return {**self.cells_head(self.cells_norm(_flat(x))),
             'cell_xy': flat(layers.cell_centers(mask)),
-            'cell_mask': flat(mask)}
+            'cell_mask': mask.reshape(mask.shape[0], -1)}
 
   def _queue(self, image, text, batch, train):
     """Past features and inputs: ({name: [Q, ...]}, filled [Q])."""
