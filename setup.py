@@ -25,6 +25,7 @@ setuptools.setup(
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['e2e_vlp_jax*']),
     package_data={'e2e_vlp_jax': ['data/labels/*.json', 'data/vocab/*',
+                                  'data/vocab/roberta-base/*',
                                   'evaluation/*.j2']},
     install_requires=[
         'absl-py',

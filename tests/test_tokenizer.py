@@ -53,6 +53,11 @@ def test_wordpiece_equals_bert(record_property, bert, goldens):
     assert [bert.tokens[i] for i in item['bert_ids']] == item['bert_tokens']
 
 
+def test_shipped_roberta(roberta):
+  shipped = tokenizer_lib.load_tokenizer('bpe', 'roberta-base')
+  assert shipped.to_dict() == roberta.to_dict()
+
+
 def test_bpe_equals_roberta(record_property, roberta, goldens):
   record_property('parity', (
       f'Byte-level BPE, roberta-base, {len(goldens)} texts: texts with other '

@@ -24,7 +24,8 @@ def load_tokenizer(kind, path):
     kind: 'wordpiece' (BERT uncased; one token a line), 'bpe' (RoBERTa;
       vocab.json with merges.txt beside it, or the folder of both) or
       'sentencepiece' (a .model file).
-    path: a file, or for 'wordpiece' the name of a shipped vocabulary.
+    path: a file, or the name of a shipped vocabulary ('bert-base-uncased'
+      and 'scenes' for 'wordpiece', 'roberta-base' for 'bpe').
 
   Returns:
     A `Tokenizer`.
@@ -131,6 +132,9 @@ class _Bpe(Tokenizer):
 
   @classmethod
   def load(cls, path):
+    if not os.path.exists(path) and path == os.path.basename(path):
+      shipped = os.path.join(_SHIPPED, path)
+      path = shipped if os.path.isdir(shipped) else path
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     file = os.path.join(path, 'vocab.json') if os.path.isdir(path) else path
     try:
