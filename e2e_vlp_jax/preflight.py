@@ -264,7 +264,8 @@ def table(report):
     rows += [
         ('step time', f'at least {roof["step_time_s"] * 1e3:.1f} ms, bound '
                       f'by {roof["bound"]} ({parts} ms)'),
-        ('run', f'{r["total_steps"]:,} steps: at least {r["days"]:.2f} days')]
+        ('run', f'{r["total_steps"]:,} steps: at least {r["days"]:.2f} days'
+                f' ({r["days"] * 24:.1f} hours)')]
   if r['largest_batch_per_chip'] is not None:
     rows.append(('largest batch', f'{r["largest_batch_per_chip"]} a chip'))
   rows.append(('compiled in', f'{r["compile_s"]:.0f} s'))

@@ -1,6 +1,6 @@
 """Kills real runs at random moments and looks where they end.
 
-  python -m tests.kill_and_resume --trials 20 [--seed 0] [--folder DIR]
+  python -m tests.kill_and_resume --trials 20 [--first 0] [--seed 0] [--folder DIR]
 
 A trial starts a small run on some number of processes and some mesh, kills
 it at a random moment (SIGKILL, or SIGTERM to one of its processes), starts it
@@ -162,7 +162,9 @@ def trial(random_, number, folder, data_dir, reference):
       workdir / 'metrics.jsonl').exists() else 0
   finish(start(second, workdir, data_dir), workdir)
   after = (workdir / 'metrics.jsonl').read_text().splitlines()[before:]
-  resumed = min(json.loads(x)['step'] for x in after if 'train/loss' in x) - 1
+  # Killed after its last save, a run has nothing left to do.
+  resumed = min((json.loads(x)['step'] for x in after if 'train/loss' in x),
+                default=reached + 1) - 1
   return {'first': str(first), 'killed by': 'SIGTERM to one' if term
           else 'SIGKILL', 'reached': reached, 'second': str(second),
           'resumed': resumed, 'lost': max(0, reached - resumed),
@@ -173,6 +175,8 @@ def trial(random_, number, folder, data_dir, reference):
 def main(argv=None):
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--trials', type=int, default=20)
+  parser.add_argument('--first', type=int, default=0,
+                      help='number of the first trial')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--folder', help='kept; a temporary one by default')
   args = parser.parse_args(argv)
@@ -192,9 +196,10 @@ def main(argv=None):
       undisturbed[layout] = workdir
     return undisturbed[layout]
 
-  random_ = random.Random(args.seed)
   failed = 0
-  for number in range(args.trials):
+  for number in range(args.first, args.first + args.trials):
+    # A trial's moments depend on its number alone: it can be repeated.
+    random_ = random.Random(f'{args.seed} {number}')
     found = trial(random_, number, folder, data_dir, reference)
     limit = 0 if found['same layout'] else 1e-4
     # What was saved is not done again; a save may be under way at the kill.
