@@ -37,6 +37,7 @@ setuptools.setup(
         'matplotlib',
         'ml-collections>=1.1',
         'numpy>=2',
+        'opencv-python-headless>=4.10',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12',
         'pillow',

@@ -249,5 +249,6 @@ def _detr(config):
   config.total_steps = 554_400
   config.optim.decay_steps = (369_600,)
   config.evals = {'detection': config.evals.detection}
-  config.evals.detection.pp = 'decode|fit|boxes'
-  config.samples.pp = 'decode|fit|boxes'
+  # Published weights are measured on the published resize, to the bit.
+  config.evals.detection.pp = "decode|fit(resample='pillow')|boxes"
+  config.samples.pp = "decode|fit(resample='pillow')|boxes"

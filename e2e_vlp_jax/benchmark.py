@@ -214,7 +214,7 @@ def _with_data(config, plan, ours, tokenizer, labels, steps):
           'data_images_per_s': done * config.batch_size / total}
 
 
-def input_speed(config, batches=8, rounds=3):
+def input_speed(config, images=512, rounds=5):
   """How fast the config's pipeline makes batches, without any model.
 
   In turns with the plain decoding of the same files to RGB (Pillow, as many
@@ -222,7 +222,7 @@ def input_speed(config, batches=8, rounds=3):
 
   Args:
     config: reads data, seed and batch_size.
-    batches: of a turn.
+    images: of a turn, at least.
     rounds: turns of each; the median counts.
 
   Returns:
@@ -240,6 +240,7 @@ def input_speed(config, batches=8, rounds=3):
       sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
       batch_size=config.batch_size, train=True)
   threads = config.data.get('threads', 0) or os.cpu_count()
+  batches = -(-images // config.batch_size)
   speeds = {'pipeline': [], 'decoding': []}
   for turn in range(rounds):
     start = turn * (batches + 1)

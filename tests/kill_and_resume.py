@@ -1,6 +1,7 @@
 """Kills real runs at random moments and looks where they end.
 
-  python -m tests.kill_and_resume --trials 20 [--first 0] [--seed 0] [--folder DIR]
+  python -m tests.kill_and_resume --trials 20 [--first 0] [--seed 0]
+      [--folder DIR]
 
 A trial starts a small run on some number of processes and some mesh, kills
 it at a random moment (SIGKILL, or SIGTERM to one of its processes), starts it

@@ -324,6 +324,44 @@ def test_hard_negatives_are_other_pairs(built, outputs):
                                alone['itm_logits'][i, 0], atol=2e-5)
 
 
+def test_hardness_zero_does_not_look_at_similarity(built):
+  """All other pairs are as likely then; of equals the first is taken."""
+  _, variables, batch = built
+  model = models.build(small_config(hardness=0.), **SIZES)
+  out = apply(model, variables, batch, hard_negative=('itm',))
+  for i in range(3):
+    j = 1 if i == 0 else 0
+    pair = {**batch, **{k: batch[k].at[i, 0].set(batch[k][j, 0])
+                        for k in ('text', 'text_mask')}}
+    alone = apply(model, variables, pair, joint=('itm',))['joint']
+    np.testing.assert_allclose(out['hard_negative']['itm_logits'][i, 2],
+                               alone['itm_logits'][i, 0], atol=2e-5)
+
+
+def test_cells_are_of_the_tokens_that_the_first_pair_reads(built):
+  """So the warm start moves what lies below, and nothing above."""
+  model, variables, batch = built
+  config = model.config
+  fresh = jax.jit(lambda b: model.init(jax.random.key(0), b, model.views))(
+      batch)['params']
+  params = {**variables['params'],
+            **{k: fresh[k] for k in ('cells_head', 'cells_norm')}}
+  grid = lambda p: apply(model, {**variables, 'params': p}, batch,
+                         grid=('cells',))['grid']
+  out = grid(params)
+  # Blocks 0, 1 and 2, 3: the pairs begin with block 1, in the second stage.
+  assert sum(config.swin.depths) - config.fuse == 1
+  assert out['cell_logits'].shape == (3, 8 * 8, SIZES['num_classes'] + 1)
+  assert out['cell_xy'].shape == (3, 8 * 8, 2)
+  assert out['cell_mask'].shape == (3, 8 * 8)
+  moved = jax.grad(lambda p: (grid(p)['cell_logits']**2).sum())(params)['swin']
+  size = lambda tree: float(sum(jnp.abs(x).max() for x in jax.tree.leaves(
+      tree)))
+  assert size(moved['blocks_0_0']) > 0 and size(moved['patch_embed']) > 0
+  for name in ('blocks_1_0', 'blocks_1_1', 'blocks_2_0'):
+    assert size(moved[name]) == 0
+
+
 def test_rows_without_text_are_no_negatives(built):
   model, variables, batch = built
   empty = {**batch, 'text_mask': batch['text_mask'].at[1].set(False)}

@@ -71,9 +71,9 @@ def test_soho_images(shared, record_property):
   for i, want in enumerate(data['collated_0_1']):
     worst = max(worst, check(data[f'img{i}/bgr_uint8'], (64, 128), want))
   parity.note(record_property, 'SOHO images: normalised pixels (a grey level '
-              'is 0.018)', SOHO, worst, .0181)
+              'is 0.018)', SOHO, worst, 1e-6)
   parity.note(record_property, 'SOHO images: share of pixels that differ, of '
-              'the worst image', SOHO, max(other), .007)
+              'the worst image', SOHO, max(other), 0)
 
 
 def test_soho_texts(shared, tmp_path, record_property):
@@ -114,14 +114,10 @@ def test_randaug_changes(shared, record_property, image):
     plan = [(name, -level if sign == ['neg'] else level)]
     got = ops_randaug.augment(pixels, plan, released=True)
     assert got.dtype == np.uint8
-    difference = np.abs(got.astype(int) - want)
-    # Sums that end in one half are rounded as their last bit falls.
-    assert (difference > 0).mean() < .005, key
-    assert name.startswith('Shear') or not difference.any(), key
-    worst, seen = max(worst, difference.max()), seen + 1
+    worst, seen = max(worst, np.abs(got.astype(int) - want).max()), seen + 1
   assert seen == 15
   parity.note(record_property, f'FIBER RandAugment, image {image}: 15 changes, '
-              'grey levels (11 of them are equal)', FIBER, worst, 1)
+              'grey levels', FIBER, worst, 0)
 
 
 def test_randaug_without_its_faults(shared):

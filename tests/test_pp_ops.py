@@ -156,6 +156,32 @@ def test_an_image_that_fits_is_left_alone(build):
   np.testing.assert_array_equal(render(out)[:, :24], pixels)
 
 
+@pytest.mark.parametrize('side', [24, 50, 70, 95, 120, 190, 240])
+def test_bilinear_is_nearly_pillows(build, side):
+  """On noise as rough as a photograph."""
+  rng = np.random.default_rng(side)
+  size, spectrum = (96, 128), np.hypot(*np.meshgrid(
+      np.fft.fftfreq(128), np.fft.fftfreq(96)))
+  waves = np.fft.fft2(rng.normal(size=(3, *size))) / np.maximum(
+      spectrum, 1 / 128)
+  noise = np.fft.ifft2(waves).real
+  pixels = np.clip(128 + 45 * noise / noise.std(), 0, 255).astype(
+      np.uint8).transpose(1, 2, 0)
+  shown = [render(build(f'decode|squash({name!r})')(example(
+      pixels=pixels, size=size, bucket=(side, side)))).astype(int)
+           for name in ('bilinear', 'pillow', 'opencv')]
+  near, far = (np.abs(x - shown[1]) for x in (shown[0], shown[2]))
+  np.testing.assert_array_equal(shown[1], np.asarray(Image.fromarray(
+      pixels).resize((side, side), Image.Resampling.BILINEAR)))
+  print(side, near.mean(), near.max(), far.mean())
+  if side < 50:  # Less than half: Pillow's own.
+    assert not near.any()
+  elif side < 128:
+    assert near.mean() < 1.7 and (near.mean() < .7 * far.mean() or side > 90)
+  else:
+    assert near.max() <= 1
+
+
 @pytest.mark.parametrize('texts', [[], ['a red cube']])
 def test_boxes_agree_with_pixels(build, texts):
   """After crop, resize and flip the box is where the colour is."""

@@ -246,6 +246,25 @@ def test_accumulation_costs_the_same_flops(report):
   assert other['flops_per_step'] == report['flops_per_step']
 
 
+def test_quick_is_for_the_compiler(tmp_path):
+  out, level = tmp_path / 'report.json', jax.config.jax_optimization_level
+  seen = []
+
+  def compile_(plan, batch_size):
+    seen.append(jax.config.jax_optimization_level)
+    return _only_flops(plan, batch_size)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(preflight, '_compile', compile_)
+    try:
+      for flags in ([], ['--quick']):
+        preflight.main(['--config', TINY, '--topology', 'local', '--no-search',
+                        '--json', str(out), *flags])
+        assert json.loads(out.read_text())['quick'] == bool(flags)
+    finally:
+      jax.config.update('jax_optimization_level', level)
+  assert seen == [level, 'O0']
+
+
 def _only_flops(plan, batch_size):
   traced = plan.step().trace(plan.state_target(),
                              plan.batch_target(batch_size))

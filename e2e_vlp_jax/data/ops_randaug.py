@@ -5,13 +5,13 @@ picture is rendered, at its size on the canvas.
 """
 import functools
 
+import cv2
 import numpy as np
 
-from e2e_vlp_jax.data import opencv
 from e2e_vlp_jax.data.draws import uniform
 from e2e_vlp_jax.errors import UserError, nearest
 
-_FILL = 128   # grey, for what a geometric change brings into the picture
+_FILL = (128,) * 3  # grey, for what a geometric change brings into the picture
 _LEVELS = 10  # of `magnitude`
 
 
@@ -77,7 +77,8 @@ def augment(image, plan, released=False):
       raise UserError(f'randaug: no change {name!r}' + nearest(name, NAMES))
     if name in _GEOMETRIC:
       h, w = image.shape[:2]
-      image = opencv.warp(image, _GEOMETRIC[name](level, h, w), _FILL)
+      matrix = np.array(_GEOMETRIC[name](level, h, w), float)
+      image = cv2.warpAffine(image, matrix, (w, h), borderValue=_FILL)
     elif name in _CHANNELS:
       change = functools.partial(_CHANNELS[name], released=released)
       image = np.stack([change(image[..., c]) for c in range(3)], -1)

@@ -42,6 +42,7 @@ import gc
 import itertools
 import logging
 import os
+import threading
 
 import numpy as np
 
@@ -106,6 +107,7 @@ class Pipeline:
     self._threads = data_config.get('threads', 0) or os.cpu_count()
     self._max_bad = data_config.get('max_bad_records', 100)
     self.bad_records = set()
+    self._planning = threading.Lock()
 
     if not sources:
       raise UserError('data: no sources; expected a list of dict(name=..., '
@@ -185,9 +187,10 @@ class Pipeline:
       return list(self._make(t, rows).values())
 
     def make_op(number):
+      rows = count if parts == 1 else None
       values = tf.numpy_function(
           make, [number], [_DTYPES[k] for k in self._shapes], stateful=False)
-      return {k: tf.ensure_shape(v, [None, *self._shapes[k]])
+      return {k: tf.ensure_shape(v, [rows, *self._shapes[k]])
               for k, v in zip(self._shapes, values)}
 
     options = tf.data.Options()
@@ -195,10 +198,11 @@ class Pipeline:
     options.threading.private_threadpool_size = self._threads
     stop = (np.iinfo(np.int64).max // parts if self._train
             else self.num_batches)
-    return (tf.data.Dataset.range(start * parts, stop * parts)
-            .map(make_op, num_parallel_calls=self._threads)
-            .rebatch(count, drop_remainder=True)
-            .prefetch(_AHEAD).with_options(options))
+    batches = tf.data.Dataset.range(start * parts, stop * parts).map(
+        make_op, num_parallel_calls=self._threads)
+    if parts > 1:  # It copies.
+      batches = batches.rebatch(count, drop_remainder=True)
+    return batches.prefetch(_AHEAD).with_options(options)
 
   def iterate(self, start=0):
     """Yields (t, batch) for t = start, start + 1, ..., from `dataset`.
@@ -254,26 +258,30 @@ class Pipeline:
     bucket, sources, _ = self._order(t)
     ids = self.example_ids(t)
     read = functools.cache(lambda row: self._read(ids[row]))
-    rows = []
-    image = np.zeros((len(which), *self._buckets[bucket], 3),
-                     np.uint8)
-    for row, canvas in zip(which.tolist(), image):
-      blank = {**self._blank[bucket], 'example_id': ids[row]}
-      record = read(row)
-      if record is None:
-        rows.append(blank)
-        continue
-      seed = (t, row) if self._train else (int(ids[row]),)
-      made = self._row(
-          ids[row], record, bucket, draws.fold(self._seed, 2, *seed),
-          _partner_texts(row, ids, sources, read) if self._swaps_text else (),
-          self._has_boxes[sources[row]])
-      if not ops_image.render(made, canvas):
-        made = {**blank, 'image_size': made['image_size']}
-      rows.append(made)
+    # One thread plans at a time: Python lets no two of them run, and would
+    # only have them take turns.
+    with self._planning:
+      rows = [self._planned(t, row, ids, sources, bucket, read)
+              for row in which.tolist()]
+    image = _aligned((len(rows), *self._buckets[bucket], 3))
+    for k, (row, canvas) in enumerate(zip(rows, image)):
+      if row['valid'] and not ops_image.render(row, canvas):
+        rows[k] = {**self._blank[bucket], 'example_id': row['example_id'],
+                   'image_size': row['image_size']}
     batch = {k: np.array([row[k] for row in rows], _DTYPES[k])
              for k in self._shapes if k != 'image'}
     return {'image': image, **batch}
+
+  def _planned(self, t, row, ids, sources, bucket, read):
+    """A row of batch t, its image still encoded; blank if unreadable."""
+    record = read(row)
+    if record is None:
+      return {**self._blank[bucket], 'example_id': ids[row]}
+    seed = (t, row) if self._train else (int(ids[row]),)
+    return self._row(
+        ids[row], record, bucket, draws.fold(self._seed, 2, *seed),
+        _partner_texts(row, ids, sources, read) if self._swaps_text else (),
+        self._has_boxes[sources[row]])
 
   def _row(self, example_id, record, bucket, seed=0, partner_texts=(),
            has_boxes=False):
@@ -352,6 +360,14 @@ def _empty_iterators(kind):
       vars(thing).clear()
 
 
+def _aligned(shape):
+  """Zeros, uint8, that TensorFlow takes over without a copy."""
+  size = int(np.prod(shape))
+  flat = np.zeros(size + 64, np.uint8)
+  start = -flat.ctypes.data % 64
+  return flat[start:start + size].reshape(shape)
+
+
 def _partner_texts(row, ids, sources, read):
   """Texts of the next row of the global batch that shows another image.
 
@@ -371,12 +387,14 @@ def _partner_texts(row, ids, sources, read):
 
 def _weight(weight, split, sentences):
   """The weight of a source as a number."""
-  texts = split.index['num_texts']
-  counts = {'images': len(split), 'texts': int((-(-texts // sentences)).sum())}
-  if isinstance(weight, str) and weight not in counts:
-    raise UserError(f'data: weight {weight!r} of {split.name}; expected a '
-                    f'number or one of {", ".join(counts)}')
-  return counts.get(weight, weight)
+  if not isinstance(weight, str):
+    return weight
+  if weight == 'images':
+    return len(split)
+  if weight == 'texts':
+    return int((-(-split.index['num_texts'] // sentences)).sum())
+  raise UserError(f'data: weight {weight!r} of {split.name}; expected a number '
+                  'or one of images, texts')
 
 
 def _checked_buckets(data_config):

@@ -1,9 +1,10 @@
 """Retrieval: the text of an image, and the image of a text, among many.
 
 A model with an ITC head (views `image_only` and `text_only`) embeds every
-image and text once and ranks by their products; its ITM head (view `joint`) then
-ranks the best `top_k` anew, as ALBEF does (Li et al., 2021). A model without
-ITC scores every pair by ITM, which is affordable for some hundreds of images.
+image and text once and ranks by ITC's logits; its ITM head (view `joint`)
+then ranks the best `top_k` anew, as ALBEF does (Li et al., 2021). A model
+without ITC scores every pair by ITM, which is affordable for some hundreds of
+images.
 """
 import flax
 import numpy as np
@@ -37,6 +38,10 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     top_k: how many candidates ITM ranks anew; 0 = none.
     score: what ITM ranks by: 'odds' (the probability of a match) or 'logit'
       (its logit alone, as FIBER's released code).
+    itc_weight: ITC's logits count so much beside ITM's score. Where ITM
+      learned to tell true pairs from negatives drawn by exp(h x ITC's logits),
+      its odds are those of a pair divided by just that, and h puts it back
+      (noise-contrastive estimation, Gutmann and Hyvarinen, 2010).
     max_pairs: of images and texts, for a model without ITC.
     at_once: texts in one call of ITM with an image.
 

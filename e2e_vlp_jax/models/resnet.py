@@ -143,6 +143,10 @@ class ResNet(nn.Module):
     Returns:
       list of [B, h, w, C] maps.
     """
+    if self.depth not in BLOCKS:
+      raise errors.UserError(
+          f'model.backbone.depth: no ResNet of depth {self.depth}; valid '
+          f'choices: {", ".join(map(str, BLOCKS))}')
     mask = mask if self.mask_padding else None
     frozen = lambda stage: stage < self.frozen_stages
     stop = lambda y, stage: (jax.lax.stop_gradient(y)
@@ -158,10 +162,6 @@ class ResNet(nn.Module):
     x = stop(x, 0)
     block = layers.remat(Block, self.remat, static_argnums=(2,))
     maps = []
-    if self.depth not in BLOCKS:
-      raise errors.UserError(
-          f'model.backbone.depth: no ResNet of depth {self.depth}; valid '
-          f'choices: {", ".join(map(str, BLOCKS))}')
     for stage, count in enumerate(BLOCKS[self.depth], 1):
       last_dilated = stage == 4 and self.dilated
       for i in range(count):
