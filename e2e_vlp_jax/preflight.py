@@ -289,6 +289,9 @@ def main(argv=None):
       # work at a time.
       os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
       os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+      # It warns where it has no host and no kind; --topology is what counts.
+      os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+      os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
       jax.config.update('jax_platforms', 'cpu')
     if args.quick:
       jax.config.update('jax_optimization_level', 'O0')

@@ -268,7 +268,8 @@ def test_quick_is_for_the_compiler(tmp_path):
 def _only_flops(plan, batch_size):
   traced = plan.step().trace(plan.state_target(),
                              plan.batch_target(batch_size))
-  return preflight._Program(1, 1., cost.flops(traced.jaxpr), {'peak': 1})
+  return preflight._Program(1, 1., cost.flops(traced.jaxpr),
+                            dict(arguments=1, temporaries=0, peak=1))
 
 
 @pytest.mark.parametrize('first,largest', [(1, 100), (64, 100), (100, 100),
