@@ -456,6 +456,7 @@ def test_missing_and_extra_tensors(state, convert_state, capsys):
     ('model.act', 'gelo', "did you mean 'gelu'"),
     ('model.itm_pool', 'cla', "did you mean 'cls'"),
     ('model.dictionary.size', -1, 'model.dictionary.size: -1'),
+    ('model.dictionary.decay', 1.2, 'decay: 1.2; expected 0 to 1'),
     ('model.backbone.depth', 19, 'depth 19; valid choices: 18, 34'),
     ('data.max_text', 17, 'texts of 17 tokens for model.max_text: 16')])
 def test_values_that_do_not_fit(key, value, part):

@@ -59,6 +59,9 @@ class Model(nn.Module):
     if c.dictionary.size < 0:
       raise errors.UserError(f'model.dictionary.size: {c.dictionary.size}; '
                              'expected 0 (none) or a number of words')
+    if not 0 <= c.dictionary.decay <= 1:
+      raise errors.UserError(f'model.dictionary.decay: {c.dictionary.decay}; '
+                             'expected 0 to 1, the share of a word that stays')
     self.backbone = models.build_backbone(c.backbone, self.dtype)
     self.neck = necks.Neck(c.width, dict(c.dictionary), dtype=self.dtype,
                            **c.neck)
