@@ -258,11 +258,14 @@ class Pipeline:
     bucket, sources, _ = self._order(t)
     ids = self.example_ids(t)
     read = functools.cache(lambda row: self._read(ids[row]))
+    which = which.tolist()
+    for row in which:
+      read(row)  # In parallel, as it may wait for a disk or a network.
     # One thread plans at a time: Python lets no two of them run, and would
     # only have them take turns.
     with self._planning:
       rows = [self._planned(t, row, ids, sources, bucket, read)
-              for row in which.tolist()]
+              for row in which]
     image = _aligned((len(rows), *self._buckets[bucket], 3))
     for k, (row, canvas) in enumerate(zip(rows, image)):
       if row['valid'] and not ops_image.render(row, canvas):
