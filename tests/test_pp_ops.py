@@ -173,7 +173,6 @@ def test_bilinear_is_nearly_pillows(build, side):
   near, far = (np.abs(x - shown[1]) for x in (shown[0], shown[2]))
   np.testing.assert_array_equal(shown[1], np.asarray(Image.fromarray(
       pixels).resize((side, side), Image.Resampling.BILINEAR)))
-  print(side, near.mean(), near.max(), far.mean())
   if side < 50:  # Less than half: Pillow's own.
     assert not near.any()
   elif side < 128:
