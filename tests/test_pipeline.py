@@ -147,6 +147,12 @@ def test_a_batch_depends_on_seed_and_step_alone(open_):
   assert all(digest(other.batch(t)) != digest(first[t]) for t in range(12))
 
 
+def test_tensorflow_need_not_copy_images(open_):
+  """It takes over what lies on 64 bytes."""
+  data = open_(mixture(), config=dict(buckets=BUCKETS))
+  assert not any(data.batch(t)['image'].ctypes.data % 64 for t in range(8))
+
+
 @pytest.mark.parametrize('train', [True, False])
 def test_dataset_is_made_in_parts_of_batches(open_, monkeypatch, train):
   """Parts of 3, 3 and 2 rows, several buckets, and tf.data's own tools."""
