@@ -1,7 +1,7 @@
 """Image ops: decode, random scale and crop, flip, fit into the bucket.
 
 The ops choose a window of the original, its size on the canvas and whether
-it is mirrored; `render` then decodes, cuts, mirrors, resizes and pads.
+it is mirrored; `render` then decodes, cuts, resizes, mirrors and pads.
 
 An example holds here: height, width; bucket (H, W); window int64 [4]
 (y, x, h, w) in pixels of the original; short_side, the wanted shorter side
