@@ -9,11 +9,11 @@ of the global batch that its devices will hold.
 tf.data drives it: it asks for parts of batches from its own threads, puts
 them together in order and reads ahead. The rows themselves are made by numpy
 (the ops plan: tokens, boxes, windows), Pillow and OpenCV (`ops_image.render`),
-not by TensorFlow's ops: most of the work is small arrays, and on two CPU cores a
-row of 96x96 takes 0.8 ms so, 3 ms with TensorFlow's ops. Being driven by
-tf.data costs 0.95 times (96x96) to 1.04 times (512x512) the CPU time of a
-pool of threads of our own; asked for row by row instead of _CHUNK rows a
-call, it would cost 1.5 times.
+not by TensorFlow's ops: most of the work is small arrays, and on two CPU cores
+a row of 96x96 takes 0.8 ms so, 3 ms with TensorFlow's ops. Being driven by
+tf.data costs 0.95 times (96x96) to 1.04 times (512x512) the CPU time of a pool
+of threads of our own; asked for row by row instead of _CHUNK rows a call, it
+would cost 1.5 times.
 
 Keys of a batch (B rows, bucket H x W, S texts of L tokens, M boxes, K
 attributes). Masks are True where VALID. What a record lacks is masked:
