@@ -24,7 +24,8 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['e2e_vlp_jax*']),
-    package_data={'e2e_vlp_jax': ['data/labels/*.json', 'data/vocab/*',
+    package_data={'e2e_vlp_jax': ['data/labels/*.json', 'data/answers/*.json',
+                                  'data/vocab/*',
                                   'data/vocab/roberta-base/*',
                                   'evaluation/*.j2']},
     install_requires=[

@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2e_vlp_jax import cli
-from e2e_vlp_jax import data as data_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.training import assemble
-from e2e_vlp_jax.training import chips
-from e2e_vlp_jax.training import cost
-from e2e_vlp_jax.training import parts as parts_lib
+from e2e_vlp_jax.profiling import chips
+from e2e_vlp_jax.profiling import program
+from e2e_vlp_jax.profiling import by_module
 from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 
@@ -43,7 +43,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
     config: of a training run; the last of its stages is timed, on one random
       batch of the largest bucket.
     steps: timed steps.
-    peer: name of a peer (`peers.PEERS`) to time in turns with ours.
+    peer: name of a peer (`peers.names`) to time in turns with ours.
     data: also train on the config's own data and see how long steps wait.
     score: also time the scoring of image-text pairs.
     say: is given a line now and then.
@@ -56,10 +56,8 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
   """
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
-  tokenizer, labels = data_lib.load_vocabularies(config.data)
-  sizes = dict(vocab_size=tokenizer.vocab_size,
-               num_classes=len(labels.classes),
-               num_attributes=len(labels.attributes))
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
+  sizes = vocabularies.sizes
   bucket = synthetic.largest_bucket(config.data)
   host_batch = synthetic.synthetic_batch(
       config.data, batch_size=config.batch_size, bucket=bucket, **sizes)
@@ -75,7 +73,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
   start = time.perf_counter()
   traced = plan.step().trace(plan.state_target(),
                              plan.batch_target(config.batch_size))
-  flops = cost.flops(traced.jaxpr)
+  flops = program.flops(traced.jaxpr)
   step = traced.lower().compile()
   compile_s = time.perf_counter() - start
   ours = _Ours(step, plan.init(), batch)
@@ -108,7 +106,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
       'parts': _parts(ours, step, plan.shapes.params, say),
       'data_wait': None, 'score_pairs_per_s': None, 'peer': None}
   if data:
-    out.update(_with_data(config, plan, ours, tokenizer, labels, steps))
+    out.update(_with_data(config, plan, ours, vocabularies, steps))
   if score:
     out['score_pairs_per_s'] = _score(model, ours.state, host_batch, batch,
                                       steps)
@@ -174,22 +172,22 @@ def _peak_flops(chip, count, dtype):
 def _parts(ours, step, params, say):
   """{part: share of a step}, largest first; see training/parts.py."""
   say('profiling')
-  operations = parts_lib.of_operations(step.as_text(), set(params))
+  operations = by_module.of_operations(step.as_text(), set(params))
   with tempfile.TemporaryDirectory() as folder:
     def several():
       for _ in range(_TRACED):
         ours.step()
-    parts_lib.trace(several, folder)
-    found = parts_lib.seconds(folder, operations)
+    by_module.trace(several, folder)
+    found = by_module.seconds(folder, operations)
   total = sum(found.values())
   return {k: v / total for k, v in found.most_common() if total}
 
 
-def _with_data(config, plan, ours, tokenizer, labels, steps):
+def _with_data(config, plan, ours, vocabularies, steps):
   """{'data_wait': share, 'data_images_per_s': n} with the config's data."""
   from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
   data = pipeline.Pipeline(
-      config.data, tokenizer=tokenizer, labels=labels,
+      config.data, vocabularies=vocabularies,
       sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
       batch_size=config.batch_size, train=True,
       rows=sharding.host_rows(plan.mesh, config.batch_size))
@@ -234,9 +232,9 @@ def input_speed(config, images=512, rounds=5):
   """
   from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.data import records  # pylint: disable=g-import-not-at-top
-  tokenizer, labels = data_lib.load_vocabularies(config.data)
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
   data = pipeline.Pipeline(
-      config.data, tokenizer=tokenizer, labels=labels,
+      config.data, vocabularies=vocabularies,
       sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
       batch_size=config.batch_size, train=True)
   threads = config.data.get('threads', 0) or os.cpu_count()
@@ -314,7 +312,7 @@ def main(argv=None):
     parser.add_argument('--batch-size', type=int, metavar='N',
                         help='instead of config.batch_size')
     parser.add_argument('--peer', metavar='NAME',
-                        help='in turns with: ' + ', '.join(peers.PEERS))
+                        help='in turns with: ' + ', '.join(peers.names()))
     parser.add_argument('--data', action='store_true',
                         help="also on the config's own data")
     parser.add_argument('--input', action='store_true',

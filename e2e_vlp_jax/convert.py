@@ -31,11 +31,11 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax import objectives
 from e2e_vlp_jax.data import label_space
-from e2e_vlp_jax.data import load_vocabularies
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import run
-from e2e_vlp_jax.weights import io
+from e2e_vlp_jax.weights import files
 from e2e_vlp_jax.weights import mapping
 
 
@@ -53,22 +53,20 @@ def import_weights(format_name, path, config, output, resize=False,
   source = mapping.find(format_name)
   _check_new(output)
   base = _variables(onto)[0] if onto else {}
-  tokenizer, labels = load_vocabularies(config.data)
-  tensors = mapping.spelled(source, io.read(path), path)
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
+  sizes = vocabularies.sizes
+  tensors = mapping.spelled(source, files.read(path), path)
   facts = {**source.describe({k: x for k, (_, x) in tensors.items()}),
-           **source.read_config(io.read_config(path))}
+           **source.read_config(files.read_config(path))}
   spaces = {len(label_space.LabelSpace.load(n).classes): n
             for n in label_space.names()}
   fewer = getattr(source, 'FEWER', ())
   mapping.check_config(facts, config, {
-      'classes': ('data.labels', len(labels.classes), spaces),
-      'vocabulary': ('data.tokenizer.path', tokenizer.vocab_size, {})}, path,
+      'classes': ('data.labels', sizes['num_classes'], spaces),
+      'vocabulary': ('data.tokenizer.path', sizes['vocab_size'], {})}, path,
                        resize, fewer)
 
   # The model of the config, as training builds it.
-  sizes = dict(vocab_size=tokenizer.vocab_size,
-               num_classes=len(labels.classes),
-               num_attributes=len(labels.attributes))
   model = models.build(config, **sizes)
   batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
   requests = objectives.requests(objectives.build(config))
@@ -99,8 +97,8 @@ def import_weights(format_name, path, config, output, resize=False,
   tree = flax.traverse_util.unflatten_dict(variables, sep='/')
   params = tree.pop('params')
   checkpoint.write(output, params, tree, {
-      'config': run.to_dict(config), 'tokenizer': tokenizer.to_dict(),
-      'labels': labels.to_dict(), 'converted': record})
+      'config': run.to_dict(config), **vocabularies.to_dict(),
+      'converted': record})
   with open(os.path.join(output, 'conversion.json'), 'w') as f:
     json.dump(record, f, indent=1)
   print(f'{format_name}: {path}, {len(tensors)} tensors')
@@ -148,7 +146,7 @@ def export_weights(path, output, format_name=None):
       mapping.find(format_name), variables,
       ml_collections.ConfigDict(meta['config']), record)
   os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
-  io.write(output, tensors)
+  files.write(output, tensors)
   print(f'{format_name}: {path}, {len(tensors)} tensors')
   if record:
     _list('left out', record['surplus'],

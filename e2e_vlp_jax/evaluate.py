@@ -11,6 +11,7 @@ import jax
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
@@ -20,19 +21,14 @@ def evaluate(config, path, workdir):
   """Returns {'eval/<evaluator>/<metric>': value}."""
   params, model_state, meta = checkpoint.load(path)
   from e2e_vlp_jax import evaluation  # pylint: disable=g-import-not-at-top
-  from e2e_vlp_jax.data import label_space  # pylint: disable=g-import-not-at-top
-  from e2e_vlp_jax.data import tokenizer as tokenizer_lib  # pylint: disable=g-import-not-at-top
   # The checkpoint's own vocabularies: the parameters belong to them.
-  tokenizer = tokenizer_lib.from_dict(meta['tokenizer'])
-  labels = label_space.LabelSpace.from_dict(meta['labels'])
-  model = models.build(config, vocab_size=tokenizer.vocab_size,
-                       num_classes=len(labels.classes),
-                       num_attributes=len(labels.attributes))
+  vocabularies = vocabularies_lib.Vocabularies.from_dict(meta)
+  model = models.build(config, **vocabularies.sizes)
   models.check_variables(
       model, config, {'params': params, **model_state}, path,
       run.differences(meta['config']['model'], run.to_dict(config.model)))
   mesh = sharding.make_mesh(config.mesh)
-  evaluators = evaluation.Evaluators(config, model, tokenizer, labels, mesh)
+  evaluators = evaluation.Evaluators(config, model, vocabularies, mesh)
   # An unwritable folder is found before the minutes are spent.
   evaluation.check_writable(workdir)
   scores, pictures = evaluators.run({'params': params, **model_state},

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import jax
 
 from e2e_vlp_jax import cli
-from e2e_vlp_jax import data as data_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.data import vocabularies
 from e2e_vlp_jax.training import assemble
-from e2e_vlp_jax.training import chips
-from e2e_vlp_jax.training import cost
+from e2e_vlp_jax.profiling import chips
+from e2e_vlp_jax.profiling import program as program_lib
 from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 
@@ -52,16 +52,13 @@ def preflight(config, topology, search=True, say=print):
   chip, devices = chips.devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
-  tokenizer, labels = data_lib.load_vocabularies(config.data)
-  sizes = dict(vocab_size=tokenizer.vocab_size,
-               num_classes=len(labels.classes),
-               num_attributes=len(labels.attributes))
+  sizes = vocabularies.Vocabularies.load(config.data).sizes
   bucket = synthetic.largest_bucket(config.data)
   plan = assemble.Assembly(
       config, models.build(config, **sizes), mesh,
       synthetic.synthetic_batch(config.data, batch_size=1, bucket=bucket,
                                 **sizes))
-  state = cost.bytes_per_chip(plan.shapes, plan.shardings)
+  state = program_lib.bytes_per_chip(plan.shapes, plan.shardings)
   counts = run.count_parameters(plan.shapes.params)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   say(f'{counts["total"]:,} parameters; compiling for {mesh.size} x '
@@ -113,7 +110,7 @@ def _compile(plan, batch_size):
   start = time.perf_counter()
   traced = plan.step().trace(plan.state_target(),
                              plan.batch_target(batch_size))
-  flops = cost.flops(traced.jaxpr)
+  flops = program_lib.flops(traced.jaxpr)
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
@@ -121,10 +118,10 @@ def _compile(plan, batch_size):
       raise
     return _Program(_wanted(str(e)), time.perf_counter() - start, flops)
   seconds = time.perf_counter() - start
-  memory = cost.memory(compiled)
+  memory = program_lib.memory(compiled)
   hlo = compiled.as_text()
   return _Program(memory['peak'], seconds, flops, memory,
-                  cost.collectives(hlo), cost.memory_traffic(hlo))
+                  program_lib.collectives(hlo), program_lib.memory_traffic(hlo))
 
 
 def _wanted(message):

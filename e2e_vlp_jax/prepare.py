@@ -10,7 +10,6 @@ checksums. Run again, it says that all is there; interrupted, it starts anew.
 import contextlib
 import glob
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -23,10 +22,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from e2e_vlp_jax import cli
+from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import records
 
-_DATASETS = os.path.join(os.path.dirname(__file__), 'data', 'datasets')
+_DATASETS = 'e2e_vlp_jax.data.datasets'
 
 
 def main(argv=None):
@@ -39,8 +39,9 @@ def main(argv=None):
   plain = [a for a in argv if a not in ('-h', '--help')]
   if plain:
     # Which options there are depends on the dataset.
-    builder = _builder(
-        p.parse_known_args(plain + ['--data_dir', ''])[0].dataset, names)
+    builder = discovery.load(
+        _DATASETS, p.parse_known_args(plain + ['--data_dir', ''])[0].dataset,
+        'Builder', 'prepare NAME')
     for option, (default, text) in builder.OPTIONS.items():
       if isinstance(default, bool):
         p.add_argument(f'--{option}', action='store_true', help=text)
@@ -53,15 +54,7 @@ def main(argv=None):
 
 
 def _names():
-  return sorted(f[:-3] for f in os.listdir(_DATASETS)
-                if f.endswith('.py') and f not in ('__init__.py', 'base.py'))
-
-
-def _builder(name, names):
-  if name not in names:
-    raise errors.UserError(
-        f'prepare: no dataset {name!r}' + errors.nearest(name, names))
-  return importlib.import_module(f'e2e_vlp_jax.data.datasets.{name}').Builder
+  return discovery.names(_DATASETS, 'Builder')
 
 
 def prepare(builder_class, data_dir, source, options):

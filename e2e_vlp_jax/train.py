@@ -15,14 +15,14 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from e2e_vlp_jax import cli
-from e2e_vlp_jax import data as data_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import checkpoint
-from e2e_vlp_jax.training import chips
-from e2e_vlp_jax.training import cost
+from e2e_vlp_jax.profiling import chips
+from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import distributed
 from e2e_vlp_jax.training import monitor as monitor_lib
 from e2e_vlp_jax.training import run
@@ -46,9 +46,9 @@ def train(config, workdir, allow_changes=False):
   from e2e_vlp_jax.data import pipeline as pipeline_lib  # pylint: disable=g-import-not-at-top
 
   # --- Data -----------------------------------------------------------------
-  tokenizer, labels = data_lib.load_vocabularies(config.data)
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
   data = pipeline_lib.Pipeline(
-      config.data, tokenizer=tokenizer, labels=labels,
+      config.data, vocabularies=vocabularies,
       sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
       batch_size=config.batch_size, train=True,
       rows=sharding.host_rows(mesh, config.batch_size))
@@ -56,18 +56,15 @@ def train(config, workdir, allow_changes=False):
   run.open_workdir(workdir, config, allow_changes)
 
   # --- Model, optimizer, state ----------------------------------------------
-  sizes = dict(vocab_size=tokenizer.vocab_size,
-               num_classes=len(labels.classes),
-               num_attributes=len(labels.attributes))
-  model = models.build(config, **sizes)
-  example = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
+  model = models.build(config, **vocabularies.sizes)
+  example = synthetic.synthetic_batch(config.data, batch_size=1,
+                                      **vocabularies.sizes)
   assembly = assemble.Assembly(config, model, mesh, example)
   counts = run.count_parameters(assembly.shapes.params)
 
   # --- Restore, or start ----------------------------------------------------
   saver = checkpoint.Checkpointer(
-      workdir, {'config': run.to_dict(config),
-                'tokenizer': tokenizer.to_dict(), 'labels': labels.to_dict()},
+      workdir, {'config': run.to_dict(config), **vocabularies.to_dict()},
       config.checkpoint)
   state = saver.restore(assembly.state_target())
   if state is None:
@@ -80,7 +77,7 @@ def train(config, workdir, allow_changes=False):
   first_step = int(state.step)
 
   # --- Evaluation, monitoring -----------------------------------------------
-  evaluators = evaluation.Evaluators(config, model, tokenizer, labels, mesh)
+  evaluators = evaluation.Evaluators(config, model, vocabularies, mesh)
   evaluators.check_metric('checkpoint.best', config.checkpoint.best)
   monitor = monitor_lib.Monitor(workdir, config.total_steps, first_step,
                                 config.tensorboard)
@@ -139,7 +136,7 @@ def train(config, workdir, allow_changes=False):
         fresh = bucket not in flops
         clock.enter('compile' if fresh else 'step')
         if fresh:
-          flops[bucket] = cost.flops(step_fn.trace(state, batch).jaxpr)
+          flops[bucket] = program.flops(step_fn.trace(state, batch).jaxpr)
         state, logged = step_fn(state, batch)
         step += 1
         rate.add(flops[bucket])
@@ -257,7 +254,7 @@ class _Rate:
     """{'step_s', 'data_wait', 'tflops_per_s', 'mfu', 'save_blocked_s'}.
 
     Seconds a step, the share of them waiting for data, and the FLOPs of the
-    model as counted by `cost.flops`, also as a share of the chips' bfloat16
+    model as counted by `program.flops`, also as a share of the chips' bfloat16
     peak where that is known. {} without a step.
     """
     if not self._steps:

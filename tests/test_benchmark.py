@@ -12,7 +12,7 @@ from e2e_vlp_jax import benchmark
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
-from e2e_vlp_jax.training import parts
+from e2e_vlp_jax.profiling import by_module
 
 TINY = 'configs/e2e_vlp.py:tiny'
 SMALL_DETR = ['--config', 'configs/e2e_vlp.py:detr,side=64',
@@ -36,13 +36,13 @@ SMALL_DETR = ['--config', 'configs/e2e_vlp.py:detr,side=64',
 ])
 def test_part_of_a_scope(name, part):
   modules = {'encoder', 'decoder', 'mlm_head', 'text_embedding'}
-  assert parts.part_of(name, modules) == part
+  assert by_module.part_of(name, modules) == part
 
 
 def test_nested_operations_count_once():
   events = [(0, 100, 'while'), (10, 30, 'body'), (15, 5, 'inner'),
             (50, 20, 'body'), (100, 7, 'after')]
-  assert sorted(map(tuple, parts._own_times(events))) == [
+  assert sorted(map(tuple, by_module._own_times(events))) == [
       ('after', 7), ('body', 20), ('body', 25), ('inner', 5), ('while', 50)]
 
 
@@ -55,11 +55,11 @@ def test_trace_finds_the_expensive_part(tmp_path):
       return x + jnp.sin(x)
   x = jnp.ones((600, 600)) / 600
   compiled = jax.jit(step).lower(x).compile()
-  operations = parts.of_operations(compiled.as_text(), {'backbone'})
+  operations = by_module.of_operations(compiled.as_text(), {'backbone'})
   assert set(operations.values()) >= {'backbone', 'optimizer'}
   jax.block_until_ready(compiled(x))
-  parts.trace(lambda: jax.block_until_ready(compiled(x)), str(tmp_path))
-  found = parts.seconds(str(tmp_path), operations)
+  by_module.trace(lambda: jax.block_until_ready(compiled(x)), str(tmp_path))
+  found = by_module.seconds(str(tmp_path), operations)
   assert found['backbone'] > .8 * sum(found.values())
   assert found['optimizer'] > 0
 

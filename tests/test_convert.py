@@ -22,10 +22,10 @@ from e2e_vlp_jax import evaluate
 from e2e_vlp_jax import models
 from e2e_vlp_jax import predict
 from e2e_vlp_jax import train
-from e2e_vlp_jax.data import load_vocabularies
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.training import checkpoint
-from e2e_vlp_jax.weights import io as weights_io
+from e2e_vlp_jax.weights import files as weights_io
 from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet
 from tests import parity
@@ -309,8 +309,9 @@ def test_predict_evaluate_and_train_accept_it(converted, tmp_path,
 def test_published_detr_label_space():
   """91 classes with holes: the config that fits the published files."""
   config = cli.load_config(f'{BASE}:detr', [('data.labels', 'coco91')])
-  _, labels = load_vocabularies(config.data)
-  _, coco = load_vocabularies(cli.load_config(f'{BASE}:detr').data)
+  labels = vocabularies_lib.Vocabularies.load(config.data).labels
+  coco = vocabularies_lib.Vocabularies.load(
+      cli.load_config(f'{BASE}:detr').data).labels
   assert len(labels.classes) == 91
   assert [c for c in labels.classes if not c.startswith('N/A')] == coco.classes
   for number, name in ((1, 'person'), (18, 'dog'), (44, 'bottle'),

@@ -17,7 +17,7 @@ from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.models import swin as swin_lib
-from e2e_vlp_jax.models import text_encoder
+from e2e_vlp_jax.models import roberta
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.weights import mapping
 from tests import parity
@@ -385,7 +385,7 @@ def test_roberta_equals_transformers(torch_extra, small, tmp_path,
   length = np.array([[9], [3], [14]])
   mask = np.arange(14) < length
   ids = np.where(mask, rng.integers(3, 120, mask.shape), 1)
-  ours = text_encoder.TextEncoder(120, **c)
+  ours = roberta.TextEncoder(120, **c)
 
   def call(m, ids, mask):
     bias = jnp.where(mask, 0., -1e9)[:, None, None]

@@ -10,7 +10,7 @@ from configs import e2e_vlp as config_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
-from e2e_vlp_jax.models import generate
+from e2e_vlp_jax.models import beam_search
 from e2e_vlp_jax.training import run
 
 SIZES = dict(vocab_size=50, num_classes=6, num_attributes=13)
@@ -124,7 +124,7 @@ def test_joint_view_sees_both_sides(built):
 def test_generation_equals_teacher_forcing(built):
   """Greedy tokens are the argmax of the training-time logits, step by step."""
   model, variables, batch = built
-  tokens, scores = jax.jit(lambda v, b: generate.generate(
+  tokens, scores = jax.jit(lambda v, b: beam_search.generate(
       model, v, b, cls_id=2, sep_id=3, pad_id=0, max_length=8))(
           variables, batch)
   forced = dict(batch, text=tokens[:, None], text_mask=tokens[:, None] >= 0)
@@ -146,7 +146,7 @@ def test_generation_equals_teacher_forcing(built):
 def test_beam_search_never_scores_below_greedy(built):
   model, variables, batch = built
   ids = dict(cls_id=2, sep_id=3, pad_id=0, max_length=6)
-  full = lambda beams: jax.jit(lambda v, b: generate.generate(
+  full = lambda beams: jax.jit(lambda v, b: beam_search.generate(
       model, v, b, beams=beams, **ids))(variables, batch)
   greedy, wide = full(1), full(50)
   assert (np.asarray(wide[1]) >= np.asarray(greedy[1]) - 1e-5).all()

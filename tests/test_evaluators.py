@@ -5,12 +5,12 @@ from PIL import Image
 import pytest
 
 from configs import e2e_vlp as config_lib
-from e2e_vlp_jax import data as data_lib
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import pipeline as pipeline_lib
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import captioning
 from e2e_vlp_jax.evaluation import detection
 from e2e_vlp_jax.evaluation import itm
@@ -37,10 +37,8 @@ def small_config(data_dir):
 
 def build(config):
   """(predictor, variables) of an untrained small model."""
-  tokenizer, labels = data_lib.load_vocabularies(config.data)
-  sizes = dict(vocab_size=tokenizer.vocab_size,
-               num_classes=len(labels.classes),
-               num_attributes=len(labels.attributes))
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
+  sizes = vocabularies.sizes
   model = models.build(config, **sizes)
   batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
   shapes = jax.eval_shape(
@@ -49,7 +47,7 @@ def build(config):
   rng = np.random.default_rng(0)
   variables = jax.tree.map(
       lambda x: rng.normal(0, .2, x.shape).astype(x.dtype), shapes)
-  return predictor_lib.Predictor(model, config, tokenizer, labels), variables
+  return predictor_lib.Predictor(model, config, vocabularies), variables
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +62,7 @@ def built(config):
 
 def open_pipeline(config, predictor, pp, batch_size=6):
   return pipeline_lib.Pipeline(
-      config.data, tokenizer=predictor.tokenizer, labels=predictor.labels,
+      config.data, vocabularies=predictor.vocabularies,
       sources=[dict(name='scenes', split='test', weight=1.)], pp=pp, seed=0,
       batch_size=batch_size, train=False)
 
@@ -102,7 +100,7 @@ class Oracle(predictor_lib.Predictor):
 
 def oracle_scores(config, built, name, batch_size, max_examples=None):
   module, pp = EVALUATORS[name]
-  oracle = Oracle(built[0].model, config, built[0].tokenizer, built[0].labels)
+  oracle = Oracle(built[0].model, config, built[0].vocabularies)
   oracle.pipeline = open_pipeline(config, oracle, pp, batch_size)
   done = []
   scores = module.evaluate(oracle, {}, oracle.pipeline,
@@ -151,7 +149,7 @@ def test_results_are_the_same_on_a_mesh(config, built):
   predictor, variables = built
   mesh = sharding.make_mesh(dict(data=4, fsdp=1, tensor=1), jax.devices()[:4])
   other = predictor_lib.Predictor(predictor.model, config,
-                                  predictor.tokenizer, predictor.labels, mesh)
+                                  predictor.vocabularies, mesh)
   batch = open_pipeline(config, predictor, SEE, 4).batch(0)
   for a, b in zip(predictor.detect(variables, batch),
                   other.detect(variables, batch)):
@@ -221,7 +219,7 @@ def test_one_image_is_prepared_as_the_pipeline_prepares_it(config, built,
   config.data.buckets = (bucket,)
   config.samples.pp = pp
   predictor = predictor_lib.Predictor(
-      built[0].model, config, built[0].tokenizer, built[0].labels)
+      built[0].model, config, built[0].vocabularies)
   pipeline = open_pipeline(config, predictor, pp, 2)
   batch = pipeline.batch(0)
   record = pipeline.record(batch['example_id'][1])
@@ -246,7 +244,8 @@ def test_attributes_of_groups_and_alone(config, built):
   model, tokenizer = built[0].model, built[0].tokenizer
   labels = label_space.LabelSpace(
       ['thing'], ['red', 'blue', 'old', 'wet'], {'colour': ['red', 'blue']})
-  predictor = predictor_lib.Predictor(model, config, tokenizer, labels)
+  predictor = predictor_lib.Predictor(
+      model, config, vocabularies_lib.Vocabularies(tokenizer, labels))
   found = predictor.attributes_of(np.array([.1, .3, .05, .55]))
   assert [i for i, _ in found] == [1, 3]
   assert [s for _, s in found] == pytest.approx([.75, .55])

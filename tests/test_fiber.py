@@ -11,7 +11,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.models import fiber
-from e2e_vlp_jax.models import generate
+from e2e_vlp_jax.models import beam_search
 from e2e_vlp_jax.objectives import itc
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import run
@@ -180,7 +180,7 @@ def test_caption_does_not_leak(built, outputs):
 def test_generation_equals_teacher_forcing(built, rank):
   """Greedy tokens are the best of the training-time logits, step by step."""
   model, variables, batch = built
-  tokens, scores = jax.jit(lambda v, b: generate.generate(
+  tokens, scores = jax.jit(lambda v, b: beam_search.generate(
       model, v, b, cls_id=2, sep_id=3, pad_id=0, max_length=8, rank=rank))(
           variables, batch)
   forced = dict(batch, text=tokens[:, None],

@@ -11,7 +11,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.training import assemble
-from e2e_vlp_jax.training import cost
+from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import sharding
 from tests import small_run
 
@@ -90,7 +90,7 @@ def test_compiled_step(layout, split_small):
   lowered = assembly.step().lower(assembly.state_target(), batch(0))
   assert 'sharding_constraint' in lowered.as_text()
   text = lowered.compile().as_text()
-  found = cost.collectives(text)
+  found = program.collectives(text)
   assert any(c.kind in ('all-reduce', 'reduce-scatter') for c in found)
   assert re.search(r'\bwhile\(', text), 'the matching is a loop'
   assert not [c for c in found if c.in_loop]

@@ -17,7 +17,7 @@ from configs import e2e_vlp as config_lib
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import tokenizer as tokenizer_lib
 from e2e_vlp_jax.weights import hf_bert
-from e2e_vlp_jax.weights import io
+from e2e_vlp_jax.weights import files
 from e2e_vlp_jax.weights import mapping
 from tests import parity
 
@@ -86,9 +86,9 @@ def test_real_minilm_gives_the_golden_states(record_property, shared, minilm):
   with np.load(folder / 'expected_hf_bert.npz') as f:
     want = {k: f[k] for k in f.files}
   config = minilm_config()
-  tensors = mapping.spelled(hf_bert, io.read(minilm), minilm)
+  tensors = mapping.spelled(hf_bert, files.read(minilm), minilm)
   facts = {**hf_bert.describe({k: x for k, (_, x) in tensors.items()}),
-           **hf_bert.read_config(io.read_config(minilm))}
+           **hf_bert.read_config(files.read_config(minilm))}
   assert facts['model.heads'] == 12  # from config.json beside the weights
   mapping.check_config(
       facts, config, {'vocabulary': ('data.tokenizer.path', 30522, {})},

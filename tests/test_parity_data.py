@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from e2e_vlp_jax.data import builder, ops_image, ops_randaug
+from e2e_vlp_jax.data import ops_image, ops_randaug, pp as pp_lib
 from e2e_vlp_jax.data import tokenizer as tokenizer_lib
 from tests import parity
 
@@ -25,8 +25,8 @@ def load(shared, name):
 
 
 def planned(pp, size, bucket, image=b'', seed=0):
-  context = builder.Context(None, None, True, 1, 16, 1, 1)
-  return builder.build(pp, context)(
+  context = pp_lib.Context(None, None, True, 1, 16, 1, 1)
+  return pp_lib.build(pp, context)(
       {'image': image, 'height': int(size[0]), 'width': int(size[1]),
        'bucket': tuple(map(int, bucket)), 'texts': [], 'objects': [],
        'seed': seed})
@@ -81,8 +81,8 @@ def test_soho_texts(shared, tmp_path, record_property):
   (tmp_path / 'v.txt').write_text('\n'.join(data['vocab']))
   tokenizer = tokenizer_lib.load_tokenizer('wordpiece',
                                            str(tmp_path / 'v.txt'))
-  context = builder.Context(tokenizer, None, False, 1, 16, 1, 1)
-  apply = builder.build('text', context)
+  context = pp_lib.Context(tokenizer, None, False, 1, 16, 1, 1)
+  apply = pp_lib.build('text', context)
   wrong = 0
   for text, ids, mask in zip(data['sentences'], data['input_ids'],
                              data['attention_mask']):

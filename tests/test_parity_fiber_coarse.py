@@ -17,7 +17,7 @@ from configs import fiber as config_lib
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.models import fiber
-from e2e_vlp_jax.models import generate
+from e2e_vlp_jax.models import beam_search
 from e2e_vlp_jax.models import swin
 from e2e_vlp_jax.objectives import captioning
 from e2e_vlp_jax.objectives import itc
@@ -584,7 +584,7 @@ def test_global_batch(record_property, reference, plain):
 def test_queue_moves_on(record_property, reference):
   """Two times four items into a queue of eight; the first wraps."""
   want, inputs = reference('queue_update'), reference('inputs')
-  module = fiber.queue_lib.Queue(QUEUE)
+  module = fiber.feature_queue.Queue(QUEUE)
   state = {'queue': queue_state(inputs, inputs['queue_total'])['queue'][
       'queue']}
   nhwc = lambda k: inputs[k].transpose(0, 2, 3, 1)
@@ -700,7 +700,7 @@ def test_captions_teacher_forced(record_property, reference, plain,
 def test_beam_search(record_property, reference, plain, captioner):
   want, inputs = reference('captioning'), reference('inputs')
   model = plain[0]
-  search = jax.jit(lambda v, b: generate.generate(
+  search = jax.jit(lambda v, b: beam_search.generate(
       model, v, b, cls_id=0, sep_id=2, pad_id=1, max_length=16, beams=5,
       forbidden=(119,), rank='mean')[0])
   other = 0

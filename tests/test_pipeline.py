@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from e2e_vlp_jax.data import draws, order, pipeline, records, synthetic
+from e2e_vlp_jax.data import order, pipeline, records, rng, synthetic
 from e2e_vlp_jax.data import tokenizer as tokenizer_lib
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.data.label_space import LabelSpace
 from e2e_vlp_jax.errors import UserError
 
@@ -74,7 +75,7 @@ def make(splits, monkeypatch=None, **more):
     records.open_split = opener
   config = {**CONFIG, **more.pop('config', {})}
   return pipeline.Pipeline(
-      config, tokenizer=tokenizer(), labels=LABELS,
+      config, vocabularies=vocabularies_lib.Vocabularies(tokenizer(), LABELS),
       sources=[dict(name=str(k), split='s', weight=w)
                for k, (_, w) in enumerate(splits)],
       **{**dict(pp=PP, seed=0, batch_size=8, train=True), **more})
@@ -226,8 +227,8 @@ def test_hosts_make_parts_of_one_batch(open_, rows, train):
 def test_a_late_batch_costs_what_the_first_does(open_, monkeypatch):
   p = open_(mixture(), config=dict(buckets=BUCKETS))
   calls = []
-  permute = draws.permute
-  monkeypatch.setattr(draws, 'permute', lambda i, n, key: (
+  permute = rng.permute
+  monkeypatch.setattr(rng, 'permute', lambda i, n, key: (
       calls.append(n), permute(i, n, key))[1])
   for t in (0, 10**9):
     calls.clear()
@@ -249,8 +250,9 @@ def test_prepared_scenes(tiny_scenes):
             'max_boxes': 8, 'max_attributes': 4}
   labels = LabelSpace.load('scenes')
   p = pipeline.Pipeline(
-      config, tokenizer=tokenizer_lib.load_tokenizer('wordpiece', 'scenes'),
-      labels=labels, sources=[dict(name='scenes', split='train', weight=1.)],
+      config, vocabularies=vocabularies_lib.Vocabularies(
+          tokenizer_lib.load_tokenizer('wordpiece', 'scenes'), labels),
+      sources=[dict(name='scenes', split='train', weight=1.)],
       pp='decode|fit|boxes|text|mlm|itm', seed=0, batch_size=8, train=True)
   p.check_labels()
   batch = p.batch(0)
@@ -271,14 +273,14 @@ def test_prepared_scenes(tiny_scenes):
 @hypothesis.given(st.integers(1, 3000), st.integers(0, 10**12))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_permute_is_a_permutation(n, key):
-  found = draws.permute(np.arange(n), n, key)
+  found = rng.permute(np.arange(n), n, key)
   assert sorted(found) == list(range(n))
-  assert draws.permute([n // 2], n, key)[0] == found[n // 2]
+  assert rng.permute([n // 2], n, key)[0] == found[n // 2]
 
 
 def test_permute_is_fair():
   n, keys = 7, 3000
-  found = np.stack([draws.permute(np.arange(n), n, draws.fold(k))
+  found = np.stack([rng.permute(np.arange(n), n, rng.fold(k))
                     for k in range(keys)])
   counts = np.stack([(found == v).sum(0) for v in range(n)])
   chi = ((counts - keys / n)**2 / (keys / n)).sum()

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from e2e_vlp_jax.data import builder, draws, ops_image, ops_randaug
+from e2e_vlp_jax.data import ops_image, ops_randaug, pp as pp_lib, rng
 from e2e_vlp_jax.data import tokenizer as tokenizer_lib
 from e2e_vlp_jax.data.label_space import LabelSpace
 from e2e_vlp_jax.errors import UserError
@@ -31,7 +31,7 @@ def build(tokenizer):
   def build(pp, train=True, **sizes):
     sizes = dict(sentences=S, max_text=L, max_boxes=M, max_attributes=K,
                  **sizes)
-    return builder.build(pp, builder.Context(
+    return pp_lib.build(pp, pp_lib.Context(
         tokenizer=tokenizer, labels=LABELS, train=train, **sizes))
   return build
 
@@ -50,7 +50,7 @@ def example(seed=0, size=(40, 60), bucket=(32, 32), texts=(), objects=(),
   return dict(image=file.getvalue(), height=size[0], width=size[1],
               bucket=bucket, texts=list(texts), objects=list(objects),
               partner_texts=list(partner_texts), has_boxes=True,
-              has_attributes=True, seed=draws.fold(seed), **more)
+              has_attributes=True, seed=rng.fold(seed), **more)
 
 
 def render(planned):
@@ -63,7 +63,7 @@ def render(planned):
 
 
 def test_strings_are_parsed_not_evaluated():
-  assert builder.parse(' decode | scale_crop(scales=(1, .5), of=1)|mlm(.2)'
+  assert pp_lib.parse(' decode | scale_crop(scales=(1, .5), of=1)|mlm(.2)'
                        ) == [('decode', [], {}),
                              ('scale_crop', [], dict(scales=(1, .5), of=1)),
                              ('mlm', [.2], {})]
@@ -110,7 +110,7 @@ def test_ops_do_not_share_draws(build, monkeypatch):
   """Nor do two uses of one op."""
   seeds = collections.Counter()
   for name in ('flip', 'scale_crop', 'text', 'mlm', 'itm'):
-    monkeypatch.setitem(builder.OPS, name, lambda c: lambda e: (
+    monkeypatch.setitem(pp_lib.OPS, name, lambda c: lambda e: (
         seeds.update([e['seed']]), e)[1])
   for seed in range(20):
     build('flip|scale_crop|text|mlm|itm|flip')(example(seed))
@@ -118,14 +118,14 @@ def test_ops_do_not_share_draws(build, monkeypatch):
 
 
 def test_uniform_draws():
-  u = np.stack([draws.uniform(draws.fold(k), [50]) for k in range(400)])
+  u = np.stack([rng.uniform(rng.fold(k), [50]) for k in range(400)])
   assert 0 <= u.min() and u.max() < 1
   assert abs(u.mean() - .5) < .01 and abs(u.var() - 1 / 12) < .005
   assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < .03
   assert abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < .03
   # Fixed for ever: a run must survive an update of its libraries.
-  assert draws.fold(1, 2, 3) == 7702586659592502839
-  np.testing.assert_allclose(draws.uniform(7, [2]), [.389829748391,
+  assert rng.fold(1, 2, 3) == 7702586659592502839
+  np.testing.assert_allclose(rng.uniform(7, [2]), [.389829748391,
                                                      .016788294528])
 
 
@@ -136,9 +136,9 @@ def test_uniform_draws():
                   st.integers(1, 40), st.integers(0, 10**6))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_fit_keeps_the_ratio_and_masks_padding(h, w, bh, bw, seed):
-  context = builder.Context(None, LABELS, True, S, L, M, K)
+  context = pp_lib.Context(None, LABELS, True, S, L, M, K)
   for pp in ('decode|fit', 'decode|scale_crop|fit'):
-    out = builder.build(pp, context)(example(seed, (h, w), (bh, bw)))
+    out = pp_lib.build(pp, context)(example(seed, (h, w), (bh, bw)))
     image, mask = render(out), out['image_mask']
     th, tw = out['target']
     assert mask[:th, :tw].all() and mask.sum() == th * tw

@@ -11,11 +11,11 @@ from PIL import Image
 import pytest
 
 from configs import e2e_vlp as config_lib
-from e2e_vlp_jax import data as data_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax import predict
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import run
@@ -33,10 +33,8 @@ def save(folder, size='tiny', requests=None, **model):
   config.model.backbone = dict(name='patch_cnn', stem=8, width=16, blocks=1)
   config.model.update(model)
   config.data.buckets = ((96, 72), (72, 96), (84, 84))
-  tokenizer, labels = data_lib.load_vocabularies(config.data)
-  sizes = dict(vocab_size=tokenizer.vocab_size,
-               num_classes=len(labels.classes),
-               num_attributes=len(labels.attributes))
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
+  sizes = vocabularies.sizes
   net = models.build(config, **sizes)
   batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
   shapes = dict(jax.eval_shape(
@@ -50,8 +48,7 @@ def save(folder, size='tiny', requests=None, **model):
       opt_state=(), ema_params=None, rng=jax.random.key(0),
       bad_steps=np.int32(0))
   saver = checkpoint.Checkpointer(str(folder), {
-      'config': run.to_dict(config), 'tokenizer': tokenizer.to_dict(),
-      'labels': labels.to_dict()}, config.checkpoint)
+      'config': run.to_dict(config), **vocabularies.to_dict()}, config.checkpoint)
   saver.save(7, state)
   saver.wait()
   return str(folder)

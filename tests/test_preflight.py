@@ -12,13 +12,12 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from e2e_vlp_jax import cli
-from e2e_vlp_jax import errors
 from e2e_vlp_jax import preflight
 from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.models import resnet
 from e2e_vlp_jax.ops import matching
-from e2e_vlp_jax.training import chips
-from e2e_vlp_jax.training import cost
+from e2e_vlp_jax.profiling import chips
+from e2e_vlp_jax.profiling import program as program_lib
 from e2e_vlp_jax.training import sharding
 
 TINY = 'configs/e2e_vlp.py:tiny'
@@ -26,7 +25,7 @@ TINY = 'configs/e2e_vlp.py:tiny'
 
 def counted(function, *shapes):
   args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-  return cost.flops(jax.make_jaxpr(function)(*args))
+  return program_lib.flops(jax.make_jaxpr(function)(*args))
 
 
 def config_of(*overrides):
@@ -55,7 +54,7 @@ def test_flops_of_resnet50_by_hand():
   image = jnp.zeros((2, 224, 224, 3))
   variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image))
   jaxpr = jax.make_jaxpr(lambda v: model.apply(v, image))(variables)
-  assert cost.flops(jaxpr) == 2 * 2 * total
+  assert program_lib.flops(jaxpr) == 2 * 2 * total
 
 
 def test_flops_of_an_encoder_layer_by_hand():
@@ -66,9 +65,9 @@ def test_flops_of_an_encoder_layer_by_hand():
       lambda: layer.init(jax.random.key(0), x, None, 0.))
   loss = lambda p, x: layer.apply(p, x, None, 0.).sum()
   forward = 2 * b * (4 * t * d * d + 2 * t * t * d + 2 * t * d * f)
-  assert cost.flops(jax.make_jaxpr(loss)(params, x)) == forward
+  assert program_lib.flops(jax.make_jaxpr(loss)(params, x)) == forward
   both = jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, x)
-  assert cost.flops(both) == 3 * forward
+  assert program_lib.flops(both) == 3 * forward
 
 
 def test_flops_of_strided_convolution_backward():
@@ -146,8 +145,8 @@ ENTRY %main (p: f32[16,4]) -> f32[16,4] {
 
 
 def test_collectives_of_a_program_text():
-  found = {c.kind: c for c in cost.collectives(HLO)}
-  assert len(found) == len(cost.collectives(HLO)) == 5
+  found = {c.kind: c for c in program_lib.collectives(HLO)}
+  assert len(found) == len(program_lib.collectives(HLO)) == 5
   assert found['all-gather'] == ('all-gather', 128 * 4 * 4, 8, 1, False)
   assert found['all-reduce'] == ('all-reduce', 16 * 4 * 4 + 4, 2, 3, False)
   assert found['reduce-scatter'] == ('reduce-scatter', 4 * 4 * 2 * 4, 4, 3,
@@ -171,7 +170,7 @@ def test_collectives_of_a_compiled_program():
     return jax.lax.fori_loop(0, 5, body, w)
   compiled = jax.jit(
       step, out_shardings=sharding.replicated(mesh)).lower(w, x).compile()
-  found, = cost.collectives(compiled.as_text())
+  found, = program_lib.collectives(compiled.as_text())
   assert found == ('all-reduce', 32 * 4 * 4, 8, 5, False)
 
 
@@ -193,7 +192,7 @@ ENTRY %main (p: f32[8,4], q: bf16[6]) -> f32[8,4] {
 }
 '''
   # Fetched once, read near by; the fusion writes; the sum reads that once.
-  assert cost.memory_traffic(hlo) == 128 + (12 + 128) + 128
+  assert program_lib.memory_traffic(hlo) == 128 + (12 + 128) + 128
 
 
 def test_the_matching_loop_exchanges_nothing():
@@ -205,7 +204,7 @@ def test_the_matching_loop_exchanges_nothing():
 
   def in_loops(*where):
     compiled = matching.hungarian.lower(cost_, mask, *where).compile()
-    return sum(c.in_loop for c in cost.collectives(compiled.as_text()))
+    return sum(c.in_loop for c in program_lib.collectives(compiled.as_text()))
   assert in_loops(mesh, ('data',)) == 0
   assert in_loops() > 0
 
@@ -268,7 +267,7 @@ def test_quick_is_for_the_compiler(tmp_path):
 def _only_flops(plan, batch_size):
   traced = plan.step().trace(plan.state_target(),
                              plan.batch_target(batch_size))
-  return preflight._Program(1, 1., cost.flops(traced.jaxpr),
+  return preflight._Program(1, 1., program_lib.flops(traced.jaxpr),
                             dict(arguments=1, temporaries=0, peak=1))
 
 
@@ -300,7 +299,7 @@ def test_roofline_names_what_binds():
   found = preflight._roofline(program, chip, mesh, config_of())
   assert found['bound'] == 'memory' and found['step_time_s'] == 2.
   program = program._replace(collectives=(
-      cost.Collective('all-gather', 8 / 7 * 3 * chip.ici_bandwidth, 8, 1,
+      program_lib.Collective('all-gather', 8 / 7 * 3 * chip.ici_bandwidth, 8, 1,
                       False),))
   found = preflight._roofline(program, chip, mesh, config_of())
   assert found['bound'] == 'interconnect'

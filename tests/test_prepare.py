@@ -15,9 +15,9 @@ import tensorflow_datasets as tfds
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import prepare
-from e2e_vlp_jax.data import image_files
+from e2e_vlp_jax.data.datasets import image_files
 from e2e_vlp_jax.data import records
-from e2e_vlp_jax.data.datasets import scenes
+from e2e_vlp_jax.data.datasets.scenes import builder as scenes
 from e2e_vlp_jax.data.label_space import LabelSpace
 
 HEIGHT, WIDTH = 40, 60

@@ -13,10 +13,11 @@ import pytest
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import prepare
-from e2e_vlp_jax.data import json_list
+from e2e_vlp_jax.data.datasets import json_list
 from e2e_vlp_jax.data import pipeline
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import tokenizer
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.data.label_space import LabelSpace
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -446,8 +447,9 @@ def test_a_mixture_feeds_the_pipeline(genome, tmp_path):
         dict(dir=str(tmp_path / 'data'), buckets=((32, 32),),
              sentences=sentences, max_text=8, max_boxes=8, max_attributes=2,
              threads=1),
-        tokenizer=tokenizer.load_tokenizer('wordpiece', 'bert-base-uncased'),
-        labels=LabelSpace.load('joint'), pp='decode|fit|boxes|text|itm(.5)',
+        vocabularies=vocabularies_lib.Vocabularies(
+            tokenizer.load_tokenizer('wordpiece', 'bert-base-uncased'),
+            LabelSpace.load('joint')), pp='decode|fit|boxes|text|itm(.5)',
         sources=[dict(name=n, split='train', weight=weight) for n in names],
         seed=0, batch_size=26, train=True)
     p.check_labels()

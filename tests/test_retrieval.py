@@ -61,8 +61,7 @@ class Table(predictor_lib.Predictor):
   """Vectors and logits come from tables, by example and by text."""
 
   def __init__(self, built, config, itc=True):
-    super().__init__(built[0].model, config, built[0].tokenizer,
-                     built[0].labels)
+    super().__init__(built[0].model, config, built[0].vocabularies)
     views = {'joint': ('itm',), 'image_only': ('itc',), 'text_only': ('itc',)}
     self.model = types.SimpleNamespace(
         views=views if itc else {'joint': ('itm',)})
@@ -189,7 +188,7 @@ def test_two_hosts_agree_with_one(config, built):
     host = Host(built, config)
     host.index = index
     pipeline = pipeline_lib.Pipeline(
-        config.data, tokenizer=host.tokenizer, labels=host.labels,
+        config.data, vocabularies=host.vocabularies,
         sources=[dict(name='scenes', split='test', weight=1.)], pp=PP, seed=0,
         batch_size=6, train=False, rows=np.arange(3) + 3 * index)
     got[index] = retrieval.evaluate(host, {}, pipeline, texts=2, top_k=4,
@@ -245,10 +244,10 @@ def test_options_of_the_config(config, built, options, expected_):
       max_examples=4, training_examples=0, options=options))
   config.samples.count = 0
   with pytest.raises(errors.UserError, match=expected_):
-    evaluation.Evaluators(config, built[0].model, built[0].tokenizer,
-                          built[0].labels).run(built[1])
+    evaluation.Evaluators(config, built[0].model,
+                          built[0].vocabularies).run(built[1])
   config.evals.retrieval.texts = 1
   with pytest.raises(errors.UserError,
                      match=r'evals.retrieval.texts.*evals.retrieval.options'):
-    evaluation.Evaluators(config, built[0].model, built[0].tokenizer,
-                          built[0].labels)
+    evaluation.Evaluators(config, built[0].model,
+                          built[0].vocabularies)

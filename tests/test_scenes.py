@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from e2e_vlp_jax.data import records
-from e2e_vlp_jax.data import scene_draw
-from e2e_vlp_jax.data import scene_facts
-from e2e_vlp_jax.data import scene_text
+from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
+from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
+from e2e_vlp_jax.data.datasets.scenes import text as scene_text
 from e2e_vlp_jax.data.datasets import base
-from e2e_vlp_jax.data.datasets import scenes
+from e2e_vlp_jax.data.datasets.scenes import builder as scenes
 from e2e_vlp_jax.data.label_space import LabelSpace
 
 SEED = 3
@@ -54,14 +54,14 @@ def digest(found):
 
 
 def test_same_bytes_in_another_process(examples):
-  code = ('from e2e_vlp_jax.data.datasets import scenes; import hashlib;'
+  code = ('from e2e_vlp_jax.data.datasets.scenes import builder as scenes; import hashlib;'
           'from e2e_vlp_jax.data.datasets.base import canonical;'
           'print(hashlib.sha256(b"".join(canonical(scenes.example('
           f'{SEED}, s, i)) for s in {SPLITS} for i in range(10))).hexdigest())')
   out = subprocess.run(
       [sys.executable, '-c', code], check=True, capture_output=True, text=True,
       env={**os.environ, 'PYTHONHASHSEED': '77',
-           'PYTHONPATH': str(pathlib.Path(scenes.__file__).parents[3])})
+           'PYTHONPATH': str(pathlib.Path(scenes.__file__).parents[4])})
   assert out.stdout.split()[-1] == digest(
       [examples[s][i] for s in SPLITS for i in range(10)])
 
@@ -341,7 +341,7 @@ def test_entailment(pairs):
 
 
 def test_vocabulary_is_closed(pairs):
-  shipped = (pathlib.Path(scenes.__file__).parents[1] / 'vocab'
+  shipped = (pathlib.Path(scenes.__file__).parents[2] / 'vocab'
              / 'scenes.txt').read_text().split()
   assert shipped == scene_text.vocabulary()
   assert shipped[:5] == ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from e2e_vlp_jax.data import ops_randaug
-from e2e_vlp_jax.data.draws import uniform
+from e2e_vlp_jax.data.rng import uniform
 from e2e_vlp_jax.errors import UserError, nearest
 
 

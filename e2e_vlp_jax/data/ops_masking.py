@@ -6,7 +6,7 @@ predicted.
 """
 import numpy as np
 
-from e2e_vlp_jax.data.draws import uniform
+from e2e_vlp_jax.data.rng import uniform
 from e2e_vlp_jax.errors import UserError
 
 

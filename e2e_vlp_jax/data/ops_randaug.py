@@ -8,7 +8,7 @@ import functools
 import cv2
 import numpy as np
 
-from e2e_vlp_jax.data.draws import uniform
+from e2e_vlp_jax.data.rng import uniform
 from e2e_vlp_jax.errors import UserError, nearest
 
 _FILL = (128,) * 3  # grey, for what a geometric change brings into the picture

@@ -3,7 +3,7 @@ import logging
 
 import numpy as np
 
-from e2e_vlp_jax.data.draws import uniform
+from e2e_vlp_jax.data.rng import uniform
 
 
 def text(context):

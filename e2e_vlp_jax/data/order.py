@@ -12,14 +12,14 @@ costs and a resumed run replays nothing:
    `interleave` deals them to the sources in proportion to their weights in
    that bucket, and says how many rows the source had before: c.
 3. Row c of a (source, bucket) with n examples is number c % n of epoch
-   c // n, in an order of its own: `draws.permute`, keyed by (seed, source,
+   c // n, in an order of its own: `rng.permute`, keyed by (seed, source,
    bucket, epoch). Every example comes once an epoch.
 """
 import fractions
 
 import numpy as np
 
-from e2e_vlp_jax.data import draws
+from e2e_vlp_jax.data import rng
 
 _BLOCK = 64
 _SHARES = 1 << 24  # the shares of a mixture are multiples of 1/_SHARES
@@ -80,8 +80,8 @@ class TrainOrder:
     """(bucket, source int64 [B], record number int64 [B]) of batch t."""
     block, offset = divmod(t, _BLOCK)
     buckets, counts = interleave(
-        block * _BLOCK + draws.permute(np.arange(_BLOCK), _BLOCK,
-                                       draws.fold(self._seed, 0, block)),
+        block * _BLOCK + rng.permute(np.arange(_BLOCK), _BLOCK,
+                                       rng.fold(self._seed, 0, block)),
         self._bucket_shares)
     bucket = int(buckets[offset])
     same = buckets == bucket
@@ -95,9 +95,9 @@ class TrainOrder:
       found = np.zeros_like(position)
       for e in np.unique(epoch):
         now = epoch == e
-        found[now] = draws.permute(
+        found[now] = rng.permute(
             position[now], len(members),
-            draws.fold(self._seed, 1, int(s), bucket, int(e)))
+            rng.fold(self._seed, 1, int(s), bucket, int(e)))
       record[mine] = members[found]
     return bucket, source, record
 

@@ -46,7 +46,7 @@ import threading
 
 import numpy as np
 
-from e2e_vlp_jax.data import builder, draws, ops_image, order, records
+from e2e_vlp_jax.data import ops_image, order, pp as pp_lib, records, rng
 from e2e_vlp_jax.errors import UserError
 
 _DTYPES = {
@@ -74,8 +74,7 @@ class Pipeline:
     data_config: `config.data`: dir, buckets, sentences, max_text, max_boxes,
       max_attributes; optional threads (of tf.data; 0 = as many as cores) and
       max_bad_records (100; more unreadable records end the run).
-    tokenizer: a `tokenizer.Tokenizer`.
-    labels: a `label_space.LabelSpace`.
+    vocabularies: a `vocabularies.Vocabularies`.
     sources: list of {name, split, weight}; the weight is the source's share
       of a training batch and needs no normalising. 'images': as many as the
       source has; 'texts': as many rows as it takes to show each text once.
@@ -96,11 +95,11 @@ class Pipeline:
     UserError: bad values or an empty source.
   """
 
-  def __init__(self, data_config, *, tokenizer, labels, sources, pp, seed,
+  def __init__(self, data_config, *, vocabularies, sources, pp, seed,
                batch_size, train, rows=None):
     if batch_size < 1:
       raise UserError(f'batch_size: {batch_size}; expected at least 1')
-    self._labels, self._seed = labels, seed
+    self._labels, self._seed = vocabularies.labels, seed
     self._train, self._batch_size = train, batch_size
     self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     self._buckets = _checked_buckets(data_config)
@@ -137,12 +136,13 @@ class Pipeline:
     # The parts of a batch ask for the same thing, one after the other.
     self._order = functools.lru_cache(64)(rows)
 
-    ops = {name: kwargs for name, _, kwargs in builder.parse(pp)}
+    ops = {name: kwargs for name, _, kwargs in pp_lib.parse(pp)}
     self._reads_text, self._swaps_text = 'text' in ops, 'itm' in ops
     self._needs_names = ('boxes' in ops
                          and not ops['boxes'].get('drop_unknown'))
-    self._apply = builder.build(pp, builder.Context(
-        tokenizer=tokenizer, labels=labels, train=train,
+    self._apply = pp_lib.build(pp, pp_lib.Context(
+        tokenizer=vocabularies.tokenizer, labels=vocabularies.labels,
+        train=train,
         **{k: data_config[k] for k in ('sentences', 'max_text', 'max_boxes',
                                        'max_attributes')}))
     # Making the rows of padding also tries the pp string.
@@ -282,7 +282,7 @@ class Pipeline:
       return {**self._blank[bucket], 'example_id': ids[row]}
     seed = (t, row) if self._train else (int(ids[row]),)
     return self._row(
-        ids[row], record, bucket, draws.fold(self._seed, 2, *seed),
+        ids[row], record, bucket, rng.fold(self._seed, 2, *seed),
         _partner_texts(row, ids, sources, read) if self._swaps_text else (),
         self._has_boxes[sources[row]])
 

@@ -11,6 +11,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
+from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 
 REPORT = 'prepare_report.json'
@@ -66,8 +67,7 @@ def open_split(data_dir, name, split):
                                             REPORT))]
     there = f' (it holds {", ".join(found)})' if found else ''
     # A name without a builder is that of a corpus of image-text pairs.
-    built = os.path.exists(os.path.join(
-        os.path.dirname(__file__), 'datasets', f'{name}.py'))
+    built = name in discovery.names('e2e_vlp_jax.data.datasets', 'Builder')
     raise errors.UserError(
         f'no prepared dataset {name!r} in {data_dir!r}{there}; make it with: '
         'python -m e2e_vlp_jax.prepare '

@@ -16,7 +16,7 @@ def largest_bucket(data_config):
 
 
 def synthetic_batch(data_config, *, vocab_size, num_classes, num_attributes,
-                    batch_size, seed=0, bucket=0):
+                    num_answers=0, batch_size, seed=0, bucket=0):
   """A batch as `Pipeline.batch` yields it, filled with noise.
 
   All invariants of real batches hold: images are smaller than the bucket and
@@ -29,6 +29,7 @@ def synthetic_batch(data_config, *, vocab_size, num_classes, num_attributes,
     vocab_size: number of tokens, at least 5.
     num_classes: number of object classes.
     num_attributes: number of attributes, may be 0.
+    num_answers: number of answers, may be 0.
     batch_size: B.
     seed: another seed is another batch.
     bucket: index into data_config.buckets.
@@ -36,6 +37,7 @@ def synthetic_batch(data_config, *, vocab_size, num_classes, num_attributes,
   Returns:
     dict of numpy arrays; see `e2e_vlp_jax.data.pipeline` for the keys.
   """
+  del num_answers
   rng = np.random.default_rng([seed, bucket])
   height, width = data_config['buckets'][bucket]
   b, s, l, m, k = (batch_size, data_config['sentences'],

@@ -27,16 +27,16 @@ class Evaluators:
   0 = not during training), options (of the evaluator's own; may be left out).
   """
 
-  def __init__(self, config, model, tokenizer, labels, mesh=None):
+  def __init__(self, config, model, vocabularies, mesh=None):
     from e2e_vlp_jax.evaluation import predictor  # pylint: disable=g-import-not-at-top
     from e2e_vlp_jax.training import sharding  # pylint: disable=g-import-not-at-top
     if mesh is not None:
       sharding.check_batch_size(config.eval_batch_size, mesh,
                                 key='eval_batch_size')
     self._config = config
-    self._vocabularies = dict(tokenizer=tokenizer, labels=labels)
+    self._vocabularies = vocabularies
     self._mesh = mesh
-    self.predictor = predictor.Predictor(model, config, tokenizer, labels,
+    self.predictor = predictor.Predictor(model, config, vocabularies,
                                          mesh=mesh)
     self._functions = {}
     self._pipelines = {}
@@ -73,8 +73,7 @@ class Evaluators:
     return pipeline.Pipeline(
         config.data, sources=(dict(source, weight=1.),), pp=pp,
         seed=config.seed, batch_size=config.eval_batch_size, train=False,
-        rows=rows,
-        **self._vocabularies)
+        rows=rows, vocabularies=self._vocabularies)
 
   def check_metric(self, key, metric):
     """UserError unless `metric` is '' or of an evaluation during training.

@@ -1,7 +1,7 @@
 """Captions written from the image alone, against the human ones."""
 import json
 
-from e2e_vlp_jax.data import scene_facts
+from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
 from e2e_vlp_jax.evaluation import caption_metrics
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 

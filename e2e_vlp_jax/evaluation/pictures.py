@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from e2e_vlp_jax.data import records
-from e2e_vlp_jax.data import scene_facts
+from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
 from e2e_vlp_jax.evaluation import detection
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 

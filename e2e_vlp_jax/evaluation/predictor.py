@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data import builder
+from e2e_vlp_jax.data import pp as pp_lib
 from e2e_vlp_jax.data import ops_image
 from e2e_vlp_jax.data import records
 
@@ -34,15 +34,16 @@ class Predictor:
   Args:
     model: from `models.build`.
     config: whole config; reads `data.buckets`, `data.max_text`, `model`.
-    tokenizer: a `data.tokenizer.Tokenizer`.
-    labels: a `data.label_space.LabelSpace`.
+    vocabularies: a `data.vocabularies.Vocabularies`.
     mesh: batches are split over its data axes, if given. Every host then
       passes its own rows and gets the results of all rows.
   """
 
-  def __init__(self, model, config, tokenizer, labels, mesh=None):
+  def __init__(self, model, config, vocabularies, mesh=None):
     self.model, self.config = model, config
-    self.tokenizer, self.labels = tokenizer, labels
+    self.vocabularies = vocabularies
+    self.tokenizer, self.labels = vocabularies.tokenizer, vocabularies.labels
+    labels = self.labels
     self._mesh = mesh
     # Groups of attributes of which an object has one each; names in no group
     # are a group of their own, of which it may have several.
@@ -66,19 +67,15 @@ class Predictor:
     """
     # pylint: disable=g-import-not-at-top
     from e2e_vlp_jax import models
-    from e2e_vlp_jax.data import label_space
-    from e2e_vlp_jax.data import tokenizer as tokenizer_lib
+    from e2e_vlp_jax.data import vocabularies as vocabularies_lib
     from e2e_vlp_jax.training import checkpoint
     # pylint: enable=g-import-not-at-top
     params, model_state, meta = checkpoint.load(path)
     config = ml_collections.ConfigDict(meta['config'])
-    tokenizer = tokenizer_lib.from_dict(meta['tokenizer'])
-    labels = label_space.LabelSpace.from_dict(meta['labels'])
-    model = models.build(config, vocab_size=tokenizer.vocab_size,
-                         num_classes=len(labels.classes),
-                         num_attributes=len(labels.attributes))
+    vocabularies = vocabularies_lib.Vocabularies.from_dict(meta)
+    model = models.build(config, **vocabularies.sizes)
     variables = jax.device_put({'params': params, **model_state})
-    return cls(model, config, tokenizer, labels), variables
+    return cls(model, config, vocabularies), variables
 
   # --- Batches ----------------------------------------------------------------
 
@@ -131,9 +128,9 @@ class Predictor:
             for tokens, score in zip(out['tokens'], out['scores'])]
 
   def _caption_fn(self, variables, batch, beams):
-    from e2e_vlp_jax.models import generate  # pylint: disable=g-import-not-at-top
+    from e2e_vlp_jax.models import beam_search  # pylint: disable=g-import-not-at-top
     t = self.tokenizer
-    tokens, scores = generate.generate(
+    tokens, scores = beam_search.generate(
         self.model, variables, batch, cls_id=t.cls_id, sep_id=t.sep_id,
         pad_id=t.pad_id, max_length=self.config.data.max_text, beams=beams,
         rank=self.config.model.get('beam_rank', 'sum'))
@@ -360,7 +357,7 @@ def fit(image, buckets, pp='decode|fit'):
   """
   h, w = image.shape[:2]
   bucket = min(buckets, key=lambda b: abs(np.log(h / w) - np.log(b[0] / b[1])))
-  plan = builder.build(pp, None, only=ops_image.OPS)(
+  plan = pp_lib.build(pp, None, only=ops_image.OPS)(
       {'height': h, 'width': w, 'bucket': tuple(bucket), 'texts': [],
        'objects': [], 'seed': 0})
   canvas = np.zeros((*bucket, 3), np.uint8)

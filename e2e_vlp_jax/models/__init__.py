@@ -18,16 +18,18 @@ BACKBONES = {'resnet': ('resnet', 'ResNet'),
              'patch_cnn': ('patch_cnn', 'PatchCNN')}
 
 
-def build(config, *, vocab_size, num_classes, num_attributes):
+def build(config, *, vocab_size, num_classes, num_attributes, num_answers=0):
   """The model of a config.
 
   Args:
     config: whole config; reads `model` and `dtype`.
-    vocab_size, num_classes, num_attributes: of the tokenizer and label space.
+    vocab_size, num_classes, num_attributes, num_answers: see
+      `data.vocabularies.Vocabularies.sizes`.
 
   Raises:
     UserError: an unknown model or backbone (names the nearest).
   """
+  del num_answers  # No model has a head for answers yet.
   model = config.model
   try:
     cls = importlib.import_module(f'e2e_vlp_jax.models.{model.name}').Model

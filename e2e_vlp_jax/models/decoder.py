@@ -14,7 +14,7 @@ Queries come in two kinds:
   runs: localisation is learnt in a fraction of the steps.
 """
 import math
-from typing import Any, Tuple
+from typing import Any
 
 import flax.linen as nn
 import jax

@@ -21,9 +21,9 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import fusion
 from e2e_vlp_jax.models import heads as heads_lib
 from e2e_vlp_jax.models import layers
-from e2e_vlp_jax.models import queue as queue_lib
+from e2e_vlp_jax.models import feature_queue
 from e2e_vlp_jax.models import swin as swin_lib
-from e2e_vlp_jax.models import text_encoder
+from e2e_vlp_jax.models import roberta
 
 _TEMPERATURE = .07
 _LEAST_WEIGHT = 1e-9  # of a negative's chance to be drawn
@@ -58,7 +58,7 @@ class Model(nn.Module):
   def setup(self):
     c = self.config
     self.swin = swin_lib.Swin(**c.swin, remat=c.remat, dtype=self.dtype)
-    self.text = text_encoder.TextEncoder(
+    self.text = roberta.TextEncoder(
         self.vocab_size, **c.text, remat=c.remat, dtype=self.dtype)
     if not 0 < c.fuse <= min(sum(c.swin.depths), c.text.depth):
       raise errors.UserError(
@@ -88,7 +88,7 @@ class Model(nn.Module):
       raise errors.UserError(f'model.queue: {c.queue}; expected 0 (none) or '
                              'a number of past examples')
     if c.queue:
-      self.queue = queue_lib.Queue(c.queue)
+      self.queue = feature_queue.Queue(c.queue)
       self.temperature = self.param(
           'temperature', nn.initializers.constant(_TEMPERATURE), ())
     else:

@@ -5,11 +5,13 @@ batch that we train on, with `step()` (a whole optimisation step, finished
 when it returns), `name` and `version`. What it is written with is an extra,
 imported when a peer is made and never before.
 """
-import importlib
-
+from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 
-PEERS = ('hf_detr',)
+
+def names():
+  """All peers."""
+  return discovery.names('e2e_vlp_jax.peers', 'Peer')
 
 
 def build(name, config, batch, num_classes):
@@ -18,12 +20,9 @@ def build(name, config, batch, num_classes):
   Raises:
     UserError: no such peer, or what it needs is not installed.
   """
-  if name not in PEERS:
-    raise errors.UserError(f'--peer: no {name!r}'
-                           + errors.nearest(name, PEERS))
-  module = importlib.import_module(f'e2e_vlp_jax.peers.{name}')
+  peer = discovery.load('e2e_vlp_jax.peers', name, 'Peer', '--peer')
   try:
-    return module.Peer(config, batch, num_classes)
+    return peer(config, batch, num_classes)
   except ModuleNotFoundError as e:
     raise errors.UserError(
         f'--peer {name}: needs {e.name}, which is not installed; pip install '

@@ -20,16 +20,16 @@ bit. Half precision is widened to float32, which loses nothing either; the
 type is remembered and restored on the way back.
 """
 import importlib
-import pkgutil
 import re
 from typing import NamedTuple
 
 import ml_collections
 import numpy as np
 
+from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import swin
-from e2e_vlp_jax.weights import io
+from e2e_vlp_jax.weights import files
 
 
 class Entry(NamedTuple):
@@ -80,11 +80,7 @@ WINDOW = 'model.swin.window'  # its tables can be resized
 
 def formats():
   """Names of all sources."""
-  package = importlib.import_module('e2e_vlp_jax.weights')
-  modules = [importlib.import_module(f'{package.__name__}.{m.name}')
-             for m in pkgutil.iter_modules(package.__path__)]
-  return sorted(m.__name__.rpartition('.')[2] for m in modules
-                if hasattr(m, 'SIGNATURE'))
+  return discovery.names('e2e_vlp_jax.weights', 'SIGNATURE')
 
 
 def find(name):
@@ -230,9 +226,9 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     if e.theirs not in tensors:
       continue
     name, x = tensors[e.theirs]
-    if str(x.dtype) not in io.FLOATS:
+    if str(x.dtype) not in files.FLOATS:
       wrong.append(f'{name} is {x.dtype}, expected one of '
-                   + ', '.join(io.FLOATS))
+                   + ', '.join(files.FLOATS))
       continue
     expected = _their_shape(e, shapes[e.ours])
     if (resize and e.form == 'table' and x.shape != expected
@@ -308,7 +304,7 @@ def to_theirs(source, variables, config, record=None):
     names, copies = record['tensors'], record['copies']
   places = {e.key: e for e in entries}
   out = {name: places[key].take(variables[places[key].ours]).astype(
-      io.FLOATS[kind]) for key, (name, kind) in names.items()}
+      files.FLOATS[kind]) for key, (name, kind) in names.items()}
   return {**out, **{name: out[original] for name, original in copies.items()}}
 
 

@@ -16,7 +16,7 @@ import json
 import os
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data import image_files
+from e2e_vlp_jax.data.datasets import image_files
 from e2e_vlp_jax.data.datasets import base
 
 _FOLDERS = {'train': 'train2017', 'validation': 'val2017'}

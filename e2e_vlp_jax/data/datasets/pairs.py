@@ -25,7 +25,7 @@ import os
 import tarfile
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data import image_files
+from e2e_vlp_jax.data.datasets import image_files
 from e2e_vlp_jax.data.datasets import base
 
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp')

@@ -35,8 +35,8 @@ import os
 import re
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data import image_files
-from e2e_vlp_jax.data import json_list
+from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data.datasets import json_list
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data.datasets import base
 

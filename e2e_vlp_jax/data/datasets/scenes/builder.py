@@ -14,8 +14,8 @@ import os
 import random
 import signal
 
-from e2e_vlp_jax.data import scene_draw
-from e2e_vlp_jax.data import scene_text
+from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
+from e2e_vlp_jax.data.datasets.scenes import text as scene_text
 from e2e_vlp_jax.data.datasets import base
 
 _SPLITS = dict(train=20000, validation=1024, test=1024, unseen=512)

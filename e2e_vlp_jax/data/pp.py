@@ -4,7 +4,7 @@ An op is a factory in one of the `ops_*` modules: called with the `Context`
 and the string's arguments it returns `fn(example) -> example`. An example is
 a dict of numpy arrays and plain Python values, starting as a record; `fn`
 returns a new dict. All randomness comes from example['seed'] (an int for
-`draws.uniform`), which reaches every op folded with a constant of that op,
+`rng.uniform`), which reaches every op folded with a constant of that op,
 so that two ops never share draws. No state, no other source.
 
 The ops plan: they are cheap arithmetic in Python. Pixels are touched once,
@@ -15,8 +15,8 @@ import dataclasses
 import inspect
 import zlib
 
-from e2e_vlp_jax.data import (draws, ops_boxes, ops_image, ops_masking,
-                              ops_randaug, ops_text)
+from e2e_vlp_jax.data import (ops_boxes, ops_image, ops_masking,
+                              ops_randaug, ops_text, rng)
 from e2e_vlp_jax.errors import UserError, nearest
 
 OPS = {**ops_image.OPS, **ops_randaug.OPS, **ops_boxes.OPS, **ops_text.OPS,
@@ -100,7 +100,7 @@ def build(pp, context, only=None):
   def apply(example):
     seed = example['seed']
     for fn, constant in steps:
-      example = fn({**example, 'seed': draws.fold(seed, constant)})
+      example = fn({**example, 'seed': rng.fold(seed, constant)})
     return {**example, 'seed': seed}
 
   return apply

@@ -23,7 +23,7 @@ on its axis.
 """
 import itertools
 
-from e2e_vlp_jax.data import scene_draw
+from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
 
 CLEAR = 12
 NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six')

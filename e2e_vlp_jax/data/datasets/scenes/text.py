@@ -8,8 +8,8 @@ that a split without a pair does not speak of it either.
 import functools
 import itertools
 
-from e2e_vlp_jax.data import scene_draw
-from e2e_vlp_jax.data import scene_facts as facts
+from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
+from e2e_vlp_jax.data.datasets.scenes import facts
 
 CAPTIONS = 5
 MOST_WORDS = 18               # of a caption

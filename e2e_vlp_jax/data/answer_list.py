@@ -1,0 +1,63 @@
+"""The answers that a classifier of questions chooses from.
+
+Prepared data stores answers as text; a list turns them into ids when they are
+read. Lists are JSON files in `answers/`: {"source": ..., "answers": [...]}.
+"""
+import functools
+import json
+import os
+
+from e2e_vlp_jax import errors
+
+_FOLDER = os.path.join(os.path.dirname(__file__), 'answers')
+
+
+class AnswerList:
+  """Answers and their ids.
+
+  Attributes:
+    answers: list of strings; the position is the id.
+  """
+
+  def __init__(self, answers):
+    self.answers = list(answers)
+    if not all(isinstance(a, str) for a in self.answers):
+      raise ValueError('an answer that is no text')
+    if len(self.ids) != len(self.answers):
+      repeated = {a for a in self.answers if self.answers.count(a) > 1}
+      raise ValueError(f'repeated answers {sorted(repeated)[:3]}')
+
+  @functools.cached_property
+  def ids(self):
+    """{answer: id}."""
+    return {a: i for i, a in enumerate(self.answers)}
+
+  def __len__(self):
+    return len(self.answers)
+
+  @classmethod
+  def load(cls, name):
+    """Reads the shipped list `name`, or a JSON file of the same form.
+
+    Raises:
+      UserError: no such list, or a file that does not hold one.
+    """
+    path = os.path.join(_FOLDER, f'{name}.json')
+    if not os.path.exists(path):
+      path = str(name)
+    if not os.path.isfile(path):
+      raise errors.UserError(f'data.answers: no answer list {name!r}'
+                             + errors.nearest(name, names()))
+    try:
+      with open(path, encoding='utf-8') as f:
+        return cls(json.load(f)['answers'])
+    except (ValueError, TypeError, KeyError) as e:
+      raise errors.UserError(f'data.answers: {path} is not an answer list: {e}'
+                             ) from e
+
+
+def names():
+  """The answer lists that are shipped."""
+  if not os.path.isdir(_FOLDER):
+    return []
+  return sorted(f[:-5] for f in os.listdir(_FOLDER) if f.endswith('.json'))

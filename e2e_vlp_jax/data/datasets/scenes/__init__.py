@@ -1,0 +1,1 @@
+"""The drawn scenes: pictures (`draw`), truth (`facts`), language (`text`)."""

@@ -1,0 +1,59 @@
+"""The vocabularies of a model: tokens, object labels, answers.
+
+They decide the sizes of a model's output layers, and a checkpoint carries
+them, so that it can be used without the files that they came from.
+"""
+import dataclasses
+
+from e2e_vlp_jax.data import answer_list
+from e2e_vlp_jax.data import label_space
+from e2e_vlp_jax.data import tokenizer as tokenizer_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabularies:
+  """What names stand for ids.
+
+  Attributes:
+    tokenizer: a `tokenizer.Tokenizer`.
+    labels: a `label_space.LabelSpace`.
+    answers: an `answer_list.AnswerList`; empty where no task answers.
+  """
+  tokenizer: tokenizer_lib.Tokenizer
+  labels: label_space.LabelSpace
+  answers: answer_list.AnswerList = dataclasses.field(
+      default_factory=lambda: answer_list.AnswerList(()))
+
+  @classmethod
+  def load(cls, data):
+    """Those that `config.data` names: tokenizer, labels and, if any, answers.
+
+    Raises:
+      UserError: unknown or unreadable.
+    """
+    name = data.get('answers')
+    return cls(
+        tokenizer_lib.load_tokenizer(data.tokenizer.kind, data.tokenizer.path),
+        label_space.LabelSpace.load(data.labels),
+        answer_list.AnswerList.load(name) if name else
+        answer_list.AnswerList(()))
+
+  @classmethod
+  def from_dict(cls, d):
+    """The inverse of `to_dict`; also of checkpoints without answers."""
+    return cls(tokenizer_lib.from_dict(d['tokenizer']),
+               label_space.LabelSpace.from_dict(d['labels']),
+               answer_list.AnswerList(d.get('answers', ())))
+
+  def to_dict(self):
+    """A JSON-able dict that holds all of it: part of a checkpoint's `meta`."""
+    return {'tokenizer': self.tokenizer.to_dict(),
+            'labels': self.labels.to_dict(), 'answers': self.answers.answers}
+
+  @property
+  def sizes(self):
+    """{'vocab_size', 'num_classes', 'num_attributes', 'num_answers'}."""
+    return {'vocab_size': self.tokenizer.vocab_size,
+            'num_classes': len(self.labels.classes),
+            'num_attributes': len(self.labels.attributes),
+            'num_answers': len(self.answers)}

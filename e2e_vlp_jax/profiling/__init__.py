@@ -1,0 +1,1 @@
+"""What a program costs: FLOPs and bytes, time by module, chips' data sheets."""
