@@ -1,36 +1,27 @@
 """Optimal assignment of predictions to targets, on the device.
 
-optax's Hungarian algorithm is exact and jittable. Two things are added: a
-non-finite cost is replaced and counted (optax would return the identity
-without a word), and on a mesh the loop runs inside shard_map (under GSPMD its
-while loop would exchange data in every iteration).
+Shortest augmenting paths (Jonker and Volgenant, 1987; the algorithm behind
+scipy's linear_sum_assignment). Targets enter one after the other; each starts
+a Dijkstra search over the queries that ends at a free one, and the queries
+along the path change hands. Padded targets do not enter: the work grows with
+the real ones.
+
+What is kept of a problem is one vector over its queries for each of: the dual
+of the query, the target that it is assigned to and that target's dual. Three
+more belong to the search. So a step is elementwise but for the row of costs
+that it reads, which suits a batch of problems on a CPU or TPU
+(`_solve_batch`) and one problem in the registers of one warp on a GPU
+(`_solve_kernel`).
 """
 import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec as P
 
 from e2e_vlp_jax import errors
 
-
-def _assign(cost, mask):
-  """One problem: cost [Q, M], mask [M] -> query of each target [M]."""
-  # Padded targets cost the same everywhere, so they take what is left over
-  # and cannot change the real targets' optimum.
-  finite = jnp.isfinite(cost)
-  # A pair without a finite cost costs more than all that it could save
-  # elsewhere, so it is taken only where nothing else is left. Not more than
-  # that: the sums below have 24 bits.
-  span = jnp.max(jnp.where(finite & mask[None, :], jnp.abs(cost), 0.))
-  cost = jnp.where(finite, cost, (2 * span + 1) * cost.shape[1])
-  cost = jnp.where(mask[None, :], cost, 0.)
-  rows, cols = optax.assignment.hungarian_algorithm(cost)
-  index = jnp.zeros(cost.shape[1], jnp.int32).at[cols].set(
-      rows.astype(jnp.int32))
-  bad = jnp.sum(~finite & mask[None, :])
-  return index, bad.astype(jnp.int32)
+_FREE = -1
 
 
 @functools.partial(jax.jit, static_argnames=('mesh', 'axes'))
@@ -57,9 +48,195 @@ def hungarian(cost, mask, mesh=None, axes=()):
         f'data.max_boxes: {cost.shape[2]} boxes for {cost.shape[1]} queries; '
         'expected model.num_queries >= data.max_boxes')
   cost = jax.lax.stop_gradient(cost).astype(jnp.float32)
-  solve = jax.vmap(_assign)
   if mesh is None or not axes:
-    return solve(cost, mask)
+    return _assign(cost, mask)
+  # Under GSPMD the loop would exchange data in every iteration.
   spec = P(axes)
-  return jax.shard_map(solve, mesh=mesh, in_specs=(spec, spec),
+  return jax.shard_map(_assign, mesh=mesh, in_specs=(spec, spec),
                        out_specs=(spec, spec), check_vma=False)(cost, mask)
+
+
+def _assign(cost, mask):
+  """`hungarian` on one device."""
+  b, q, m = cost.shape
+  if not m:
+    return jnp.zeros((b, 0), jnp.int32), jnp.zeros(b, jnp.int32)
+  finite = jnp.isfinite(cost)
+  real = mask[:, None]
+  # A pair without a finite cost costs more than all that it could save
+  # elsewhere, so it is taken only where nothing else is left. Not more than
+  # that: the sums below have 24 bits.
+  span = jnp.max(jnp.where(finite & real, jnp.abs(cost), 0.), (1, 2),
+                 keepdims=True)
+  cost = jnp.where(finite, cost, (2 * span + 1) * m)
+  bad = jnp.sum(~finite & real, (1, 2)).astype(jnp.int32)
+
+  # Rows of targets, the real ones first.
+  order = jnp.argsort(~mask, axis=1, stable=True)
+  rows = jnp.take_along_axis(cost.swapaxes(1, 2), order[..., None], 1)
+  count = mask.sum(1).astype(jnp.int32)
+  owner = jax.lax.platform_dependent(
+      rows, count, cuda=_solve_on_gpu, default=_solve_batch)  # [B, Q]
+
+  # Queries in the order of the targets that own them, the leftover last.
+  query = jnp.argsort(jnp.where(owner == _FREE, m, owner), axis=1,
+                      stable=True)[:, :m].astype(jnp.int32)
+  index = jnp.zeros((b, m), jnp.int32).at[
+      jnp.arange(b)[:, None], order].set(query)
+  return index, bad
+
+
+def _solve_batch(cost, count):
+  """All problems at once, a step of each search in turn.
+
+  Args:
+    cost: [B, M, Q] finite.
+    count: [B] how many of the rows are real; the others are not read.
+
+  Returns:
+    [B, Q] int32: the row assigned to each column, or -1.
+  """
+  b, m, q = cost.shape
+  column = jnp.arange(q)[None]
+  at = lambda x, j: jnp.take_along_axis(x, j[:, None], 1)[:, 0]
+
+  def search(carry):
+    """One step of Dijkstra's algorithm in each problem."""
+    target, row, base, distance, before, seen, dual, owner, owner_dual = carry
+    # `base`: length of the path so far, less the dual of the row it is at.
+    reduced = jnp.take_along_axis(
+        cost, jnp.minimum(row, m - 1)[:, None, None], 1)[:, 0]
+    length = base[:, None] + reduced - dual
+    shorter = (length < distance) & ~seen
+    distance = jnp.where(shorter, length, distance)
+    before = jnp.where(shorter, row[:, None], before)
+    unseen = jnp.where(seen, jnp.inf, distance)
+    low = unseen.min(1)
+    # Two plain reductions: XLA's CPU argmin is several times slower.
+    nearest = jnp.where(unseen == low[:, None], column, q - 1).min(1)
+    row = at(owner, nearest)
+    found = (target < count) & (row == _FREE)
+    seen = seen | (column == nearest[:, None])
+    base = low - at(owner_dual, nearest)
+    carry = (target, row, base, distance, before, seen, dual, owner,
+             owner_dual)
+    return jax.lax.cond(
+        found.any(), lambda c: finish(found, nearest, low, c), lambda c: c,
+        carry)
+
+  def finish(found, end, low, carry):
+    """Where a free column is `found`: flips the path, starts the next search.
+    """
+    target, row, base, distance, before, seen, dual, owner, owner_dual = carry
+    done = found[:, None]
+    gain = jnp.where(seen & done, low[:, None] - distance, 0.)
+    _, _, owner, owner_dual = jax.lax.while_loop(
+        lambda c: c[0].any(), functools.partial(flip, before, target, low),
+        (found, end, owner, owner_dual + gain))
+    target = target + found
+    return (target, jnp.where(found, target, row), jnp.where(found, 0., base),
+            jnp.where(done, jnp.inf, distance), before, seen & ~done,
+            dual - gain, owner, owner_dual)
+
+  def flip(before, target, low, carry):
+    """Gives a column of the path to the row that it was reached from."""
+    going, end, owner, owner_dual = carry
+    row = at(before, end)
+    first = row == target
+    # The column that the row leaves; the target itself has none to leave.
+    there = owner == row[:, None]
+    left = jnp.where(first, end, jnp.where(there, column, 0).sum(1))
+    value = jnp.where(first, low, jnp.where(there, owner_dual, 0.).sum(1))
+    here = going[:, None] & (column == end[:, None])
+    return (going & ~first, left, jnp.where(here, row[:, None], owner),
+            jnp.where(here, value[:, None], owner_dual))
+
+  zeros = jnp.zeros((b, q), cost.dtype)
+  none = jnp.full((b, q), _FREE, jnp.int32)
+  start = jnp.zeros(b, jnp.int32)
+  *_, owner, _ = jax.lax.while_loop(
+      lambda c: jnp.any(c[0] < count), search,
+      (start, start, jnp.zeros(b, cost.dtype),
+       jnp.full((b, q), jnp.inf, cost.dtype), none, zeros > 0, zeros, none,
+       zeros))
+  return owner
+
+
+def _solve_on_gpu(cost, count, interpret=False):
+  """`_solve_batch` as one Triton kernel, a warp for each problem.
+
+  XLA's loop launches some kernels for each step of a search, tens of
+  thousands in all, and each lasts microseconds.
+  """
+  # Where it is used: other machines need not have what it is built on.
+  from jax.experimental import pallas as pl  # pylint: disable=g-import-not-at-top
+  from jax.experimental.pallas import triton as plt  # pylint: disable=g-import-not-at-top
+  b, m, q = cost.shape
+  width = pl.next_power_of_2(q)  # of Triton's arrays; nobody wants the rest
+  cost = jnp.pad(cost, ((0, 0), (0, 0), (0, width - q)),
+                 constant_values=jnp.inf)
+  owner = pl.pallas_call(
+      _solve_kernel, grid=(b,),
+      in_specs=[pl.BlockSpec((None, m, width), lambda i: (i, 0, 0)),
+                pl.BlockSpec((1,), lambda i: (i,))],
+      out_specs=pl.BlockSpec((None, width), lambda i: (i, 0)),
+      out_shape=jax.ShapeDtypeStruct((b, width), jnp.int32),
+      compiler_params=plt.CompilerParams(num_warps=1), interpret=interpret,
+      name='matching')(cost, count)
+  return owner[:, :q]
+
+
+def _solve_kernel(cost_ref, count_ref, owner_ref):
+  """One problem; names as in `_solve_batch`. Refs: [M, Q], [1], [Q]."""
+  width = owner_ref.shape[0]
+  column = jax.lax.iota(jnp.int32, width)
+  # Registers have no index: a masked sum takes the only element that is left.
+  at = lambda x, j: jnp.sum(jnp.where(column == j, x, jnp.zeros_like(x)))
+
+  def search(carry):
+    row, base, distance, before, seen, nearest, low, dual, owner, owner_dual = (
+        carry)
+    length = base + cost_ref[row, :] - dual
+    shorter = (length < distance) & (seen == 0)
+    distance = jnp.where(shorter, length, distance)
+    before = jnp.where(shorter, row, before)
+    open_distance = jnp.where(seen == 0, distance, jnp.inf)
+    low = jnp.min(open_distance)
+    nearest = jnp.argmin(open_distance, 0).astype(jnp.int32)
+    row = at(owner, nearest)
+    seen = jnp.where((row != _FREE) & (column == nearest), 1, seen)
+    return (row, low - at(owner_dual, nearest), distance, before, seen,
+            nearest, low, dual, owner, owner_dual)
+
+  def flip(carry):
+    _, end, before, target, low, owner, owner_dual = carry
+    row = at(before, end)
+    first = row == target
+    here = owner == row
+    left = jnp.where(first, end, jnp.sum(jnp.where(here, column, 0)))
+    value = jnp.where(first, low,
+                      jnp.sum(jnp.where(here, owner_dual, 0.)))
+    owner = jnp.where(column == end, row, owner)
+    owner_dual = jnp.where(column == end, value, owner_dual)
+    return jnp.where(first, 0, 1), left, before, target, low, owner, owner_dual
+
+  def insert(target, carry):
+    dual, owner, owner_dual = carry
+    none = jnp.full((width,), _FREE, jnp.int32)
+    _, _, distance, before, seen, nearest, low, *_ = jax.lax.while_loop(
+        lambda c: c[0] != _FREE, search,
+        (target, 0., jnp.full((width,), jnp.inf, jnp.float32), none,
+         jnp.zeros((width,), jnp.int32), jnp.int32(0), 0., dual, owner,
+         owner_dual))
+    gain = jnp.where(seen == 1, low - distance, 0.)
+    *_, owner, owner_dual = jax.lax.while_loop(
+        lambda c: c[0] == 1, flip,
+        (jnp.int32(1), nearest, before, target, low, owner,
+         owner_dual + gain))
+    return dual - gain, owner, owner_dual
+
+  zeros = jnp.zeros((width,), jnp.float32)
+  _, owner, _ = jax.lax.fori_loop(
+      0, count_ref[0], insert,
+      (zeros, jnp.full((width,), _FREE, jnp.int32), zeros))
+  owner_ref[:] = owner
