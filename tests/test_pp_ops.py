@@ -110,8 +110,8 @@ def test_ops_do_not_share_draws(build, monkeypatch):
   """Nor do two uses of one op."""
   seeds = collections.Counter()
   for name in ('flip', 'scale_crop', 'text', 'mlm', 'itm'):
-    monkeypatch.setitem(pp_lib.OPS, name, lambda c: lambda e: (
-        seeds.update([e['seed']]), e)[1])
+    monkeypatch.setitem(pp_lib.OPS, name, pp_lib.Op(lambda c: lambda e: (
+        seeds.update([e['seed']]), e)[1]))
   for seed in range(20):
     build('flip|scale_crop|text|mlm|itm|flip')(example(seed))
   assert len(seeds) == 120 and set(seeds.values()) == {1}

@@ -2,6 +2,7 @@
 import numpy as np
 
 from e2e_vlp_jax.data import ops_randaug
+from e2e_vlp_jax.data.keys import Key, yes
 from e2e_vlp_jax.errors import UserError
 
 
@@ -12,10 +13,7 @@ def boxes(context, drop_unknown=False):
   are dropped. Of more than M the largest M stay, in the record's order; of
   more than K attributes the first K.
 
-  Reads objects, has_boxes, has_attributes; window, flipped. Makes boxes
-  float32 [M,4] (cx, cy, w, h of the unpadded picture), box_labels int32 [M],
-  box_attributes int32 [M,K] (-1 padding), box_mask bool [M],
-  task_mask/detection, task_mask/attributes.
+  Reads objects, has_boxes, has_attributes; window, flipped.
 
   Args:
     context: M, K and the label space.
@@ -79,4 +77,47 @@ def boxes(context, drop_unknown=False):
   return apply
 
 
+def _draw_mask(draw):
+  """At least one box a row, from the left."""
+  b, m = draw.shape
+  return np.arange(m) < draw.rng.integers(1, m + 1, b)[:, None]
+
+
+def _draw_boxes(draw):
+  """Inside the image."""
+  size = draw.rng.uniform(.1, .5, (*draw.shape[:2], 2))
+  centre = draw.rng.uniform(size / 2, 1 - size / 2)
+  return (np.concatenate([centre, size], -1)
+          * draw.batch['box_mask'][..., None])
+
+
+def _draw_labels(draw):
+  return (draw.rng.integers(0, draw.sizes['num_classes'], draw.shape)
+          * draw.batch['box_mask'])
+
+
+def _draw_attributes(draw):
+  """Any number of them, from the left."""
+  (b, m, k), number = draw.shape, draw.sizes['num_attributes']
+  if not number:
+    return np.full(draw.shape, -1)
+  there = np.arange(k) < draw.rng.integers(0, k + 1, (b, m, 1))
+  return np.where(there & draw.batch['box_mask'][..., None],
+                  draw.rng.integers(0, number, draw.shape), -1)
+
+
 OPS = {'boxes': boxes}
+KEYS = {'boxes': (
+    Key('box_mask', bool, 'M', False, 'True where there is a box',
+        _draw_mask),
+    Key('boxes', np.float32, 'M4', 0, 'cx, cy, w, h of the unpadded image',
+        _draw_boxes),
+    Key('box_labels', np.int32, 'M', 0, 'class ids', _draw_labels),
+    Key('box_attributes', np.int32, 'MK', -1, 'attribute ids',
+        _draw_attributes),
+    Key('task_mask/detection', bool, '', False,
+        'whether the dataset has boxes', yes),
+    Key('task_mask/attributes', bool, '', False,
+        'whether it has attributes too',
+        lambda draw: np.full(draw.shape, draw.sizes['num_attributes'] > 0)),
+)}

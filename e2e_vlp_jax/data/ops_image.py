@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from e2e_vlp_jax.data import ops_randaug
+from e2e_vlp_jax.data.keys import Key
 from e2e_vlp_jax.data.rng import uniform
 from e2e_vlp_jax.errors import UserError, nearest
 
@@ -164,7 +165,7 @@ def random_crop(context, area=(.5, 1.), ratio=(3 / 4, 4 / 3)):
 
 
 def fit(context, limits=None, resample='bilinear'):
-  """The size at which the window fits the bucket; image_mask bool [H,W].
+  """The size at which the window fits the bucket.
 
   The aspect ratio is kept; padding is at bottom and right.
 
@@ -305,3 +306,27 @@ _RESAMPLE = {'bilinear': _bilinear, 'pillow': _pillow_bilinear,
 
 OPS = {'decode': decode, 'scale_crop': scale_crop, 'random_crop': random_crop,
        'flip': flip, 'fit': fit, 'squash': squash}
+
+
+def _draw_mask(draw):
+  """One side fills the bucket, the other at least three quarters of it."""
+  b, height, width = draw.shape
+  rows, columns = (draw.rng.integers((3 * n + 3) // 4, n + 1, b)
+                   for n in (height, width))
+  tall = draw.rng.random(b) < .5
+  rows, columns = np.where(tall, height, rows), np.where(tall, columns, width)
+  return ((np.arange(height)[:, None] < rows[:, None, None])
+          & (np.arange(width) < columns[:, None, None]))
+
+
+def _draw_image(draw):
+  return (draw.rng.integers(0, 256, draw.shape, np.uint8)
+          * draw.batch['image_mask'][..., None].astype(np.uint8))
+
+
+_KEYS = (
+    Key('image_mask', bool, 'HW', False, 'True on the image, which lies at '
+        'the upper left', _draw_mask),
+    Key('image', np.uint8, 'HW3', 0, 'RGB', _draw_image, render),
+)
+KEYS = {'fit': _KEYS, 'squash': _KEYS}

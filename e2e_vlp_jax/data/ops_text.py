@@ -3,6 +3,8 @@ import logging
 
 import numpy as np
 
+from e2e_vlp_jax.data import keys
+from e2e_vlp_jax.data.keys import Key, yes
 from e2e_vlp_jax.data.rng import uniform
 
 
@@ -14,11 +16,10 @@ def text(context):
   are drawn alike; one that equals a text of this record would be a true
   pair, and is left out.
 
-  Reads texts, partner_texts. Makes text int32 [S,L] and text_mask bool [S,L]
-  ([CLS] words [SEP], cut to L with [SEP] kept; all padding and False where
-  there is no text), masked_text and masked_text_mask (equal so far),
-  partner_text and partner_mask, mlm_labels (all -1), itm_labels int32 [S]
-  (1; -1 without text), task_mask/mlm, task_mask/itm, task_mask/captioning.
+  A text is cut to L tokens, [SEP] kept; where there is none, all is padding.
+
+  Reads texts, partner_texts. Besides the keys of the batch it makes
+  partner_text and partner_mask [S,L], for `itm`.
   """
   tokenizer, s, l = context.tokenizer, context.sentences, context.max_text
   said = []
@@ -68,4 +69,42 @@ def text(context):
   return apply
 
 
+def _draw_mask(draw):
+  """At least five tokens a text, if L allows it."""
+  length = draw.shape[-1]
+  return np.arange(length) < draw.rng.integers(
+      min(5, length), length + 1, draw.shape[:-1])[..., None]
+
+
+def _draw_text(draw):
+  mask = draw.batch['text_mask']
+  word = mask & np.pad(mask, ((0, 0), (0, 0), (0, 1)))[..., 1:]
+  ids = draw.rng.integers(keys.FIRST_WORD, draw.sizes['vocab_size'],
+                          draw.shape)
+  ids = np.where(word, ids, np.where(mask, keys.SEP, keys.PAD))
+  ids[..., 0] = keys.CLS
+  return ids
+
+
+def _same_as(name):
+  return lambda draw: draw.batch[name].copy()
+
+
 OPS = {'text': text}
+KEYS = {'text': (
+    Key('text_mask', bool, 'SL', False, 'True on tokens', _draw_mask),
+    Key('text', np.int32, 'SL', keys.PAD_ID,
+        '[CLS] words [SEP], the true texts', _draw_text),
+    Key('masked_text_mask', bool, 'SL', False, 'True on tokens',
+        _same_as('text_mask')),
+    Key('masked_text', np.int32, 'SL', keys.PAD_ID,
+        'the texts after the ops `itm` and `mlm`', _same_as('text')),
+    Key('mlm_labels', np.int32, 'SL', -1,
+        'the true id where `mlm` wants a word predicted, else -1',
+        lambda draw: np.full(draw.shape, -1)),
+    Key('itm_labels', np.int32, 'S', -1,
+        '1 true pair, 0 swapped by `itm`, -1 no text',
+        lambda draw: np.ones(draw.shape)),
+    *(Key(f'task_mask/{task}', bool, '', False, 'whether there is a text',
+          yes) for task in ('mlm', 'itm', 'captioning')),
+)}

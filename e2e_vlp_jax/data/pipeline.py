@@ -15,25 +15,8 @@ tf.data costs 0.95 times (96x96) to 1.04 times (512x512) the CPU time of a pool
 of threads of our own; asked for row by row instead of _CHUNK rows a call, it
 would cost 1.5 times.
 
-Keys of a batch (B rows, bucket H x W, S texts of L tokens, M boxes, K
-attributes). Masks are True where VALID. What a record lacks is masked:
-
-image            uint8   [B,H,W,3] zero at bottom and right of the picture
-image_mask       bool    [B,H,W]   True on the picture
-text             int32   [B,S,L]   [CLS] words [SEP] padding, the true texts
-text_mask        bool    [B,S,L]
-masked_text      int32   [B,S,L]   after the ITM swap and the MLM masking
-masked_text_mask bool    [B,S,L]
-mlm_labels       int32   [B,S,L]   true id where a word is predicted, else -1
-itm_labels       int32   [B,S]     1 true pair, 0 swapped, -1 no text
-boxes            float32 [B,M,4]   cx, cy, w, h of the unpadded picture
-box_labels       int32   [B,M]     0 padding
-box_attributes   int32   [B,M,K]   -1 padding
-box_mask         bool    [B,M]
-task_mask/NAME   bool    [B]       mlm, itm, captioning, detection, attributes
-example_id       int64   [B]       for `Pipeline.record`; -1 padding
-image_size       int32   [B,2]     h, w of the original, upright
-valid            bool    [B]       False for padding and unreadable records
+The ops declare the keys of a batch; docs/data.md has the table. Masks are True
+where VALID. What a record lacks is masked.
 """
 import atexit
 import contextlib
@@ -46,20 +29,10 @@ import threading
 
 import numpy as np
 
-from e2e_vlp_jax.data import ops_image, order, pp as pp_lib, records, rng
+from e2e_vlp_jax.data import keys, order, pp as pp_lib, records, rng
 from e2e_vlp_jax.errors import UserError
 
-_DTYPES = {
-    'image': np.uint8, 'image_mask': bool, 'text': np.int32,
-    'text_mask': bool, 'masked_text': np.int32, 'masked_text_mask': bool,
-    'mlm_labels': np.int32, 'itm_labels': np.int32, 'boxes': np.float32,
-    'box_labels': np.int32, 'box_attributes': np.int32, 'box_mask': bool,
-    'task_mask/mlm': bool, 'task_mask/itm': bool,
-    'task_mask/captioning': bool, 'task_mask/detection': bool,
-    'task_mask/attributes': bool, 'example_id': np.int64,
-    'image_size': np.int32, 'valid': bool,
-}
-# A record of nothing, for rows of padding.
+# A record of nothing, to try the ops on.
 _NOTHING = {'image': b'', 'height': 0, 'width': 0, 'texts': [],
             'objects': [], 'has_attributes': False}
 _CHUNK = 16  # rows that tf.data asks for at once: a call has its price
@@ -145,16 +118,7 @@ class Pipeline:
         train=train,
         **{k: data_config[k] for k in ('sentences', 'max_text', 'max_boxes',
                                        'max_attributes')}))
-    # Making the rows of padding also tries the pp string.
-    self._blank = [self._row(-1, _NOTHING, bucket)
-                   for bucket in range(len(self._buckets))]
-    if 'target' not in self._blank[0]:
-      raise UserError(f'pp string {pp!r}: no fit or squash, which make the '
-                      'image of a batch')
-    self._shapes = {k: np.shape(self._blank[0][k]) for k in _DTYPES
-                    if k in self._blank[0]}
-    same = self._buckets[0] if len(self._buckets) == 1 else (None, None)
-    self._shapes |= {'image': (*same, 3), 'image_mask': same}
+    self._declare(pp, data_config, vocabularies)
 
   def batch(self, t):
     """This host's rows of batch t: dict of numpy arrays, see above.
@@ -189,9 +153,10 @@ class Pipeline:
     def make_op(number):
       rows = count if parts == 1 else None
       values = tf.numpy_function(
-          make, [number], [_DTYPES[k] for k in self._shapes], stateful=False)
+          make, [number], [key.dtype for key in self._keys.values()],
+          stateful=False)
       return {k: tf.ensure_shape(v, [rows, *self._shapes[k]])
-              for k, v in zip(self._shapes, values)}
+              for k, v in zip(self._keys, values)}
 
     options = tf.data.Options()
     options.deterministic = True
@@ -253,6 +218,30 @@ class Pipeline:
 
   # From here on: how a batch is made.
 
+  def _declare(self, pp, data_config, vocabularies):
+    """Sets the batch's keys, shapes and rows of padding; tries the ops."""
+    sizes = keys.data_sizes(data_config) | {'A': len(vocabularies.answers)}
+    shapes = []  # of each bucket
+    for height, width in self._buckets:
+      found = pp_lib.declared(pp, {**sizes, 'H': height, 'W': width})
+      self._keys = {key.name: key for key, _ in found}
+      shapes.append({key.name: key.row_shape(s) for key, s in found})
+    self._shapes = {
+        name: tuple(size if all(s[name][axis] == size for s in shapes)
+                    else None for axis, size in enumerate(shape))
+        for name, shape in shapes[0].items()}
+    pads = {keys.PAD_ID: vocabularies.tokenizer.pad_id}
+    self._blank = [{name: np.full(s[name], pads.get(key.padding, key.padding),
+                                  key.dtype)
+                    for name, key in self._keys.items() if not key.render}
+                   for s in shapes]
+    row = self._row(-1, _NOTHING, 0)
+    for name, value in self._blank[0].items():
+      if np.shape(row[name]) != value.shape:
+        raise UserError(f'pp string {pp!r}: the key {name!r} is declared as '
+                        f'{self._keys[name]}, its op made {np.shape(row[name])}'
+                        f'; expected {value.shape}')
+
   def _make(self, t, which):
     """The given rows of batch t."""
     bucket, sources, _ = self._order(t)
@@ -266,14 +255,24 @@ class Pipeline:
     with self._planning:
       rows = [self._planned(t, row, ids, sources, bucket, read)
               for row in which]
-    image = _aligned((len(rows), *self._buckets[bucket], 3))
-    for k, (row, canvas) in enumerate(zip(rows, image)):
-      if row['valid'] and not ops_image.render(row, canvas):
+    pixels = self._rendered(rows, bucket)
+    return {name: pixels[name] if key.render else
+            np.array([row[name] for row in rows], key.dtype)
+            for name, key in self._keys.items()}
+
+  def _rendered(self, rows, bucket):
+    """{key: pixels [B,H,W,3]}; makes rows blank whose image is unreadable."""
+    height, width = self._buckets[bucket]
+    pixels = {name: _aligned((len(rows), height, width, 3))
+              for name, key in self._keys.items() if key.render}
+    for k, row in enumerate(rows):
+      if row['valid'] and not all(self._keys[name].render(row, canvases[k])
+                                  for name, canvases in pixels.items()):
         rows[k] = {**self._blank[bucket], 'example_id': row['example_id'],
                    'image_size': row['image_size']}
-    batch = {k: np.array([row[k] for row in rows], _DTYPES[k])
-             for k in self._shapes if k != 'image'}
-    return {'image': image, **batch}
+        for canvases in pixels.values():
+          canvases[k] = 0
+    return pixels
 
   def _planned(self, t, row, ids, sources, bucket, read):
     """A row of batch t, its image still encoded; blank if unreadable."""
