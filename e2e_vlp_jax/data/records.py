@@ -17,10 +17,15 @@ from e2e_vlp_jax import errors
 REPORT = 'prepare_report.json'
 _LISTS = {'objects': ('bbox', 'label', 'attributes', 'is_crowd', 'area', 'id'),
           'phrases': ('bbox', 'text'),
-          'questions': ('question', 'answers', 'kind'),
+          'questions': ('question', 'answers', 'kind', 'id'),
           'refexps': ('text', 'bbox'),
-          'statements': ('second_image', 'statement', 'label'),
+          'statements': ('second_image', 'second_record', 'statement',
+                         'label'),
           'entailment': ('text', 'label')}
+# What a builder may leave out of an item, and folders prepared before it was
+# introduced do not have.
+OPTIONAL = {'questions': {'id': -1},
+            'statements': {'second_image': b'', 'second_record': -1}}
 _JOINED = ('attributes', 'answers')
 _BOOLS = ('is_crowd', 'has_attributes')
 
@@ -116,7 +121,10 @@ def _parse(serialized):
   record['texts'] = values('texts')
   for key, names in _LISTS.items():
     columns = [values(f'{key}/{n}') for n in names]
-    record[key] = [dict(zip(names, row)) for row in zip(*columns)]
+    count = max(map(len, columns))
+    columns = [c if len(c) or n not in OPTIONAL.get(key, ()) else
+               [OPTIONAL[key][n]] * count for c, n in zip(columns, names)]
+    record[key] = [dict(zip(names, row)) for row in zip(*columns, strict=True)]
   return record
 
 
