@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import e2e_vlp_jax.data
-from e2e_vlp_jax.data import keys, ops_image, pp as pp_lib, synthetic
+from e2e_vlp_jax.data import keys, ops_image, pp as pp_lib, records, synthetic
 from e2e_vlp_jax.errors import UserError
 from tests import test_pipeline
 from tests.test_pipeline import CONFIG, FakeSplit, open_  # noqa: F401
@@ -129,7 +129,7 @@ def test_a_synthetic_batch_needs_the_ops_before():
 def test_padding_is_what_the_ops_make_of_nothing(open_):  # noqa: F811
   """So that a row of padding and a record without texts or boxes agree."""
   data = open_(FakeSplit(3), train=False)
-  row = data._row(-1, test_pipeline.pipeline._NOTHING, 0)  # pylint: disable=protected-access
+  row = data._row(-1, {**records.nothing(), 'item': 0}, 0)  # pylint: disable=protected-access
   padding = {k: v[3] for k, v in data.batch(0).items()}
   for name, value in padding.items():
     if name != 'image' and not name.startswith('task_mask/'):

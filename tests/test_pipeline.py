@@ -410,7 +410,7 @@ def test_bad_records_are_masked_and_counted(open_, caplog):
     batch = p.batch(0)
   bad = np.isin(batch['example_id'], (3, 5))
   assert bad.sum() == 2 and (batch['valid'] == ~bad).all()
-  assert p.bad_records == {3, 5}  # each once
+  assert p.bad_records == {'0/s record 3', '0/s record 5'}  # each once
   assert not batch['image'][bad].any()
   for key, value in batch.items():
     if key.endswith('mask') or key.startswith('task_mask'):

@@ -19,7 +19,7 @@ def mlm(context, rate=.15):
   At least one word a text; never a special token or padding.
   Changes masked_text, partner_text and mlm_labels.
   """
-  tokenizer, s, l = context.tokenizer, context.sentences, context.max_text
+  tokenizer, l = context.tokenizer, context.max_text
   is_word = np.ones(tokenizer.vocab_size, bool)
   is_word[list(tokenizer.special_ids)] = False
   words = np.flatnonzero(is_word)
@@ -27,6 +27,7 @@ def mlm(context, rate=.15):
   def apply(example):
     if 'masked_text' not in example:
       raise UserError('pp: text must stand before mlm')
+    s = len(example['masked_text'])
     ids = np.concatenate([example['masked_text'], example['partner_text']])
     mask = np.concatenate([example['masked_text_mask'],
                            example['partner_mask']])
@@ -51,13 +52,13 @@ def itm(context, rate=.5):
   Changes masked_text, masked_text_mask, itm_labels (0 where swapped) and
   mlm_labels (-1 there). A text stays where there is none to take its place.
   """
-  s = context.sentences
+  del context
 
   def apply(example):
     if 'masked_text' not in example:
       raise UserError('pp: text must stand before itm')
-    swap = ((example['itm_labels'] == 1) & example['partner_mask'][:, 0]
-            & (uniform(example['seed'], [s]) < rate))
+    swap = (example['itm_labels'] == 1) & example['partner_mask'][:, 0]
+    swap &= uniform(example['seed'], swap.shape) < rate
     wide = swap[:, None]
     return {
         **example,

@@ -3,26 +3,36 @@ import logging
 
 import numpy as np
 
-from e2e_vlp_jax.data import keys
+from e2e_vlp_jax.data import keys, units
 from e2e_vlp_jax.data.keys import Key, yes
 from e2e_vlp_jax.data.rng import uniform
+from e2e_vlp_jax.errors import UserError, nearest
 
 
-def text(context):
+def text(context, field=None):
   """Chooses S texts and turns them into token ids.
 
-  Training draws the texts, without repeating one before all were drawn;
-  evaluation takes the first S. Blank texts do not count. The partner's texts
-  are drawn alike; one that equals a text of this record would be a true
-  pair, and is left out.
+  They are texts of the image: training draws them, without repeating one
+  before all were drawn; evaluation takes the first S. Or they are the text of
+  the row's item: `text('questions')` needs `config.data.unit` to be
+  'question', and S is 1; likewise 'statements', 'entailment', 'refexps' and
+  'texts' with their units.
 
-  A text is cut to L tokens, [SEP] kept; where there is none, all is padding.
+  Blank texts do not count. A text is cut to L tokens, [SEP] kept; where there
+  is none, all is padding. The partner's texts are chosen alike; one that
+  equals a text of this row would be a true pair, and is left out.
 
-  Reads texts, partner_texts. Besides the keys of the batch it makes
-  partner_text and partner_mask [S,L], for `itm`.
+  Reads texts (of the image or the item), partner_texts. Besides the keys of
+  the batch it makes partner_text and partner_mask [S,L], for `itm`.
+
+  Args:
+    context: S, L, the tokenizer and the unit.
+    field: a list of the record whose items are units.
   """
-  tokenizer, s, l = context.tokenizer, context.sentences, context.max_text
-  said = []
+  _check_field(field, context.unit)
+  tokenizer, l = context.tokenizer, context.max_text
+  s = 1 if field else context.sentences
+  warned = False
 
   def choose(texts, u):
     texts = [t for t in map(str.strip, texts) if t]
@@ -32,6 +42,7 @@ def text(context):
     return [texts[order[k % len(texts)]] for k in range(s)]
 
   def tokenize(texts):
+    nonlocal warned
     ids = np.full((len(texts), l), tokenizer.pad_id, np.int32)
     lengths = np.zeros((len(texts), 1), int)
     for k, item in enumerate(texts):
@@ -39,8 +50,8 @@ def text(context):
         continue
       row = tokenizer.encode(item)
       if len(row) > l:
-        if not said:
-          said.append(item)
+        if not warned:
+          warned = True
           logging.warning('a text of %d tokens is cut to data.max_text=%d, '
                           'as all longer ones will be: %r', len(row), l, item)
         row = row[:l - 1] + [tokenizer.sep_id]
@@ -67,6 +78,16 @@ def text(context):
         'task_mask/captioning': has_text.any(),
     }
   return apply
+
+
+def _check_field(field, unit):
+  if field is None:
+    return
+  if field not in units.BY_FIELD:
+    raise UserError(f'pp: text({field!r})' + nearest(field, units.BY_FIELD))
+  if units.BY_FIELD[field].name != unit:
+    raise UserError(f'pp: text({field!r}) shows the text of one item and needs '
+                    f'data.unit={units.BY_FIELD[field].name!r}; it is {unit!r}')
 
 
 def _draw_mask(draw):
@@ -108,3 +129,4 @@ KEYS = {'text': (
     *(Key(f'task_mask/{task}', bool, '', False, 'whether there is a text',
           yes) for task in ('mlm', 'itm', 'captioning')),
 )}
+SIZES = {'text': lambda field: {'S': 1} if field else {}}

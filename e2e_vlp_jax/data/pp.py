@@ -68,6 +68,8 @@ class Context:
   max_text: int        # L
   max_boxes: int       # M
   max_attributes: int  # K
+  unit: str = 'image'
+  answers: object = None  # an `answer_list.AnswerList`
 
 
 def parse(pp):

@@ -15,6 +15,7 @@ import tqdm
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data import units
 
 _BYTES = lambda: tfds.features.Scalar(np.object_)
 _BOX = lambda: tfds.features.Tensor(shape=(4,), dtype=np.float32)
@@ -194,11 +195,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       totals += collections.Counter(
           images=1, texts=len(example['texts']),
           boxes=len(example['objects']))
-      for column, value in (('height', example['height']),
-                            ('width', example['width']),
-                            ('num_texts', len(example['texts'])),
-                            ('num_objects', len(example['objects']))):
-        index[column].append(value)
+      for size in ('height', 'width'):
+        index[size].append(example[size])
+      for field in ('objects', *units.BY_FIELD):
+        index[f'num_{field}'].append(len(example[field]))
       digest.update(canonical(example))
       # TFDS puts examples in the order of keys of 128 bits, a bucket of it
       # at a time: keys over the whole range keep the buckets small.
