@@ -129,7 +129,7 @@ def test_a_synthetic_batch_needs_the_ops_before():
 def test_padding_is_what_the_ops_make_of_nothing(open_):  # noqa: F811
   """So that a row of padding and a record without texts or boxes agree."""
   data = open_(FakeSplit(3), train=False)
-  row = data._row(-1, {**records.nothing(), 'item': 0}, 0)  # pylint: disable=protected-access
+  row = data._row(-1, {**records.nothing(), 'item': 0, 'second': None}, 0)  # pylint: disable=protected-access
   padding = {k: v[3] for k, v in data.batch(0).items()}
   for name, value in padding.items():
     if name != 'image' and not name.startswith('task_mask/'):

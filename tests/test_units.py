@@ -6,8 +6,11 @@ import tarfile
 import numpy as np
 import pytest
 
+from e2e_vlp_jax import prepare
 from e2e_vlp_jax.data import pipeline, records, synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.data.datasets import base
+from e2e_vlp_jax.data.datasets.scenes import draw as scenes_draw
 from e2e_vlp_jax.data.label_space import LabelSpace
 from e2e_vlp_jax.data.tokenizer import load_tokenizer
 from e2e_vlp_jax.errors import UserError
@@ -173,3 +176,115 @@ def test_synthetic_batches_have_one_text(open_):
                                    **WORDS.sizes)
   assert {k: (v.dtype, v.shape) for k, v in made.items()} == {
       k: (v.dtype, v.shape) for k, v in open_('question', pp).batch(0).items()}
+
+
+# --- A second image ----------------------------------------------------------
+
+
+class Toy(base.RecordBuilder):
+  """Four records of one colour each; statements name the next record."""
+  name = 'toy'
+  OPTIONS = {'shift': (1, 'how far ahead the second record is')}
+
+  def sources(self):
+    return {'train': (4, self._records)}
+
+  def _records(self):
+    for i in range(4):
+      size = (20 + 10 * i, 40)
+      image = np.full((*size, 3), 50 * (i + 1), np.uint8)
+      second = (i + self.options['shift']) % 5 - 1  # -1 comes once
+      yield base.record(
+          image=scenes_draw.encode_png(image), image_id=str(i),
+          height=size[0], width=size[1], statements=[
+              dict(statement=f'image {k}', label=True, second_record=second)
+              for k in range(2)])
+
+
+PAIR = "decode|{}|second_image|text('statements')"
+
+
+@pytest.mark.parametrize('place', ['fit', 'squash'])
+def test_a_second_image_by_its_record(open_, tmp_path, place):
+  prepare.prepare(Toy, str(tmp_path), None, dict(shift=1))
+  data = open_('statement', PAIR.format(place), [
+      dict(name='toy', split='train')], dict(dir=str(tmp_path)))
+  batch = data.batch(0)
+  assert batch['valid'].all() and len(batch['valid']) == 8
+  for row, example_id in enumerate(batch['example_id']):
+    record, item = data.unit(example_id)
+    second = record['statements'][item]['second_record']
+    assert second == int(record['image_id'])  # (i + 1) % 5 - 1
+    for name in ('image', 'second_image'):
+      mask = batch[f'{name}_mask'][row]
+      assert (batch[name][row][mask] == 50 * (second + 1)).all()
+      assert not batch[name][row][~mask].any()
+      assert mask.all() == (place == 'squash') or record['height'] == 40
+
+
+class Far(Toy):
+  """Names a record that is not there."""
+  name = 'far'
+
+  def _records(self):
+    for record in super()._records():
+      record['statements'][0]['second_record'] = 9
+      yield record
+
+
+def test_a_second_record_that_is_not_there(tmp_path):
+  with pytest.raises(ValueError, match='names record 9 of 4'):
+    prepare.prepare(Far, str(tmp_path), None, {})
+
+
+def test_statements_about_one_image(open_, tmp_path):
+  prepare.prepare(Toy, str(tmp_path), None, dict(shift=2))
+  data = open_('statement', PAIR.format('fit'), [
+      dict(name='toy', split='train')], dict(dir=str(tmp_path)))
+  batch = data.batch(0)
+  alone = [data.unit(i)[0]['statements'][0]['second_record'] == -1
+           for i in batch['example_id']]
+  assert sum(alone) == 2 and batch['valid'].all()
+  assert (batch['second_image_mask'].any((1, 2)) == ~np.array(alone)).all()
+  assert not batch['second_image'][alone].any()
+
+
+def test_second_images_that_are_stored_as_bytes(open_):
+  """Those of scenes, which are no records."""
+  data = open_('statement', PAIR.format('fit'),
+               config=dict(buckets=((96, 96), (80, 96))))
+  made = synthetic.synthetic_batch(
+      {**CONFIG, 'buckets': ((96, 96),), 'pp_train': PAIR.format('fit')},
+      batch_size=8, **WORDS.sizes)
+  for _, batch in data.iterate(data.num_batches - 2):
+    for row, example_id in enumerate(batch['example_id']):
+      record, item = data.unit(example_id)
+      np.testing.assert_array_equal(
+          batch['second_image'][row], records.decode_image(
+              record['statements'][item]['second_image']))
+    assert {k: (v.dtype, v.shape) for k, v in made.items()} == {
+        k: (v.dtype, v.shape) for k, v in batch.items()}
+
+
+def test_a_broken_second_image_is_a_bad_record(open_, monkeypatch):
+  real = records.Split.get
+  def get(split, i):
+    record = real(split, i)
+    if i in (2, 3):
+      image = record['statements'][0]['second_image']
+      record['statements'][0]['second_image'] = image[:9 if i == 2 else -900]
+    return record
+  monkeypatch.setattr(records.Split, 'get', get)
+  data = open_('statement', PAIR.format('fit'))
+  batch = data.batch(0)
+  assert (~batch['valid']).nonzero()[0].tolist() == [2, 3]
+  assert not batch['image'][2:4].any() and not batch['second_image'][2:4].any()
+  assert data.bad_records == {f'scenes/train record {i}' for i in (2, 3)}
+
+
+@pytest.mark.parametrize('unit, pp, expected', [
+    ('image', 'decode|fit|second_image', "needs data.unit='statement'"),
+    ('statement', 'decode|second_image|fit', 'must stand before second_image')])
+def test_second_image_in_the_wrong_place(open_, unit, pp, expected):
+  with pytest.raises(UserError, match=expected):
+    open_(unit, pp)

@@ -6,7 +6,8 @@ it is mirrored; `render` then decodes, cuts, resizes, mirrors and pads.
 An example holds here: height, width; bucket (H, W); window int64 [4]
 (y, x, h, w) in pixels of the original; short_side, the wanted shorter side
 of the window on the canvas; flipped; from `fit` or `squash` on target int64
-[2], the (h, w) of the picture on the canvas, and resample, how it gets there.
+[2], the (h, w) of the picture on the canvas, resample, how it gets there, and
+place, the op's function, for a second image.
 """
 import io
 import re
@@ -193,7 +194,7 @@ def fit(context, limits=None, resample='bilinear'):
                     min(limits) / size.min())
       target = np.clip(np.floor(size * ratio + .5), 1,
                        example['bucket']).astype(int)
-    return _placed(example, target, resample)
+    return {**_placed(example, target, resample), 'place': apply}
   return apply
 
 
@@ -209,7 +210,8 @@ def squash(context, resample='bicubic'):
   def apply(example):
     _check_order(example, 'squash', _DECODE)
     there = example['window'][2:].all()
-    return _placed(example, np.array(example['bucket']) * there, resample)
+    return {**_placed(example, np.array(example['bucket']) * there, resample),
+            'place': apply}
   return apply
 
 
@@ -308,7 +310,7 @@ OPS = {'decode': decode, 'scale_crop': scale_crop, 'random_crop': random_crop,
        'flip': flip, 'fit': fit, 'squash': squash}
 
 
-def _draw_mask(draw):
+def draw_mask(draw):
   """One side fills the bucket, the other at least three quarters of it."""
   b, height, width = draw.shape
   rows, columns = (draw.rng.integers((3 * n + 3) // 4, n + 1, b)
@@ -319,14 +321,15 @@ def _draw_mask(draw):
           & (np.arange(width) < columns[:, None, None]))
 
 
-def _draw_image(draw):
-  return (draw.rng.integers(0, 256, draw.shape, np.uint8)
-          * draw.batch['image_mask'][..., None].astype(np.uint8))
+def draw_pixels(mask):
+  """The draw of an image that is 0 outside of the key `mask`."""
+  return lambda draw: (draw.rng.integers(0, 256, draw.shape, np.uint8)
+                       * draw.batch[mask][..., None].astype(np.uint8))
 
 
 _KEYS = (
     Key('image_mask', bool, 'HW', False, 'True on the image, which lies at '
-        'the upper left', _draw_mask),
-    Key('image', np.uint8, 'HW3', 0, 'RGB', _draw_image, render),
+        'the upper left', draw_mask),
+    Key('image', np.uint8, 'HW3', 0, 'RGB', draw_pixels('image_mask'), render),
 )
 KEYS = {'fit': _KEYS, 'squash': _KEYS}

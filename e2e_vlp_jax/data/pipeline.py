@@ -231,7 +231,7 @@ class Pipeline:
 
   def _try_ops(self, pp):
     """Runs the ops on a record of nothing: their order, and their shapes."""
-    row = self._row(-1, {**records.nothing(), 'item': 0}, 0)
+    row = self._row(-1, {**records.nothing(), 'item': 0, 'second': None}, 0)
     for name, value in self._blank[0].items():
       if np.shape(row[name]) != value.shape:
         raise UserError(f'pp string {pp!r}: the key {name!r} is declared as '

@@ -188,6 +188,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                                changed={})
     totals = collections.Counter()
     index = collections.defaultdict(list)
+    referred = -1  # the highest number of a second image's record
     digest = hashlib.sha256()
     progress = tqdm.tqdm(total=most, desc=f'{self.name} {split}', unit='image')
     for k, example in enumerate(read_records()):
@@ -199,11 +200,16 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         index[size].append(example[size])
       for field in ('objects', *units.BY_FIELD):
         index[f'num_{field}'].append(len(example[field]))
+      referred = max([referred, *(s.get('second_record', -1)
+                                  for s in example['statements'])])
       digest.update(canonical(example))
       # TFDS puts examples in the order of keys of 128 bits, a bucket of it
       # at a time: keys over the whole range keep the buckets small.
       yield (k << 128) // most, _flat(example)
     progress.close()
+    if referred >= totals['images']:
+      raise ValueError(f'{self.name} {split}: a statement names record '
+                       f'{referred} of {totals["images"]}')
     report = self.reports[split]
     report.update(images=totals['images'], texts=totals['texts'],
                   boxes=totals['boxes'], records_sha256=digest.hexdigest())
