@@ -368,6 +368,27 @@ def test_boxes_keep_the_largest_and_drop_the_useless(build):
   assert out['box_mask'].all() and out['task_mask/detection']
 
 
+def test_crowds(build):
+  """Dropped, as in DETR's training; kept apart where they are asked for."""
+  objects = [thing([.1, .1, .9, .9], 'ball'),
+             thing([.2, .2, .4, .4], 'people', is_crowd=True),
+             thing([0., .5, 1., 1.], 'people', is_crowd=True),
+             thing([.5, .5, .5, .9], is_crowd=True)]
+  without = build('decode|fit|boxes')(example(objects=objects))
+  assert without['box_mask'].tolist() == [True, False, False]
+  assert 'crowd_boxes' not in without
+  out = build('decode|flip(p=1.)|fit|boxes(crowds=2)')(
+      example(objects=objects))
+  np.testing.assert_allclose(out['crowd_boxes'], [
+      [.7, .3, .2, .2], [.25, .5, .5, 1.]], atol=1e-6)
+  assert out['crowd_mask'].all() and out['crowd_boxes'].dtype == np.float32
+  largest = build('decode|fit|boxes(crowds=1)')(example(objects=objects))
+  np.testing.assert_allclose(largest['crowd_boxes'], [[.75, .5, .5, 1.]])
+  padded = build('decode|fit|boxes(crowds=3)')(example(objects=objects[:2]))
+  assert padded['crowd_mask'].tolist() == [True, False, False]
+  assert not padded['crowd_boxes'][1:].any()
+
+
 def test_boxes_are_padded(build):
   out = build('decode|fit|boxes')(example(objects=[
       thing([.1, .1, .9, .9], 'ball', ['blue', 'red', 'small'])]))

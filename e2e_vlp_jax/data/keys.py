@@ -12,13 +12,6 @@ import numpy as np
 
 from e2e_vlp_jax.errors import UserError
 
-# What the letters of a shape stand for. An op may set a letter by one of its
-# arguments (`SIZES` of an op file).
-LETTERS = {
-    'B': 'rows', 'H': "the bucket's height", 'W': "the bucket's width",
-    'S': 'texts (`data.sentences`)', 'L': 'tokens (`data.max_text`)',
-    'M': 'boxes (`data.max_boxes`)', 'K': 'attributes (`data.max_attributes`)',
-    'A': 'answers of the answer list'}
 # Stands for the tokenizer's id of [PAD], which the declaration cannot know.
 PAD_ID = '[PAD]'
 # Ids of the special tokens in synthetic texts, as in our own vocabularies.
@@ -51,8 +44,10 @@ class Key:
   Attributes:
     name: the key.
     dtype: of numpy.
-    shape: of one row, a letter or a digit an axis: 'M4' is [M, 4]. A key with
-      an axis of size 0 is not made.
+    shape: of one row, a letter or a digit per axis: 'M4' is [M, 4]. Letters:
+      S texts, L tokens, M boxes, K attributes (`config.data`), A answers, H
+      and W of the bucket, and what `SIZES` of an op file sets. A key with an
+      axis of size 0 is not made.
     padding: the value where there is nothing, and of rows of padding;
       `PAD_ID` for token ids.
     holds: what it holds, for the table in the docs.

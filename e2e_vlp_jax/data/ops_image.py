@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from e2e_vlp_jax.data import ops_randaug
+from e2e_vlp_jax.data import boxes, ops_randaug
 from e2e_vlp_jax.data.keys import Key
 from e2e_vlp_jax.data.rng import uniform
 from e2e_vlp_jax.errors import UserError, nearest
@@ -94,12 +94,13 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
 
 def _extent(objects, size):
   """First and one-past-last pixel (y, x) of all boxes; of all, if none."""
-  boxes = np.array([o['bbox'] for o in objects], float).reshape(-1, 4)
-  boxes = np.clip(boxes[np.isfinite(boxes).all(-1)], 0, 1)
-  if not len(boxes):
+  corners = boxes.swap_axes(
+      np.array([o['bbox'] for o in objects], float).reshape(-1, 4))
+  corners = np.clip(corners[np.isfinite(corners).all(-1)], 0, 1)
+  if not len(corners):
     return np.zeros(2), size
-  return (np.floor(boxes[:, :2].min(0) * size),
-          np.ceil(boxes[:, 2:].max(0) * size))
+  first, last = corners[:, [1, 0]].min(0), corners[:, [3, 2]].max(0)
+  return np.floor(first * size), np.ceil(last * size)
 
 
 _SIDES = re.compile(r'\b(left|right)(?=(most|wards?|hand)?\b)', re.IGNORECASE)

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import boxes
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import units
 
@@ -233,9 +234,16 @@ def canonical(example):
   return json.dumps(example, sort_keys=True, default=plain).encode()
 
 
-def relative_box(x0, y0, x1, y1, height, width):
-  """Pixels to (ymin, xmin, ymax, xmax) in [0, 1], float32 [4]."""
-  return np.float32([y0 / height, x0 / width, y1 / height, x1 / width])
+def stored_box(box, height=1, width=1):
+  """(x0, y0, x1, y1) -> as it is stored, float32 [4].
+
+  Args:
+    box: in pixels of an image of this height and width, or in [0, 1].
+    height, width: pixels.
+  """
+  x0, y0, x1, y1 = box
+  return np.float32(boxes.swap_axes([x0 / width, y0 / height, x1 / width,
+                                     y1 / height]))
 
 
 def held_out(k, total, count):
