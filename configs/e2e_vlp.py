@@ -172,7 +172,7 @@ def _data(config, data, side, multiple, vocabulary):
       # Not known how the paper mixes; ours: every image once an epoch.
       dir='data', train=tuple(
           dict(name=n, split='dev' if n == 'nlvr1' else 'train',
-               weight='images' if names[1:] else 1.) for n in names),
+               weight='by_rows' if names[1:] else 1.) for n in names),
       tokenizer=dict(kind='wordpiece', path=vocabulary),
       labels='scenes' if data == 'scenes' else
       'coco' if data == 'coco' and config.model.width == 128 else 'joint',

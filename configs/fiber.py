@@ -131,7 +131,7 @@ def _data(config, data, side):
   config.data = dict(
       # Every (image, text) pair is an example [C]; see docs/fiber.md.
       dir='data', train=tuple(
-          dict(name=n, split='train', weight='texts' if names[1:] else 1.)
+          dict(name=n, split='train', weight='by_texts' if names[1:] else 1.)
           for n in names),
       tokenizer=dict(kind='wordpiece', path='scenes') if scenes else
       dict(kind='bpe', path='roberta-base'),

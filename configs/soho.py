@@ -161,7 +161,7 @@ def _data(config, data, side):
   config.data = dict(
       # Released: every group of 4 texts is an example (docs/soho.md).
       dir='data', train=tuple(
-          dict(name=n, split='train', weight='texts' if names[1:] else 1.)
+          dict(name=n, split='train', weight='by_texts' if names[1:] else 1.)
           for n in names),
       tokenizer=dict(kind='wordpiece',
                      path='scenes' if scenes else 'bert-base-uncased'),

@@ -110,8 +110,8 @@ def test_ops_do_not_share_draws(build, monkeypatch):
   """Nor do two uses of one op."""
   seeds = collections.Counter()
   for name in ('flip', 'scale_crop', 'text', 'mlm', 'itm'):
-    monkeypatch.setitem(pp_lib.OPS, name, lambda c: lambda e: (
-        seeds.update([e['seed']]), e)[1])
+    monkeypatch.setitem(pp_lib.OPS, name, pp_lib.Op(lambda c: lambda e: (
+        seeds.update([e['seed']]), e)[1]))
   for seed in range(20):
     build('flip|scale_crop|text|mlm|itm|flip')(example(seed))
   assert len(seeds) == 120 and set(seeds.values()) == {1}
@@ -366,6 +366,27 @@ def test_boxes_keep_the_largest_and_drop_the_useless(build):
       [.5, .5, .8, .8], [.3, .3, .2, .2], [.75, .25, .5, .5]], atol=1e-6)
   assert out['box_labels'].tolist() == [1, 0, 0]
   assert out['box_mask'].all() and out['task_mask/detection']
+
+
+def test_crowds(build):
+  """Dropped, as in DETR's training; kept apart where they are asked for."""
+  objects = [thing([.1, .1, .9, .9], 'ball'),
+             thing([.2, .2, .4, .4], 'people', is_crowd=True),
+             thing([0., .5, 1., 1.], 'people', is_crowd=True),
+             thing([.5, .5, .5, .9], is_crowd=True)]
+  without = build('decode|fit|boxes')(example(objects=objects))
+  assert without['box_mask'].tolist() == [True, False, False]
+  assert 'crowd_boxes' not in without
+  out = build('decode|flip(p=1.)|fit|boxes(crowds=2)')(
+      example(objects=objects))
+  np.testing.assert_allclose(out['crowd_boxes'], [
+      [.7, .3, .2, .2], [.25, .5, .5, 1.]], atol=1e-6)
+  assert out['crowd_mask'].all() and out['crowd_boxes'].dtype == np.float32
+  largest = build('decode|fit|boxes(crowds=1)')(example(objects=objects))
+  np.testing.assert_allclose(largest['crowd_boxes'], [[.75, .5, .5, 1.]])
+  padded = build('decode|fit|boxes(crowds=3)')(example(objects=objects[:2]))
+  assert padded['crowd_mask'].tolist() == [True, False, False]
+  assert not padded['crowd_boxes'][1:].any()
 
 
 def test_boxes_are_padded(build):

@@ -1,10 +1,13 @@
 """`prepare`: official files to records, good ones and bad ones."""
+import hashlib
 import io
 import json
 import os
+import pathlib
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 import zlib
 
@@ -15,11 +18,14 @@ import tensorflow_datasets as tfds
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import prepare
+from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax.data.datasets import image_files
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data.datasets.scenes import builder as scenes
 from e2e_vlp_jax.data.label_space import LabelSpace
 
+EARLIER = (pathlib.Path(__file__).parent / 'data'
+           / 'scenes_of_5a6402d.tar.xz')
 HEIGHT, WIDTH = 40, 60
 # The picture's red patch, in pixels, and the same as a COCO box.
 X0, Y0, X1, Y1 = 10, 4, 34, 18
@@ -163,12 +169,36 @@ def test_scenes_are_read_back_as_they_were_made(drawn):
         for a, b in zip(got[key], value, strict=True):
           np.testing.assert_array_equal(a.pop('bbox'), b.pop('bbox'))
           assert a == b
+      elif key in records.OPTIONAL:  # What the builder left out is there.
+        assert got[key] == [{**records.OPTIONAL[key], **x} for x in value]
       elif key in ('phrases', 'refexps'):
         assert [x['text'] for x in got[key]] == [x['text'] for x in value]
         np.testing.assert_array_equal([x['bbox'] for x in got[key]],
                                       [x['bbox'] for x in value])
       else:
         assert got[key] == value, key
+
+
+@pytest.fixture
+def earlier(tmp_path):
+  """Three scenes as the code of 5a6402d prepared them."""
+  with tarfile.open(EARLIER) as f:
+    f.extractall(tmp_path, filter='data')
+  return tmp_path
+
+
+def test_a_folder_of_an_earlier_version_is_read(drawn, earlier):
+  """Without the columns of today: no list is lost, and no record moved."""
+  old, new = (records.open_split(str(d), 'scenes', 'train')
+              for d in (earlier, drawn))
+  for i in range(len(old)):
+    assert base.canonical(old.get(i)) == base.canonical(new.get(i))
+    assert old.get(i)['questions'][0]['id'] == -1
+    assert old.get(i)['statements'][0]['second_record'] == -1
+  digest = hashlib.sha256(b''.join(
+      base.canonical(scenes.example(0, 'train', i)) for i in range(3)))
+  assert report(earlier, 'scenes')['splits']['train']['records_sha256'] == (
+      digest.hexdigest())
 
 
 def test_tfds_reads_it_without_us(drawn):

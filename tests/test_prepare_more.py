@@ -458,7 +458,7 @@ def test_a_mixture_feeds_the_pipeline(genome, tmp_path):
       yield batch, [names.index(p.name(i).partition('/')[0])
                     for i in batch['example_id']]
 
-  for batch, source in batches('images', count=2):
+  for batch, source in batches('by_rows', count=2):
     source = np.array(source)
     assert batch['valid'].all() and (np.bincount(source) >= 6).all()
     boxes = source < 2
@@ -469,19 +469,19 @@ def test_a_mixture_feeds_the_pipeline(genome, tmp_path):
     assert batch['box_mask'][boxes].any(-1).all()
     assert batch['task_mask/itm'].all() and batch['task_mask/mlm'].all()
   # 24, 20, 4 and 4 texts: of each pair an example, as concatenation has it.
-  shown = np.bincount(sum((s for _, s in batches('texts')), []))
+  shown = np.bincount(sum((s for _, s in batches('by_texts')), []))
   np.testing.assert_array_equal(shown, [120, 100, 20, 20])
   # In groups of 4 texts an image: 8, 8, 4 and 4.
-  shown = np.bincount(sum((s for _, s in batches('texts', 4, 12)), []))
+  shown = np.bincount(sum((s for _, s in batches('by_texts', 4, 12)), []))
   np.testing.assert_array_equal(shown, [104, 104, 52, 52])
   with pytest.raises(errors.UserError, match="weight 'text' of visual_genome"):
     next(batches('text'))
 
 
 @pytest.mark.parametrize('spec, names, weight', [
-    ('soho.py:r18', 'coco visual_genome', 'texts'),
-    ('fiber.py:base', 'coco visual_genome sbu cc3m', 'texts'),
-    ('e2e_vlp.py:r50', 'coco visual_genome', 'images')])
+    ('soho.py:r18', 'coco visual_genome', 'by_texts'),
+    ('fiber.py:base', 'coco visual_genome sbu cc3m', 'by_texts'),
+    ('e2e_vlp.py:r50', 'coco visual_genome', 'by_rows')])
 def test_mixtures_of_configs(spec, names, weight, tmp_path):
   load = lambda data: cli.load_config(f'{REPO}/configs/{spec},data={data}')
   for arg, expected in (('published', names), ('coco+mine', 'coco mine')):

@@ -6,7 +6,8 @@ it is mirrored; `render` then decodes, cuts, resizes, mirrors and pads.
 An example holds here: height, width; bucket (H, W); window int64 [4]
 (y, x, h, w) in pixels of the original; short_side, the wanted shorter side
 of the window on the canvas; flipped; from `fit` or `squash` on target int64
-[2], the (h, w) of the picture on the canvas, and resample, how it gets there.
+[2], the (h, w) of the picture on the canvas, resample, how it gets there, and
+place, the op's function, for a second image.
 """
 import io
 import re
@@ -15,7 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from e2e_vlp_jax.data import ops_randaug
+from e2e_vlp_jax.data import boxes, ops_randaug
+from e2e_vlp_jax.data.keys import Key
 from e2e_vlp_jax.data.rng import uniform
 from e2e_vlp_jax.errors import UserError, nearest
 
@@ -92,12 +94,13 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
 
 def _extent(objects, size):
   """First and one-past-last pixel (y, x) of all boxes; of all, if none."""
-  boxes = np.array([o['bbox'] for o in objects], float).reshape(-1, 4)
-  boxes = np.clip(boxes[np.isfinite(boxes).all(-1)], 0, 1)
-  if not len(boxes):
+  corners = boxes.swap_axes(
+      np.array([o['bbox'] for o in objects], float).reshape(-1, 4))
+  corners = np.clip(corners[np.isfinite(corners).all(-1)], 0, 1)
+  if not len(corners):
     return np.zeros(2), size
-  return (np.floor(boxes[:, :2].min(0) * size),
-          np.ceil(boxes[:, 2:].max(0) * size))
+  first, last = corners[:, [1, 0]].min(0), corners[:, [3, 2]].max(0)
+  return np.floor(first * size), np.ceil(last * size)
 
 
 _SIDES = re.compile(r'\b(left|right)(?=(most|wards?|hand)?\b)', re.IGNORECASE)
@@ -164,7 +167,7 @@ def random_crop(context, area=(.5, 1.), ratio=(3 / 4, 4 / 3)):
 
 
 def fit(context, limits=None, resample='bilinear'):
-  """The size at which the window fits the bucket; image_mask bool [H,W].
+  """The size at which the window fits the bucket.
 
   The aspect ratio is kept; padding is at bottom and right.
 
@@ -192,7 +195,7 @@ def fit(context, limits=None, resample='bilinear'):
                     min(limits) / size.min())
       target = np.clip(np.floor(size * ratio + .5), 1,
                        example['bucket']).astype(int)
-    return _placed(example, target, resample)
+    return {**_placed(example, target, resample), 'place': apply}
   return apply
 
 
@@ -208,7 +211,8 @@ def squash(context, resample='bicubic'):
   def apply(example):
     _check_order(example, 'squash', _DECODE)
     there = example['window'][2:].all()
-    return _placed(example, np.array(example['bucket']) * there, resample)
+    return {**_placed(example, np.array(example['bucket']) * there, resample),
+            'place': apply}
   return apply
 
 
@@ -305,3 +309,28 @@ _RESAMPLE = {'bilinear': _bilinear, 'pillow': _pillow_bilinear,
 
 OPS = {'decode': decode, 'scale_crop': scale_crop, 'random_crop': random_crop,
        'flip': flip, 'fit': fit, 'squash': squash}
+
+
+def draw_mask(draw):
+  """One side fills the bucket, the other at least three quarters of it."""
+  b, height, width = draw.shape
+  rows, columns = (draw.rng.integers((3 * n + 3) // 4, n + 1, b)
+                   for n in (height, width))
+  tall = draw.rng.random(b) < .5
+  rows, columns = np.where(tall, height, rows), np.where(tall, columns, width)
+  return ((np.arange(height)[:, None] < rows[:, None, None])
+          & (np.arange(width) < columns[:, None, None]))
+
+
+def draw_pixels(mask):
+  """The draw of an image that is 0 outside of the key `mask`."""
+  return lambda draw: (draw.rng.integers(0, 256, draw.shape, np.uint8)
+                       * draw.batch[mask][..., None].astype(np.uint8))
+
+
+_KEYS = (
+    Key('image_mask', bool, 'HW', False, 'True on the image, which lies at '
+        'the upper left', draw_mask),
+    Key('image', np.uint8, 'HW3', 0, 'RGB', draw_pixels('image_mask'), render),
+)
+KEYS = {'fit': _KEYS, 'squash': _KEYS}

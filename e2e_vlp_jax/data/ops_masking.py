@@ -4,8 +4,11 @@ The two ops stand in either order. A swapped text is masked as the true one,
 or the presence of [MASK] would tell the pairs apart; its words are not
 predicted.
 """
+import dataclasses
+
 import numpy as np
 
+from e2e_vlp_jax.data import keys, ops_text
 from e2e_vlp_jax.data.rng import uniform
 from e2e_vlp_jax.errors import UserError
 
@@ -14,10 +17,9 @@ def mlm(context, rate=.15):
   """BERT's masking: `rate` of the words, 80% [MASK], 10% random, 10% kept.
 
   At least one word a text; never a special token or padding.
-  Changes masked_text [S,L], partner_text and mlm_labels (the true id where
-  a word is predicted, else -1).
+  Changes masked_text, partner_text and mlm_labels.
   """
-  tokenizer, s, l = context.tokenizer, context.sentences, context.max_text
+  tokenizer, l = context.tokenizer, context.max_text
   is_word = np.ones(tokenizer.vocab_size, bool)
   is_word[list(tokenizer.special_ids)] = False
   words = np.flatnonzero(is_word)
@@ -25,6 +27,7 @@ def mlm(context, rate=.15):
   def apply(example):
     if 'masked_text' not in example:
       raise UserError('pp: text must stand before mlm')
+    s = len(example['masked_text'])
     ids = np.concatenate([example['masked_text'], example['partner_text']])
     mask = np.concatenate([example['masked_text_mask'],
                            example['partner_mask']])
@@ -49,13 +52,13 @@ def itm(context, rate=.5):
   Changes masked_text, masked_text_mask, itm_labels (0 where swapped) and
   mlm_labels (-1 there). A text stays where there is none to take its place.
   """
-  s = context.sentences
+  del context
 
   def apply(example):
     if 'masked_text' not in example:
       raise UserError('pp: text must stand before itm')
-    swap = ((example['itm_labels'] == 1) & example['partner_mask'][:, 0]
-            & (uniform(example['seed'], [s]) < rate))
+    swap = (example['itm_labels'] == 1) & example['partner_mask'][:, 0]
+    swap &= uniform(example['seed'], swap.shape) < rate
     wide = swap[:, None]
     return {
         **example,
@@ -69,4 +72,45 @@ def itm(context, rate=.5):
   return apply
 
 
+def _draw_labels(draw):
+  """A word in seven, and the first of each true pair."""
+  text, true = draw.batch['text'], draw.batch['itm_labels'][..., None] == 1
+  chosen = draw.rng.random(draw.shape) < .15
+  chosen[..., 1] = True
+  return np.where(chosen & true & (text >= keys.FIRST_WORD), text, -1)
+
+
+def _draw_masked(draw):
+  return np.where(draw.batch['mlm_labels'] >= 0, keys.MASK,
+                  draw.batch['masked_text'])
+
+
+def _draw_swapped(name, other):
+  """`name`, or where the pair is not true the next row's `other`."""
+  def draw_(draw):
+    true = draw.batch['itm_labels'][..., None] == 1
+    return np.where(true, draw.batch[name], np.roll(draw.batch[other], -1, 0))
+  return draw_
+
+
+def _draw_unswapped_labels(draw):
+  true = draw.batch['itm_labels'][..., None] == 1
+  return np.where(true, draw.batch['mlm_labels'], -1)
+
+
+def _changed(name, draw):
+  """A key of the op `text`, with another draw."""
+  key, = (k for k in ops_text.KEYS['text'] if k.name == name)
+  return dataclasses.replace(key, draw=draw)
+
+
 OPS = {'mlm': mlm, 'itm': itm}
+KEYS = {
+    'mlm': (_changed('mlm_labels', _draw_labels),
+            _changed('masked_text', _draw_masked)),
+    'itm': (_changed('itm_labels', lambda draw: draw.rng.random(draw.shape)
+                     < .5),
+            _changed('masked_text', _draw_swapped('masked_text', 'text')),
+            _changed('masked_text_mask',
+                     _draw_swapped('masked_text_mask', 'text_mask')),
+            _changed('mlm_labels', _draw_unswapped_labels))}

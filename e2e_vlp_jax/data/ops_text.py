@@ -3,25 +3,36 @@ import logging
 
 import numpy as np
 
+from e2e_vlp_jax.data import keys, units
+from e2e_vlp_jax.data.keys import Key, yes
 from e2e_vlp_jax.data.rng import uniform
+from e2e_vlp_jax.errors import UserError, nearest
 
 
-def text(context):
+def text(context, field=None):
   """Chooses S texts and turns them into token ids.
 
-  Training draws the texts, without repeating one before all were drawn;
-  evaluation takes the first S. Blank texts do not count. The partner's texts
-  are drawn alike; one that equals a text of this record would be a true
-  pair, and is left out.
+  They are texts of the image: training draws them, without repeating one
+  before all were drawn; evaluation takes the first S. Or they are the text of
+  the row's item: `text('questions')` needs `config.data.unit` to be
+  'question', and S is 1; likewise 'statements', 'entailment', 'refexps' and
+  'texts' with their units.
 
-  Reads texts, partner_texts. Makes text int32 [S,L] and text_mask bool [S,L]
-  ([CLS] words [SEP], cut to L with [SEP] kept; all padding and False where
-  there is no text), masked_text and masked_text_mask (equal so far),
-  partner_text and partner_mask, mlm_labels (all -1), itm_labels int32 [S]
-  (1; -1 without text), task_mask/mlm, task_mask/itm, task_mask/captioning.
+  Blank texts do not count. A text is cut to L tokens, [SEP] kept; where there
+  is none, all is padding. The partner's texts are chosen alike; one that
+  equals a text of this row would be a true pair, and is left out.
+
+  Reads texts (of the image or the item), partner_texts. Besides the keys of
+  the batch it makes partner_text and partner_mask [S,L], for `itm`.
+
+  Args:
+    context: S, L, the tokenizer and the unit.
+    field: a list of the record whose items are units.
   """
-  tokenizer, s, l = context.tokenizer, context.sentences, context.max_text
-  said = []
+  _check_field(field, context.unit)
+  tokenizer, l = context.tokenizer, context.max_text
+  s = 1 if field else context.sentences
+  warned = False
 
   def choose(texts, u):
     texts = [t for t in map(str.strip, texts) if t]
@@ -31,6 +42,7 @@ def text(context):
     return [texts[order[k % len(texts)]] for k in range(s)]
 
   def tokenize(texts):
+    nonlocal warned
     ids = np.full((len(texts), l), tokenizer.pad_id, np.int32)
     lengths = np.zeros((len(texts), 1), int)
     for k, item in enumerate(texts):
@@ -38,8 +50,8 @@ def text(context):
         continue
       row = tokenizer.encode(item)
       if len(row) > l:
-        if not said:
-          said.append(item)
+        if not warned:
+          warned = True
           logging.warning('a text of %d tokens is cut to data.max_text=%d, '
                           'as all longer ones will be: %r', len(row), l, item)
         row = row[:l - 1] + [tokenizer.sep_id]
@@ -68,4 +80,53 @@ def text(context):
   return apply
 
 
+def _check_field(field, unit):
+  if field is None:
+    return
+  if field not in units.BY_FIELD:
+    raise UserError(f'pp: text({field!r})' + nearest(field, units.BY_FIELD))
+  if units.BY_FIELD[field].name != unit:
+    raise UserError(f'pp: text({field!r}) shows the text of one item and needs '
+                    f'data.unit={units.BY_FIELD[field].name!r}; it is {unit!r}')
+
+
+def _draw_mask(draw):
+  """At least five tokens a text, if L allows it."""
+  length = draw.shape[-1]
+  return np.arange(length) < draw.rng.integers(
+      min(5, length), length + 1, draw.shape[:-1])[..., None]
+
+
+def _draw_text(draw):
+  mask = draw.batch['text_mask']
+  word = mask & np.pad(mask, ((0, 0), (0, 0), (0, 1)))[..., 1:]
+  ids = draw.rng.integers(keys.FIRST_WORD, draw.sizes['vocab_size'],
+                          draw.shape)
+  ids = np.where(word, ids, np.where(mask, keys.SEP, keys.PAD))
+  ids[..., 0] = keys.CLS
+  return ids
+
+
+def _same_as(name):
+  return lambda draw: draw.batch[name].copy()
+
+
 OPS = {'text': text}
+KEYS = {'text': (
+    Key('text_mask', bool, 'SL', False, 'True on tokens', _draw_mask),
+    Key('text', np.int32, 'SL', keys.PAD_ID,
+        '[CLS] words [SEP], the true texts', _draw_text),
+    Key('masked_text_mask', bool, 'SL', False, 'True on tokens',
+        _same_as('text_mask')),
+    Key('masked_text', np.int32, 'SL', keys.PAD_ID,
+        'the texts after the ops `itm` and `mlm`', _same_as('text')),
+    Key('mlm_labels', np.int32, 'SL', -1,
+        'the true id where `mlm` wants a word predicted, else -1',
+        lambda draw: np.full(draw.shape, -1)),
+    Key('itm_labels', np.int32, 'S', -1,
+        '1 true pair, 0 swapped by `itm`, -1 no text',
+        lambda draw: np.ones(draw.shape)),
+    *(Key(f'task_mask/{task}', bool, '', False, 'whether there is a text',
+          yes) for task in ('mlm', 'itm', 'captioning')),
+)}
+SIZES = {'text': lambda field: {'S': 1} if field else {}}

@@ -15,25 +15,8 @@ tf.data costs 0.95 times (96x96) to 1.04 times (512x512) the CPU time of a pool
 of threads of our own; asked for row by row instead of _CHUNK rows a call, it
 would cost 1.5 times.
 
-Keys of a batch (B rows, bucket H x W, S texts of L tokens, M boxes, K
-attributes). Masks are True where VALID. What a record lacks is masked:
-
-image            uint8   [B,H,W,3] zero at bottom and right of the picture
-image_mask       bool    [B,H,W]   True on the picture
-text             int32   [B,S,L]   [CLS] words [SEP] padding, the true texts
-text_mask        bool    [B,S,L]
-masked_text      int32   [B,S,L]   after the ITM swap and the MLM masking
-masked_text_mask bool    [B,S,L]
-mlm_labels       int32   [B,S,L]   true id where a word is predicted, else -1
-itm_labels       int32   [B,S]     1 true pair, 0 swapped, -1 no text
-boxes            float32 [B,M,4]   cx, cy, w, h of the unpadded picture
-box_labels       int32   [B,M]     0 padding
-box_attributes   int32   [B,M,K]   -1 padding
-box_mask         bool    [B,M]
-task_mask/NAME   bool    [B]       mlm, itm, captioning, detection, attributes
-example_id       int64   [B]       for `Pipeline.record`; -1 padding
-image_size       int32   [B,2]     h, w of the original, upright
-valid            bool    [B]       False for padding and unreadable records
+The ops declare the keys of a batch; docs/data.md has the table. Masks are True
+where VALID. What a record lacks is masked.
 """
 import atexit
 import contextlib
@@ -46,22 +29,10 @@ import threading
 
 import numpy as np
 
-from e2e_vlp_jax.data import ops_image, order, pp as pp_lib, records, rng
+from e2e_vlp_jax.data import keys, order, pp as pp_lib, records, rng, units
+from e2e_vlp_jax.data import sources as sources_lib
 from e2e_vlp_jax.errors import UserError
 
-_DTYPES = {
-    'image': np.uint8, 'image_mask': bool, 'text': np.int32,
-    'text_mask': bool, 'masked_text': np.int32, 'masked_text_mask': bool,
-    'mlm_labels': np.int32, 'itm_labels': np.int32, 'boxes': np.float32,
-    'box_labels': np.int32, 'box_attributes': np.int32, 'box_mask': bool,
-    'task_mask/mlm': bool, 'task_mask/itm': bool,
-    'task_mask/captioning': bool, 'task_mask/detection': bool,
-    'task_mask/attributes': bool, 'example_id': np.int64,
-    'image_size': np.int32, 'valid': bool,
-}
-# A record of nothing, for rows of padding.
-_NOTHING = {'image': b'', 'height': 0, 'width': 0, 'texts': [],
-            'objects': [], 'has_attributes': False}
 _CHUNK = 16  # rows that tf.data asks for at once: a call has its price
 _AHEAD = 2  # finished batches that wait to be asked for
 _LABELS_CHECKED = 256  # records of a source that `check_labels` reads
@@ -72,13 +43,15 @@ class Pipeline:
 
   Args:
     data_config: `config.data`: dir, buckets, sentences, max_text, max_boxes,
-      max_attributes; optional threads (of tf.data; 0 = as many as cores) and
-      max_bad_records (100; more unreadable records end the run).
+      max_attributes; optional unit ('image'; see `units`), threads (of
+      tf.data; 0 = as many as cores) and max_bad_records (100; more unreadable
+      records end the run).
     vocabularies: a `vocabularies.Vocabularies`.
     sources: list of {name, split, weight}; the weight is the source's share
-      of a training batch and needs no normalising. 'images': as many as the
-      source has; 'texts': as many rows as it takes to show each text once.
-    pp: 'op|op(arg)', see `builder`.
+      of a training batch and needs no normalising. 'by_rows': as large as the
+      number of its units; 'by_texts': as the number of rows that it takes to
+      show each text once.
+    pp: 'op|op(arg)', see `pp`.
     seed: int.
     batch_size: B of the global batch.
     train: endless and shuffled, or every example once in order, grouped by
@@ -87,20 +60,19 @@ class Pipeline:
       None = all (`training.sharding.host_rows` knows a host's).
 
   Attributes:
-    num_examples: examples in all sources.
+    num_examples: units in all sources.
     num_batches: batches of an evaluation; None in training.
-    bad_records: example_ids of the unreadable records met so far.
+    bad_records: names of the unreadable records met so far.
 
   Raises:
-    UserError: bad values or an empty source.
+    UserError: bad values, or a source that is empty or lacks the unit.
   """
 
   def __init__(self, data_config, *, vocabularies, sources, pp, seed,
                batch_size, train, rows=None):
     if batch_size < 1:
       raise UserError(f'batch_size: {batch_size}; expected at least 1')
-    self._labels, self._seed = vocabularies.labels, seed
-    self._train, self._batch_size = train, batch_size
+    self._seed, self._train = seed, train
     self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     self._buckets = _checked_buckets(data_config)
     self._threads = data_config.get('threads', 0) or os.cpu_count()
@@ -108,53 +80,21 @@ class Pipeline:
     self.bad_records = set()
     self._planning = threading.Lock()
 
-    if not sources:
-      raise UserError('data: no sources; expected a list of dict(name=..., '
-                      'split=..., weight=...)')
-    self._names, self._splits = [], []
-    for source in sources:
-      split = records.open_split(data_config['dir'], source['name'],
-                                 source['split'])
-      self._names.append(f'{source["name"]}/{source["split"]}')
-      self._splits.append(split)
-      if not len(split):  # pylint: disable=g-explicit-length-test
-        raise UserError(f'data: {self._names[-1]} has no examples')
-    weights = [_weight(s.get('weight', 1.), split, data_config['sentences'])
-               for s, split in zip(sources, self._splits)]
-    if min(weights) < 0 or not sum(weights) > 0:
-      raise UserError(f'data: the weights of the sources are {weights}; '
-                      'expected numbers >= 0, not all 0')
-    self._offsets = np.cumsum([0] + [len(s) for s in self._splits])
-    self.num_examples = int(self._offsets[-1])
-    self._has_boxes = [bool(np.any(s.index['num_objects']))
-                       for s in self._splits]
-
-    members = [_bucket_members(s.index, self._buckets) for s in self._splits]
-    rows = (order.TrainOrder(members, weights, batch_size, seed) if train
-            else order.EvalOrder(members, batch_size))
-    self.num_batches = None if train else len(rows)
+    self._unit = units.find(data_config.get('unit', 'image'))
+    self._sources = sources_lib.Sources(data_config['dir'], sources,
+                                        self._unit)
+    self.num_examples = self._sources.num_examples
+    members = self._sources.members(self._buckets)
+    weights = self._sources.weights(data_config['sentences'])
+    batches = (order.TrainOrder(members, weights, batch_size, seed) if train
+               else order.EvalOrder(members, batch_size))
+    self.num_batches = None if train else len(batches)
     # The parts of a batch ask for the same thing, one after the other.
-    self._order = functools.lru_cache(64)(rows)
+    self._order = functools.lru_cache(64)(batches)
 
-    ops = {name: kwargs for name, _, kwargs in pp_lib.parse(pp)}
-    self._reads_text, self._swaps_text = 'text' in ops, 'itm' in ops
-    self._needs_names = ('boxes' in ops
-                         and not ops['boxes'].get('drop_unknown'))
-    self._apply = pp_lib.build(pp, pp_lib.Context(
-        tokenizer=vocabularies.tokenizer, labels=vocabularies.labels,
-        train=train,
-        **{k: data_config[k] for k in ('sentences', 'max_text', 'max_boxes',
-                                       'max_attributes')}))
-    # Making the rows of padding also tries the pp string.
-    self._blank = [self._row(-1, _NOTHING, bucket)
-                   for bucket in range(len(self._buckets))]
-    if 'target' not in self._blank[0]:
-      raise UserError(f'pp string {pp!r}: no fit or squash, which make the '
-                      'image of a batch')
-    self._shapes = {k: np.shape(self._blank[0][k]) for k in _DTYPES
-                    if k in self._blank[0]}
-    same = self._buckets[0] if len(self._buckets) == 1 else (None, None)
-    self._shapes |= {'image': (*same, 3), 'image_mask': same}
+    self._set_ops(pp, data_config, vocabularies)
+    self._set_keys(pp, data_config, vocabularies)
+    self._try_ops(pp)
 
   def batch(self, t):
     """This host's rows of batch t: dict of numpy arrays, see above.
@@ -168,7 +108,7 @@ class Pipeline:
   def example_ids(self, t):
     """example_id of every row of the global batch t: int64 [B]; -1 padding."""
     _, sources, numbers = self._order(int(t))
-    return np.where(numbers < 0, -1, self._offsets[sources] + numbers)
+    return self._sources.example_ids(sources, numbers)
 
   def dataset(self, start=0):
     """Batches start, start + 1, ... as a tf.data.Dataset of dicts.
@@ -189,9 +129,10 @@ class Pipeline:
     def make_op(number):
       rows = count if parts == 1 else None
       values = tf.numpy_function(
-          make, [number], [_DTYPES[k] for k in self._shapes], stateful=False)
+          make, [number], [key.dtype for key in self._keys.values()],
+          stateful=False)
       return {k: tf.ensure_shape(v, [rows, *self._shapes[k]])
-              for k, v in zip(self._shapes, values)}
+              for k, v in zip(self._keys, values)}
 
     options = tf.data.Options()
     options.deterministic = True
@@ -223,13 +164,18 @@ class Pipeline:
 
   def record(self, example_id):
     """The record behind an example_id, as `records.Split.get` returns it."""
-    source, number = self._locate(example_id)
-    return self._splits[source].get(number)
+    return self.unit(example_id)[0]
+
+  def unit(self, example_id):
+    """(record, k): the example is the k-th item of the unit's list.
+
+    k is 0 for images.
+    """
+    return self._sources.unit(example_id)
 
   def name(self, example_id):
-    """'dataset/split record n', for messages."""
-    source, number = self._locate(example_id)
-    return f'{self._names[source]} record {number}'
+    """'dataset/split record n', for messages; with a unit, also its item."""
+    return self._sources.name(example_id)
 
   def check_labels(self):
     """Looks for names that the label space lacks, before time is spent.
@@ -242,16 +188,55 @@ class Pipeline:
     """
     if not self._needs_names:
       return
-    for offset, split in zip(self._offsets, self._splits):
-      for number in range(min(_LABELS_CHECKED, len(split))):
-        record = self._read(offset + number) or _NOTHING
-        with self._naming(offset + number):
-          for thing in record['objects']:
-            self._labels.class_id(thing['label'])
-            for attribute in thing['attributes']:
-              self._labels.attribute_id(attribute)
+    for name, record in self._sources.first_records(_LABELS_CHECKED):
+      with _naming(name):
+        for item in record['objects']:
+          self._labels.class_id(item['label'])
+          for attribute in item['attributes']:
+            self._labels.attribute_id(attribute)
 
   # From here on: how a batch is made.
+
+  def _set_ops(self, pp, data_config, vocabularies):
+    """The function of the pp string, and what of it the pipeline must know."""
+    self._labels = vocabularies.labels
+    ops = dict(pp_lib.bind(pp))
+    self._reads_text, self._swaps_text = 'text' in ops, 'itm' in ops
+    self._shows_item = self._reads_text and ops['text']['field'] is not None
+    self._two_images = 'second_image' in ops
+    self._needs_names = 'boxes' in ops and not ops['boxes']['drop_unknown']
+    self._apply = pp_lib.build(pp, pp_lib.Context(
+        tokenizer=vocabularies.tokenizer, labels=vocabularies.labels,
+        answers=vocabularies.answers, train=self._train, unit=self._unit.name,
+        **{k: data_config[k] for k in ('sentences', 'max_text', 'max_boxes',
+                                       'max_attributes')}))
+
+  def _set_keys(self, pp, data_config, vocabularies):
+    """The keys of a batch, their shapes, and a row of padding a bucket."""
+    sizes = keys.data_sizes(data_config) | {'A': len(vocabularies.answers)}
+    shapes = []  # of each bucket
+    for height, width in self._buckets:
+      found = pp_lib.declared(pp, {**sizes, 'H': height, 'W': width})
+      self._keys = {key.name: key for key, _ in found}
+      shapes.append({key.name: key.row_shape(s) for key, s in found})
+    self._shapes = {
+        name: tuple(size if all(s[name][axis] == size for s in shapes)
+                    else None for axis, size in enumerate(shape))
+        for name, shape in shapes[0].items()}
+    pads = {keys.PAD_ID: vocabularies.tokenizer.pad_id}
+    self._blank = [{name: np.full(s[name], pads.get(key.padding, key.padding),
+                                  key.dtype)
+                    for name, key in self._keys.items() if not key.render}
+                   for s in shapes]
+
+  def _try_ops(self, pp):
+    """Runs the ops on a record of nothing: their order, and their shapes."""
+    row = self._row(-1, {**records.nothing(), 'item': 0, 'second': None}, 0)
+    for name, value in self._blank[0].items():
+      if np.shape(row[name]) != value.shape:
+        raise UserError(f'pp string {pp!r}: the key {name!r} is declared as '
+                        f'{self._keys[name]}, its op made {np.shape(row[name])}'
+                        f'; expected {value.shape}')
 
   def _make(self, t, which):
     """The given rows of batch t."""
@@ -266,14 +251,24 @@ class Pipeline:
     with self._planning:
       rows = [self._planned(t, row, ids, sources, bucket, read)
               for row in which]
-    image = _aligned((len(rows), *self._buckets[bucket], 3))
-    for k, (row, canvas) in enumerate(zip(rows, image)):
-      if row['valid'] and not ops_image.render(row, canvas):
+    pixels = self._rendered(rows, bucket)
+    return {name: pixels[name] if key.render else
+            np.array([row[name] for row in rows], key.dtype)
+            for name, key in self._keys.items()}
+
+  def _rendered(self, rows, bucket):
+    """{key: pixels [B,H,W,3]}; makes rows blank whose image is unreadable."""
+    height, width = self._buckets[bucket]
+    pixels = {name: _aligned((len(rows), height, width, 3))
+              for name, key in self._keys.items() if key.render}
+    for k, row in enumerate(rows):
+      if row['valid'] and not all(self._keys[name].render(row, canvases[k])
+                                  for name, canvases in pixels.items()):
         rows[k] = {**self._blank[bucket], 'example_id': row['example_id'],
                    'image_size': row['image_size']}
-    batch = {k: np.array([row[k] for row in rows], _DTYPES[k])
-             for k in self._shapes if k != 'image'}
-    return {'image': image, **batch}
+        for canvases in pixels.values():
+          canvases[k] = 0
+    return pixels
 
   def _planned(self, t, row, ids, sources, bucket, read):
     """A row of batch t, its image still encoded; blank if unreadable."""
@@ -281,29 +276,60 @@ class Pipeline:
     if record is None:
       return {**self._blank[bucket], 'example_id': ids[row]}
     seed = (t, row) if self._train else (int(ids[row]),)
-    return self._row(
-        ids[row], record, bucket, rng.fold(self._seed, 2, *seed),
-        _partner_texts(row, ids, sources, read) if self._swaps_text else (),
-        self._has_boxes[sources[row]])
+    partner = (self._partner(row, ids, sources, read) if self._swaps_text
+               else None)
+    return self._row(ids[row], record, bucket, rng.fold(self._seed, 2, *seed),
+                     self._texts(partner) if partner else (),
+                     self._sources.has_boxes[sources[row]])
 
   def _row(self, example_id, record, bucket, seed=0, partner_texts=(),
            has_boxes=False):
     """One row of a batch, its image still encoded."""
-    texts = record['texts'] if self._reads_text else []
-    with self._naming(example_id):
+    with (_naming(self.name(example_id)) if example_id >= 0
+          else contextlib.nullcontext()):
       row = self._apply({
-          **record, 'texts': texts, 'partner_texts': partner_texts,
-          'has_boxes': has_boxes, 'bucket': self._buckets[bucket],
-          'seed': seed})
+          **record, 'texts': self._texts(record),
+          'partner_texts': partner_texts, 'has_boxes': has_boxes,
+          'bucket': self._buckets[bucket], 'seed': seed})
     return {**row, 'example_id': example_id, 'valid': example_id >= 0,
             'image_size': (record['height'], record['width'])}
 
+  def _texts(self, record):
+    """The texts that a row of this record may show."""
+    if not self._reads_text:
+      return []
+    if self._shows_item:
+      return [self._unit.text_of(record, record['item'])]
+    return record['texts']
+
+  def _partner(self, row, ids, sources, read):
+    """The next row's record in the global batch that shows another image.
+
+    Of the same source, if there is one: telling the texts of one dataset from
+    those of another teaches nothing about images.
+    """
+    others = (row + 1 + np.arange(len(ids) - 1)) % len(ids)
+    others = others[ids[others] >= 0]
+    same = sources[others] == sources[row]
+    for other in (*others[same], *others[~same]):
+      found = read(int(other))
+      if found and self._texts(found) and (found['image_id']
+                                           != read(row)['image_id']):
+        return found
+    return None
+
   def _read(self, example_id):
-    """The record, or None for padding and where it cannot be read."""
+    """The record with its item's number; None for padding and if unreadable.
+
+    The item's number is under 'item', a second image under 'second'.
+    """
     if example_id < 0:
       return None
     try:
-      return self.record(example_id)
+      record, item = self.unit(example_id)
+      if self._two_images:
+        record['second'] = self._sources.second_image(example_id, record, item)
+      return {**record, 'item': item}
     except Exception as e:  # pylint: disable=broad-exception-caught
       # Damaged bytes: the readers of ArrayRecord and protobuf have no error
       # class in common. `_counted` counts it.
@@ -311,11 +337,12 @@ class Pipeline:
       return None
 
   def _counted(self, batch):
-    """The batch, once its unreadable rows are counted and reported."""
-    bad = batch['example_id'][~batch['valid']].tolist()
-    for example_id in set(bad) - self.bad_records - {-1}:
-      self.bad_records.add(example_id)
-      name, count = self.name(example_id), len(self.bad_records)
+    """The batch, once its unreadable records are counted and reported."""
+    bad = batch['example_id'][~batch['valid']]
+    names = {self._sources.record_name(i) for i in bad[bad >= 0]}
+    for name in sorted(names - self.bad_records):
+      self.bad_records.add(name)
+      count = len(self.bad_records)
       logging.warning('%s cannot be read; its row is masked (%d so far)',
                       name, count)
       if count > self._max_bad:
@@ -323,22 +350,14 @@ class Pipeline:
                         f'data.max_bad_records is {self._max_bad}')
     return batch
 
-  @contextlib.contextmanager
-  def _naming(self, example_id):
-    """Adds the record's name to a UserError."""
-    try:
-      yield
-    except UserError as e:
-      if example_id < 0:
-        raise
-      raise UserError(f'data: {self.name(example_id)}: {e}') from None
 
-  def _locate(self, example_id):
-    """(source, number of the record in it)."""
-    if not 0 <= example_id < self.num_examples:
-      raise IndexError(f'example_id {example_id} of {self.num_examples}')
-    source = int(np.searchsorted(self._offsets, example_id, 'right')) - 1
-    return source, int(example_id - self._offsets[source])
+@contextlib.contextmanager
+def _naming(name):
+  """Adds the name of a record to a UserError."""
+  try:
+    yield
+  except UserError as e:
+    raise UserError(f'data: {name}: {e}') from None
 
 
 @functools.cache
@@ -371,35 +390,6 @@ def _aligned(shape):
   return flat[start:start + size].reshape(shape)
 
 
-def _partner_texts(row, ids, sources, read):
-  """Texts of the next row of the global batch that shows another image.
-
-  Of the same source, if there is one: telling the texts of one dataset from
-  those of another teaches nothing about images.
-  """
-  others = (row + 1 + np.arange(len(ids) - 1)) % len(ids)
-  others = others[ids[others] >= 0]
-  same = sources[others] == sources[row]
-  for other in (*others[same], *others[~same]):
-    found = read(int(other))
-    if found and found['texts'] and (found['image_id']
-                                     != read(row)['image_id']):
-      return found['texts']
-  return []
-
-
-def _weight(weight, split, sentences):
-  """The weight of a source as a number."""
-  if not isinstance(weight, str):
-    return weight
-  if weight == 'images':
-    return len(split)
-  if weight == 'texts':
-    return int((-(-split.index['num_texts'] // sentences)).sum())
-  raise UserError(f'data: weight {weight!r} of {split.name}; expected a number '
-                  'or one of images, texts')
-
-
 def _checked_buckets(data_config):
   """[(H, W)] of the config, all of them usable."""
   for name, least in (('sentences', 1), ('max_text', 3), ('max_boxes', 1),
@@ -412,12 +402,3 @@ def _checked_buckets(data_config):
     raise UserError(f'data.buckets: {buckets}; expected a list of (height, '
                     'width) in pixels')
   return buckets
-
-
-def _bucket_members(index, buckets):
-  """For each bucket the numbers of the records nearest in aspect ratio."""
-  ratio = np.log(np.maximum(index['height'], 1)
-                 / np.maximum(index['width'], 1))
-  shapes = np.log([h / w for h, w in buckets])
-  nearest = np.argmin(np.abs(ratio[:, None] - shapes), -1)
-  return [np.flatnonzero(nearest == b) for b in range(len(buckets))]

@@ -1,26 +1,61 @@
 """'op|op(argument, key=value)' strings -> one function over an example.
 
-An op is a factory in one of the `ops_*` modules: called with the `Context`
-and the string's arguments it returns `fn(example) -> example`. An example is
-a dict of numpy arrays and plain Python values, starting as a record; `fn`
-returns a new dict. All randomness comes from example['seed'] (an int for
-`rng.uniform`), which reaches every op folded with a constant of that op,
-so that two ops never share draws. No state, no other source.
+An op is a factory in one of the files `data/ops_*.py`: called with the
+`Context` and the string's arguments it returns `fn(example) -> example`. An
+example is a dict of numpy arrays and plain Python values, starting as a
+record; `fn` returns a new dict. All randomness comes from example['seed'] (an
+int for `rng.uniform`), which reaches every op folded with a constant of that
+op, so that no two ops share random numbers. No state, no other source.
 
 The ops plan: they are cheap arithmetic in Python. Pixels are touched once,
-by `ops_image.render`, which the pipeline runs in parallel.
+by the `render` of the keys that hold them, which the pipeline runs in
+parallel.
+
+A new op is a new file `data/ops_NAME.py`; this module finds it. It holds
+  OPS    {op: factory}
+  KEYS   {op: (keys.Key, ...)}, the batch keys that the op makes or changes
+  SIZES  optional, {op: function}: called with the op's arguments by name it
+         returns {letter: size}, for this op and those after it
 """
 import ast
 import dataclasses
+import importlib
 import inspect
 import zlib
+from typing import Callable
 
-from e2e_vlp_jax.data import (ops_boxes, ops_image, ops_masking,
-                              ops_randaug, ops_text, rng)
+from e2e_vlp_jax import discovery
+from e2e_vlp_jax.data import keys, rng
 from e2e_vlp_jax.errors import UserError, nearest
 
-OPS = {**ops_image.OPS, **ops_randaug.OPS, **ops_boxes.OPS, **ops_text.OPS,
-       **ops_masking.OPS}
+_PACKAGE = 'e2e_vlp_jax.data'
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """What an op file says of one op; see the module's docstring."""
+  make: Callable
+  keys: tuple = ()
+  sizes: Callable = lambda **_: {}
+
+
+def find_ops():
+  """{name: Op} of all op files."""
+  found = {}
+  for name in discovery.names(_PACKAGE, 'OPS'):
+    if not name.startswith('ops_'):
+      continue
+    module = importlib.import_module(f'{_PACKAGE}.{name}')
+    for op, make in module.OPS.items():
+      if op in found:
+        raise UserError(f'data/{name}.py: the op {op!r} is already in '
+                        f'{found[op].make.__module__}')
+      found[op] = Op(make, tuple(getattr(module, 'KEYS', {}).get(op, ())),
+                     getattr(module, 'SIZES', {}).get(op, Op.sizes))
+  return found
+
+
+OPS = find_ops()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +68,8 @@ class Context:
   max_text: int        # L
   max_boxes: int       # M
   max_attributes: int  # K
+  unit: str = 'image'
+  answers: object = None  # an `answer_list.AnswerList`
 
 
 def parse(pp):
@@ -70,6 +107,26 @@ def parse(pp):
   return parsed
 
 
+def bind(pp):
+  """[(op name, its arguments by name)] of a string, defaults included.
+
+  Raises:
+    UserError: as `parse`; or arguments that the op does not take.
+  """
+  bound = []
+  for name, args, kwargs in parse(pp):
+    takes = inspect.signature(OPS[name].make)
+    try:
+      found = takes.bind(None, *args, **kwargs)
+    except TypeError as e:
+      raise UserError(
+          f'pp string {pp!r}: {name}: {e}; it takes '
+          f'{", ".join(list(takes.parameters)[1:]) or "no arguments"}') from e
+    found.apply_defaults()
+    bound.append((name, dict(list(found.arguments.items())[1:])))
+  return bound
+
+
 def build(pp, context, only=None):
   """The function of a whole pp string.
 
@@ -79,23 +136,16 @@ def build(pp, context, only=None):
     only: names of ops; all others are left out.
 
   Raises:
-    UserError: as `parse`; or arguments that the op does not take. The
-      function itself raises one where the ops' order cannot work.
+    UserError: as `bind`. The function itself raises one where the ops' order
+      cannot work.
   """
-  steps, seen = [], {}
-  for name, args, kwargs in parse(pp):
+  steps, count = [], {}
+  for name, arguments in bind(pp):
     if only is not None and name not in only:
       continue
-    takes = inspect.signature(OPS[name])
-    try:
-      takes.bind(context, *args, **kwargs)
-    except TypeError as e:
-      raise UserError(
-          f'pp string {pp!r}: {name}: {e}; it takes '
-          f'{", ".join(list(takes.parameters)[1:]) or "no arguments"}') from e
-    seen[name] = seen.get(name, 0) + 1
-    constant = zlib.crc32(f'{name} {seen[name]}'.encode())
-    steps.append((OPS[name](context, *args, **kwargs), constant))
+    count[name] = count.get(name, 0) + 1
+    constant = zlib.crc32(f'{name} {count[name]}'.encode())
+    steps.append((OPS[name].make(context, **arguments), constant))
 
   def apply(example):
     seed = example['seed']
@@ -104,3 +154,58 @@ def build(pp, context, only=None):
     return {**example, 'seed': seed}
 
   return apply
+
+
+def declared(pp, sizes):
+  """The batch keys of a pp string, in the order in which they are made.
+
+  Args:
+    pp: 'op|op(arg)'.
+    sizes: {letter: size}.
+
+  Returns:
+    [(Key, sizes)]: the keys of the ops, then those of every batch, each with
+    the sizes of its letters. A key that a later op changes comes again.
+
+  Raises:
+    UserError: as `bind`; no op makes an image; two ops disagree on a key.
+  """
+  all_keys()
+  found = []
+  for name, arguments in bind(pp):
+    sizes = {**sizes, **OPS[name].sizes(**arguments)}
+    found += [(key, sizes) for key in OPS[name].keys
+              if 0 not in key.row_shape(sizes)]
+  if not any(key.name == 'image' for key, _ in found):
+    raise UserError(f'pp string {pp!r}: no fit or squash, which make the '
+                    'image of a batch')
+  return found + [(key, sizes) for key in keys.ALWAYS]
+
+
+def all_keys():
+  """{key name: (Key, [ops that make or change it])}, over all op files.
+
+  Raises:
+    UserError: two ops declare a key with different shapes or dtypes.
+  """
+  found = {}
+  for op, declared_keys in [*((name, op.keys) for name, op in OPS.items()),
+                            ('every batch', keys.ALWAYS)]:
+    for key in declared_keys:
+      first, ops = found.setdefault(key.name, (key, []))
+      if str(first) != str(key):
+        raise UserError(
+            f'batch key {key.name!r}: the op {op!r} declares it as {key}, '
+            f'{ops[0]!r} as {first}; expected the same, or another name')
+      ops.append(op)
+  return found
+
+
+def table():
+  """The table of keys in docs/data.md, as Markdown."""
+  lines = ['| key | type and shape | padding | made by | holds |',
+           '|---|---|---|---|---|']
+  for name, (key, ops) in all_keys().items():
+    lines.append(f'| `{name}` | {key} | {key.padding} | {", ".join(ops)} '
+                 f'| {key.holds} |')
+  return '\n'.join(lines)

@@ -6,6 +6,7 @@ reading them.
 """
 import contextlib
 import io
+import logging
 import os
 
 import numpy as np
@@ -13,14 +14,26 @@ from PIL import Image, ImageOps
 
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import units
 
 REPORT = 'prepare_report.json'
-_LISTS = {'objects': ('bbox', 'label', 'attributes', 'is_crowd', 'area', 'id'),
-          'phrases': ('bbox', 'text'),
-          'questions': ('question', 'answers', 'kind'),
-          'refexps': ('text', 'bbox'),
-          'statements': ('second_image', 'statement', 'label'),
-          'entailment': ('text', 'label')}
+# The lists of a record, and an empty item of each.
+_NO_BOX = np.zeros(4, np.float32)
+_LISTS = {
+    'objects': {'bbox': _NO_BOX, 'label': '', 'attributes': (),
+                'is_crowd': False, 'area': 0., 'id': -1},
+    'phrases': {'bbox': _NO_BOX, 'text': ''},
+    'questions': {'question': '', 'answers': (), 'kind': '', 'id': -1},
+    'refexps': {'text': '', 'bbox': _NO_BOX},
+    'statements': {'second_image': b'', 'second_record': -1, 'statement': '',
+                   'label': False},
+    'entailment': {'text': '', 'label': ''}}
+# What a builder may leave out of an item. Folders prepared before there was
+# such a column lack it as well.
+OPTIONAL = {field: {name: _LISTS[field][name] for name in names}
+            for field, names in (
+                ('questions', ('id',)),
+                ('statements', ('second_image', 'second_record')))}
 _JOINED = ('attributes', 'answers')
 _BOOLS = ('is_crowd', 'has_attributes')
 
@@ -31,14 +44,16 @@ class Split:
   Attributes:
     name: the dataset's name.
     split: the split's name.
-    index: dict of int32 arrays [n]: height, width, num_texts, num_objects.
+    index: dict of int32 arrays [n]: height, width, and the lengths of the
+      record's lists: num_texts, num_objects, num_questions, ...
     info: the TFDS DatasetInfo.
   """
 
-  def __init__(self, name, split, index, info, source):
-    self.name, self.split = name, split
-    self.index, self.info = index, info
-    self._source = source
+  def __init__(self, name, split, index_path, info, source):
+    self.name, self.split, self.info = name, split, info
+    self._source, self._index_path = source, index_path
+    with np.load(index_path) as f:
+      self.index = dict(f)
 
   def __len__(self):
     return len(self._source)
@@ -50,6 +65,37 @@ class Split:
     dicts; boxes are float32 [4]; attributes and answers are lists of str.
     """
     return _parse(self._source[int(i)])
+
+  def counts(self, field):
+    """How many items a list has in each record: int32 [n].
+
+    The index of a folder that an earlier version prepared lacks most of the
+    columns. They are counted once, by reading all records, and added to it.
+    """
+    if f'num_{field}' not in self.index:
+      self._count_items()
+    return self.index[f'num_{field}']
+
+  def _count_items(self):
+    logging.warning('%s/%s was prepared by an earlier version: counting the '
+                    'items of its %d records, once', self.name, self.split,
+                    len(self))
+    fields = list(units.BY_FIELD)
+    counts = np.zeros((len(self), len(fields)), np.int32)
+    for i in range(len(self)):
+      try:
+        record = self.get(i)
+      except Exception as e:  # pylint: disable=broad-exception-caught
+        # Damaged bytes; it has no items, and so comes in no batch.
+        logging.warning('%s/%s record %d: %s', self.name, self.split, i, e)
+        continue
+      counts[i] = [len(record[f]) for f in fields]
+    self.index |= {f'num_{f}': counts[:, k] for k, f in enumerate(fields)}
+    with contextlib.suppress(OSError):  # Not ours to write: count again.
+      part = f'{self._index_path}.{os.getpid()}.part'
+      with open(part, 'wb') as f:
+        np.savez(f, **self.index)
+      os.replace(part, self._index_path)
 
 
 def open_split(data_dir, name, split):
@@ -79,9 +125,37 @@ def open_split(data_dir, name, split):
                            + errors.nearest(split, builder.info.splits))
   source = builder.as_data_source(
       split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-  with np.load(os.path.join(folder, f'{split}.index.npz')) as f:
-    index = dict(f)
-  return Split(name, split, index, builder.info, source)
+  return Split(name, split, os.path.join(folder, f'{split}.index.npz'),
+               builder.info, source)
+
+
+def nothing():
+  """A record of nothing: no image, and one empty item in each list of units."""
+  return {'image': b'', 'image_id': '', 'height': 0, 'width': 0,
+          'has_attributes': False, 'scene_json': '', 'texts': [''],
+          **{field: [dict(item)] if field in units.BY_FIELD else []
+             for field, item in _LISTS.items()}}
+
+
+def second_image(split, statement):
+  """The other picture that a statement is about.
+
+  Args:
+    split: the `Split` of the statement's record.
+    statement: an item of the record's statements.
+
+  Returns:
+    {'image', 'height', 'width'} as in a record, or None if the statement is
+    about one image.
+  """
+  if statement['second_record'] >= 0:
+    record = split.get(statement['second_record'])
+    return {k: record[k] for k in ('image', 'height', 'width')}
+  if not statement['second_image']:
+    return None
+  with Image.open(io.BytesIO(statement['second_image'])) as image:
+    return {'image': statement['second_image'], 'height': image.height,
+            'width': image.width}
 
 
 def dataset_folder(data_dir, name):
@@ -116,7 +190,10 @@ def _parse(serialized):
   record['texts'] = values('texts')
   for key, names in _LISTS.items():
     columns = [values(f'{key}/{n}') for n in names]
-    record[key] = [dict(zip(names, row)) for row in zip(*columns)]
+    count = max(map(len, columns))
+    columns = [c if len(c) or n not in OPTIONAL.get(key, ()) else
+               [OPTIONAL[key][n]] * count for c, n in zip(columns, names)]
+    record[key] = [dict(zip(names, row)) for row in zip(*columns, strict=True)]
   return record
 
 

@@ -14,6 +14,9 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import boxes
+from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data import units
 
 _BYTES = lambda: tfds.features.Scalar(np.object_)
 _BOX = lambda: tfds.features.Tensor(shape=(4,), dtype=np.float32)
@@ -43,13 +46,15 @@ def features():
           'id': np.int64}),
       'phrases': sequence({'bbox': _BOX(), 'text': _TEXT()}),
       'questions': sequence({
-          'question': _TEXT(), 'answers': _TEXT(), 'kind': _TEXT()}),
+          'question': _TEXT(), 'answers': _TEXT(), 'kind': _TEXT(),
+          'id': np.int64}),             # of the dataset; -1: it has none
       'refexps': sequence({'text': _TEXT(), 'bbox': _BOX()}),
-      # About this image (the left one) and another; about this one alone
-      # where second_image is empty.
+      # About this image (the left one) and another: `second_record`, the
+      # number of its record in this split, or a picture that is no record.
+      # About this image alone where there is neither (-1 and empty).
       'statements': sequence({
-          'second_image': _BYTES(), 'statement': _TEXT(),
-          'label': np.bool_}),
+          'second_image': _BYTES(), 'second_record': np.int64,
+          'statement': _TEXT(), 'label': np.bool_}),
       'entailment': sequence({'text': _TEXT(), 'label': _TEXT()}),
       'scene_json': _TEXT(),            # the scene graph of a drawn image
       # Whether objects of this dataset are annotated with attributes at all;
@@ -59,7 +64,10 @@ def features():
 
 
 def record(**fields):
-  """A full record: what is not given is empty."""
+  """A full record: what is not given is empty.
+
+  Items may leave out what `records.OPTIONAL` names.
+  """
   full = dict(texts=[], objects=[], phrases=[], questions=[], refexps=[],
               statements=[], entailment=[], scene_json='',
               has_attributes=False)
@@ -173,31 +181,36 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     found = self.sources()
     if not found:
       raise errors.UserError(f'{self.name}: no split to write')
-    return {split: self._generate_examples(split, most, records)
-            for split, (most, records) in found.items()}
+    return {split: self._generate_examples(split, most, read_records)
+            for split, (most, read_records) in found.items()}
 
-  def _generate_examples(self, split, most, records):
+  def _generate_examples(self, split, most, read_records):
     self.reports[split] = dict(images=0, texts=0, boxes=0, skipped={},
                                changed={})
     totals = collections.Counter()
     index = collections.defaultdict(list)
+    referred = -1  # the highest number of a second image's record
     digest = hashlib.sha256()
     progress = tqdm.tqdm(total=most, desc=f'{self.name} {split}', unit='image')
-    for k, example in enumerate(records()):
+    for k, example in enumerate(read_records()):
       progress.update(k + 1 - progress.n)
       totals += collections.Counter(
           images=1, texts=len(example['texts']),
           boxes=len(example['objects']))
-      for column, value in (('height', example['height']),
-                            ('width', example['width']),
-                            ('num_texts', len(example['texts'])),
-                            ('num_objects', len(example['objects']))):
-        index[column].append(value)
+      for size in ('height', 'width'):
+        index[size].append(example[size])
+      for field in ('objects', *units.BY_FIELD):
+        index[f'num_{field}'].append(len(example[field]))
+      referred = max([referred, *(s.get('second_record', -1)
+                                  for s in example['statements'])])
       digest.update(canonical(example))
       # TFDS puts examples in the order of keys of 128 bits, a bucket of it
       # at a time: keys over the whole range keep the buckets small.
       yield (k << 128) // most, _flat(example)
     progress.close()
+    if referred >= totals['images']:
+      raise ValueError(f'{self.name} {split}: a statement names record '
+                       f'{referred} of {totals["images"]}')
     report = self.reports[split]
     report.update(images=totals['images'], texts=totals['texts'],
                   boxes=totals['boxes'], records_sha256=digest.hexdigest())
@@ -221,9 +234,16 @@ def canonical(example):
   return json.dumps(example, sort_keys=True, default=plain).encode()
 
 
-def relative_box(x0, y0, x1, y1, height, width):
-  """Pixels to (ymin, xmin, ymax, xmax) in [0, 1], float32 [4]."""
-  return np.float32([y0 / height, x0 / width, y1 / height, x1 / width])
+def stored_box(box, height=1, width=1):
+  """(x0, y0, x1, y1) -> as it is stored, float32 [4].
+
+  Args:
+    box: in pixels of an image of this height and width, or in [0, 1].
+    height, width: pixels.
+  """
+  x0, y0, x1, y1 = box
+  return np.float32(boxes.swap_axes([x0 / width, y0 / height, x1 / width,
+                                     y1 / height]))
 
 
 def held_out(k, total, count):
@@ -243,11 +263,14 @@ def reason(error, name):
 
 
 def _flat(example):
-  """Lists inside lists as one string."""
+  """As it is stored: items complete, lists inside lists as one string."""
   def join(items, key):
     for item in items:
       if any('|' in s for s in item[key]):
         raise ValueError(f"'|' in {key} {item[key]}")
     return [{**item, key: '|'.join(item[key])} for item in items]
+  example = {**example, **{
+      field: [{**defaults, **item} for item in example[field]]
+      for field, defaults in records.OPTIONAL.items()}}
   return {**example, 'objects': join(example['objects'], 'attributes'),
           'questions': join(example['questions'], 'answers')}

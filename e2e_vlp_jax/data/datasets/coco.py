@@ -122,7 +122,7 @@ class Builder(base.RecordBuilder):
         continue
       w, h = map(float, a['bbox'][2:])
       objects.append(dict(
-          bbox=base.relative_box(*box, 1, 1), label=labels[a['category_id']],
+          bbox=base.stored_box(box), label=labels[a['category_id']],
           attributes=[], is_crowd=bool(a.get('iscrowd', 0)),
           area=float(a.get('area') or w * h) * scale, id=int(a['id'])))
     return objects

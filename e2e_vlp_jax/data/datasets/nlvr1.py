@@ -79,7 +79,7 @@ def _objects(slots, k):
     for o in items:
       x, y, size = _SLOT * slot + o['x_loc'], o['y_loc'], o['size']
       objects.append(dict(
-          bbox=base.relative_box(x, y, x + size, y + size, _HEIGHT, _WIDTH),
+          bbox=base.stored_box((x, y, x + size, y + size), _HEIGHT, _WIDTH),
           label=o['type'], attributes=[_COLOURS[o['color'].lower()],
                                        _SIZES[size]],
           is_crowd=False, area=float(size * size),

@@ -189,7 +189,7 @@ class Builder(base.RecordBuilder):
                      [r.get(k) for k in ('x', 'y', 'width', 'height')],
                      stored, *size)
       if box is not None:
-        phrases.append(dict(bbox=base.relative_box(*box, 1, 1), text=text))
+        phrases.append(dict(bbox=base.stored_box(box), text=text))
     return list(texts), phrases
 
   def _things(self, split, i, stored, size, unknown):
@@ -225,7 +225,7 @@ class Builder(base.RecordBuilder):
         elif a:
           unknown['attribute'][a] += 1
       objects.append(dict(
-          bbox=base.relative_box(*box, 1, 1), label=self._classes[label],
+          bbox=base.stored_box(box), label=self._classes[label],
           attributes=list(known), is_crowd=False,
           area=float(o['w']) * float(o['h']) * scale,
           id=int(o.get('object_id') or 0)))

@@ -46,7 +46,7 @@ def example(seed, split, i):
   other, other_image = _picture(f'{name} second', unseen)
   rng = random.Random(f'text {name}')
   side = scene_draw.SIDE
-  box = lambda o: base.relative_box(*o['box'], side, side)
+  box = lambda o: base.stored_box(o['box'], side, side)
   statement, label = scene_text.statement(scene, other, rng, pairs)
   return base.record(
       image=image, image_id=f'{split}-{i:06d}', height=side, width=side,
