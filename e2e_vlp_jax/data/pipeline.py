@@ -392,12 +392,12 @@ def _weight(weight, split, sentences):
   """The weight of a source as a number."""
   if not isinstance(weight, str):
     return weight
-  if weight == 'images':
+  if weight == 'by_rows':
     return len(split)
-  if weight == 'texts':
+  if weight == 'by_texts':
     return int((-(-split.index['num_texts'] // sentences)).sum())
   raise UserError(f'data: weight {weight!r} of {split.name}; expected a number '
-                  'or one of images, texts')
+                  'or one of by_rows, by_texts')
 
 
 def _checked_buckets(data_config):
