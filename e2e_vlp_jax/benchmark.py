@@ -28,7 +28,6 @@ from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.profiling import by_module
-from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 
 _WARM_UP = 2  # steps before the clock: allocators, caches, autotuning
@@ -98,7 +97,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
       'mesh': dict(mesh.shape), 'batch_size': config.batch_size,
       'accumulate': config.accumulate,
       'bucket': list(config.data.buckets[bucket]), 'dtype': config.dtype,
-      'parameters': run.count_parameters(plan.shapes.params)['total'],
+      'parameters': program.count_parameters(plan.shapes.params)['total'],
       'steps': steps, 'images_per_s': config.batch_size / seconds,
       'step_time_s': _percentiles(times), 'compile_s': compile_s,
       'flops_per_step': flops, 'mfu': flops / seconds / peak,

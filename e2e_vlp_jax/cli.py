@@ -13,6 +13,7 @@ import sys
 import ml_collections
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.training import old_names
 
 # TensorFlow only reads data here; the notes that it prints when imported
 # would bury our one line. Entry points import this module before it.
@@ -150,25 +151,45 @@ def _call(spec, function):
     raise errors.UserError(f'--config {spec}: {e}') from e
 
 
+def current_key(config, key):
+  """Today's name of a dotted key of `config` that may have its old one."""
+  new = old_names.rename(key)
+  return new if _has(config, new) else key
+
+
+def _has(config, key):
+  *groups, name = key.split('.')
+  for group in groups:
+    if not isinstance(config, ml_collections.ConfigDict) or (
+        group not in config):
+      return False
+    config = config[group]
+  return isinstance(config, ml_collections.ConfigDict) and name in config
+
+
 def _override(config, key, text):
   """Sets config's dotted `key` to `text`, read as the old value's type."""
-  *groups, name = key.split('.')
-  node = config
-  for group in groups:
-    inside = isinstance(node, ml_collections.ConfigDict) and group in node
-    node = node[group] if inside else None
-  if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+  key = current_key(config, key)
+  if not _has(config, key):
+    why = old_names.gone(key)
+    if why:
+      raise errors.UserError(f'config key {key!r} is gone: {why}')
     raise errors.UserError(
         f'unknown config key {key!r}'
         + (errors.nearest(key, _keys(config))
            or f'; the top-level keys are {", ".join(config)}'))
+  *groups, name = key.split('.')
+  node = config
+  for group in groups:
+    node = node[group]
   kind = node.get_type(name)
   if kind is ml_collections.ConfigDict:
     raise errors.UserError(
         f'config key {key!r} is a group; set one of its keys: '
         + ', '.join(f'{key}.{k}' for k in node[name]))
   try:
-    node[name] = _READ.get(kind, ast.literal_eval)(text)
+    node[name] = old_names.value(
+        key, _READ.get(kind, ast.literal_eval)(text))
   except (KeyError, SyntaxError, TypeError, ValueError) as e:
     raise errors.UserError(f'config key {key!r}: found {text!r}, expected '
                            f'{kind.__name__} such as {node[name]!r}') from e

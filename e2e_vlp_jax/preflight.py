@@ -26,7 +26,6 @@ from e2e_vlp_jax.data import vocabularies
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program as program_lib
-from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 
 # The search ends when the largest batch is known to one in so many.
@@ -59,7 +58,7 @@ def preflight(config, topology, search=True, say=print):
       synthetic.synthetic_batch(config.data, batch_size=1, bucket=bucket,
                                 **sizes))
   state = program_lib.bytes_per_chip(plan.shapes, plan.shardings)
-  counts = run.count_parameters(plan.shapes.params)
+  counts = program.count_parameters(plan.shapes.params)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   say(f'{counts["total"]:,} parameters; compiling for {mesh.size} x '
       f'{chip.name}: minutes for a large model')

@@ -31,7 +31,7 @@ import jinja2
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.training import run as run_lib
+from e2e_vlp_jax.training import workdir as workdir_lib
 
 TRAIN = ('python', '-m', 'e2e_vlp_jax.train')
 SLURM = os.path.join('launch', 'slurm.sbatch')
@@ -130,7 +130,7 @@ def table(runs, metric=None):
       pass
     rows.append({'name': run.name, 'overrides': run.overrides,
                  'workdir': run.workdir, 'step': step,
-                 'finished': run_lib.finished(run.workdir, run.config),
+                 'finished': workdir_lib.finished(run.workdir, run.config),
                  'metrics': metrics})
   sign = 1 if metric and 'loss' in metric else -1
   return sorted(rows, key=lambda row: sign * row['metrics'][metric]
@@ -224,7 +224,7 @@ def run_here(runs, after):
   before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
   for number, run in enumerate(runs, 1):
     here = f'[{number}/{len(runs)}] {run.name}'
-    if run_lib.finished(run.workdir, run.config):
+    if workdir_lib.finished(run.workdir, run.config):
       print(f'{here}: done before', flush=True)
       continue
     print(f'{here}: {run.workdir}', flush=True)
@@ -235,7 +235,7 @@ def run_here(runs, after):
     if stopped:
       print(f'{here}: stopped; the same command goes on', flush=True)
       break
-    if code or not run_lib.finished(run.workdir, run.config):
+    if code or not workdir_lib.finished(run.workdir, run.config):
       failed[run.name] = f'exit code {code}' if code else 'ended too early'
       print(f'{here}: failed ({failed[run.name]})', flush=True)
   for signum, handler in before.items():

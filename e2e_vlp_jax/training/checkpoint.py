@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.training import distributed
+from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import sharding
 
 FOLDER = 'checkpoints'
@@ -269,6 +270,7 @@ def load(path):
     raise errors.UserError(f'checkpoint: {folder!r} cannot be read: {e}'
                            ) from e
   meta['step'] = int(os.path.basename(folder))
+  meta['config'] = old_names.modernise(meta['config'], f'checkpoint {folder}')
   return params, model_state, meta
 
 
