@@ -23,10 +23,29 @@ def parse_argument(arg, sizes, datasets, published, **more):
   Raises:
     ValueError: anything else; names what is nearest.
   """
-  keys = {'data': str, 'side': int, **more}
   size, *pairs = (arg or sizes[0]).split(',')
   if size not in sizes:
     raise ValueError(f'no size {size!r}' + errors.nearest(size, sizes))
+  options = parse_options(pairs, {'data': str, 'side': int, **more})
+  data = options.pop('data', 'scenes' if size == 'tiny' else 'coco')
+  if data == 'published':
+    data = published
+  if data.split('+')[0] not in datasets:
+    raise ValueError(f'no data {data!r}'
+                     + errors.nearest(data, ('published', *datasets)))
+  return size, data, options
+
+
+def parse_options(pairs, keys):
+  """['side=512'] -> {'side': 512}.
+
+  Args:
+    pairs: texts 'key=value'.
+    keys: {key: its type}.
+
+  Raises:
+    ValueError: another key, or a value of another type.
+  """
   options = {}
   for pair in pairs:
     key, _, text = pair.partition('=')
@@ -37,13 +56,17 @@ def parse_argument(arg, sizes, datasets, published, **more):
     except ValueError:
       raise ValueError(f'{key}: found {text!r}, expected a whole number'
                        ) from None
-  data = options.pop('data', 'scenes' if size == 'tiny' else 'coco')
-  if data == 'published':
-    data = published
-  if data.split('+')[0] not in datasets:
-    raise ValueError(f'no data {data!r}'
-                     + errors.nearest(data, ('published', *datasets)))
-  return size, data, options
+  return options
+
+
+def put(config, key, value):
+  """Sets a dotted key of a config, which may not have it yet."""
+  *groups, name = key.split('.')
+  for group in groups:
+    if group not in config:
+      config[group] = {}
+    config = config[group]
+  config[name] = value
 
 
 def run_defaults():
