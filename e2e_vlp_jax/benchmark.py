@@ -20,6 +20,7 @@ import numpy as np
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
@@ -326,7 +327,7 @@ def main(argv=None):
     if args.batch_size is not None:
       config.batch_size = args.batch_size
     if args.json:
-      cli.check_writable('--json', args.json)
+      files.check_writable('--json', args.json)
     if args.peer:  # Leave it some of the GPU; read when jax first looks.
       os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     if args.input:

@@ -67,7 +67,7 @@ def parse(p, argv=None):
         raise errors.UserError(f'{word} needs a value')
       value = argv.pop(0)
     overrides.append((key, value))
-  # A misspelt argument is named before the one that it leaves missing.
+  # Report an unknown argument before a missing one that it may stand for.
   known = [s for a in p._actions for s in a.option_strings]  # pylint: disable=protected-access
   unknown = [w for w in rest
              if w.startswith('--') and w.partition('=')[0] not in known]
@@ -82,16 +82,6 @@ def parse(p, argv=None):
     raise errors.UserError(f'--config.{overrides[0][0]} without --config')
   args.overrides = overrides
   return args, load_config(spec, overrides) if spec else None
-
-
-def check_writable(name, path):
-  """UserError unless argument `name` gives a file that can be written."""
-  try:
-    with open(path, 'a'):
-      pass
-  except OSError as e:
-    raise errors.UserError(f'{name}: {path!r} cannot be written '
-                           f'({e.strerror})') from e
 
 
 def load_config(spec, overrides=()):

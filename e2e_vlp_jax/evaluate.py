@@ -26,7 +26,8 @@ def evaluate(config, path, workdir):
   model = models.build(config, **vocabularies.sizes)
   models.check_variables(
       model, config, {'params': params, **model_state}, path,
-      workdir_lib.differences(meta['config']['model'], workdir_lib.to_dict(config.model)))
+      workdir_lib.differences(meta['config']['model'],
+                              workdir_lib.to_dict(config.model)))
   mesh = sharding.make_mesh(config.mesh)
   evaluators = evaluation.Evaluators(config, model, vocabularies, mesh)
   # An unwritable folder is found before the minutes are spent.

@@ -23,8 +23,8 @@ class Evaluators:
   """The evaluators of a config, ready to run on any parameters.
 
   `config.evals.<name>`: type (evaluator's file), source (name, split), pp,
-  max_examples (0 = all), examples_during_training (how many at eval_every_steps;
-  0 = not during training), options (of the evaluator's own; may be left out).
+  max_examples (0 = all), examples_during_training (how many at
+  eval_every_steps; 0 = none), options (the evaluator's own; may be left out).
   """
 
   def __init__(self, config, model, vocabularies, mesh=None):
@@ -82,7 +82,8 @@ class Evaluators:
       key: the config's, for the message.
       metric: 'eval/<name>/<metric>'.
     """
-    names = [n for n, o in self._config.evals.items() if o.examples_during_training]
+    names = [n for n, o in self._config.evals.items()
+             if o.examples_during_training]
     parts = metric.split('/', 2)
     if metric and (len(parts) != 3 or parts[0] != 'eval'
                    or parts[1] not in names):
@@ -104,7 +105,8 @@ class Evaluators:
     from e2e_vlp_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
     scores = {}
     for name, options in self._config.evals.items():
-      count = options.max_examples if final else options.examples_during_training
+      count = (options.max_examples if final
+               else options.examples_during_training)
       if not final and not count:
         continue
       pipeline = self._pipelines[name]
