@@ -27,7 +27,7 @@ setuptools.setup(
     package_data={'e2e_vlp_jax': ['data/labels/*.json', 'data/answers/*.json',
                                   'data/vocab/*',
                                   'data/vocab/roberta-base/*',
-                                  'evaluation/*.j2']},
+                                  'evaluation/*.j2', '*.j2']},
     install_requires=[
         'absl-py',
         'array_record',

@@ -20,6 +20,7 @@ import numpy as np
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
@@ -28,7 +29,6 @@ from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.profiling import by_module
-from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 
 _WARM_UP = 2  # steps before the clock: allocators, caches, autotuning
@@ -98,7 +98,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
       'mesh': dict(mesh.shape), 'batch_size': config.batch_size,
       'accumulate': config.accumulate,
       'bucket': list(config.data.buckets[bucket]), 'dtype': config.dtype,
-      'parameters': run.count_parameters(plan.shapes.params)['total'],
+      'parameters': program.count_parameters(plan.shapes.params)['total'],
       'steps': steps, 'images_per_s': config.batch_size / seconds,
       'step_time_s': _percentiles(times), 'compile_s': compile_s,
       'flops_per_step': flops, 'mfu': flops / seconds / peak,
@@ -327,7 +327,7 @@ def main(argv=None):
     if args.batch_size is not None:
       config.batch_size = args.batch_size
     if args.json:
-      cli.check_writable('--json', args.json)
+      files.check_writable('--json', args.json)
     if args.peer:  # Leave it some of the GPU; read when jax first looks.
       os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     if args.input:

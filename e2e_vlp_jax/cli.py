@@ -13,6 +13,7 @@ import sys
 import ml_collections
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.training import old_names
 
 # TensorFlow only reads data here; the notes that it prints when imported
 # would bury our one line. Entry points import this module before it.
@@ -66,7 +67,7 @@ def parse(p, argv=None):
         raise errors.UserError(f'{word} needs a value')
       value = argv.pop(0)
     overrides.append((key, value))
-  # A misspelt argument is named before the one that it leaves missing.
+  # Report an unknown argument before a missing one that it may stand for.
   known = [s for a in p._actions for s in a.option_strings]  # pylint: disable=protected-access
   unknown = [w for w in rest
              if w.startswith('--') and w.partition('=')[0] not in known]
@@ -81,16 +82,6 @@ def parse(p, argv=None):
     raise errors.UserError(f'--config.{overrides[0][0]} without --config')
   args.overrides = overrides
   return args, load_config(spec, overrides) if spec else None
-
-
-def check_writable(name, path):
-  """UserError unless argument `name` gives a file that can be written."""
-  try:
-    with open(path, 'a'):
-      pass
-  except OSError as e:
-    raise errors.UserError(f'{name}: {path!r} cannot be written '
-                           f'({e.strerror})') from e
 
 
 def load_config(spec, overrides=()):
@@ -150,25 +141,45 @@ def _call(spec, function):
     raise errors.UserError(f'--config {spec}: {e}') from e
 
 
+def current_key(config, key):
+  """Today's name of a dotted key of `config` that may have its old one."""
+  new = old_names.rename(key)
+  return new if _has(config, new) else key
+
+
+def _has(config, key):
+  *groups, name = key.split('.')
+  for group in groups:
+    if not isinstance(config, ml_collections.ConfigDict) or (
+        group not in config):
+      return False
+    config = config[group]
+  return isinstance(config, ml_collections.ConfigDict) and name in config
+
+
 def _override(config, key, text):
   """Sets config's dotted `key` to `text`, read as the old value's type."""
-  *groups, name = key.split('.')
-  node = config
-  for group in groups:
-    inside = isinstance(node, ml_collections.ConfigDict) and group in node
-    node = node[group] if inside else None
-  if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+  key = current_key(config, key)
+  if not _has(config, key):
+    why = old_names.gone(key)
+    if why:
+      raise errors.UserError(f'config key {key!r} is gone: {why}')
     raise errors.UserError(
         f'unknown config key {key!r}'
         + (errors.nearest(key, _keys(config))
            or f'; the top-level keys are {", ".join(config)}'))
+  *groups, name = key.split('.')
+  node = config
+  for group in groups:
+    node = node[group]
   kind = node.get_type(name)
   if kind is ml_collections.ConfigDict:
     raise errors.UserError(
         f'config key {key!r} is a group; set one of its keys: '
         + ', '.join(f'{key}.{k}' for k in node[name]))
   try:
-    node[name] = _READ.get(kind, ast.literal_eval)(text)
+    node[name] = old_names.value(
+        key, _READ.get(kind, ast.literal_eval)(text))
   except (KeyError, SyntaxError, TypeError, ValueError) as e:
     raise errors.UserError(f'config key {key!r}: found {text!r}, expected '
                            f'{kind.__name__} such as {node[name]!r}') from e

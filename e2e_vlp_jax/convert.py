@@ -34,7 +34,7 @@ from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.training import checkpoint
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.weights import files
 from e2e_vlp_jax.weights import mapping
 
@@ -97,7 +97,7 @@ def import_weights(format_name, path, config, output, resize=False,
   tree = flax.traverse_util.unflatten_dict(variables, sep='/')
   params = tree.pop('params')
   checkpoint.write(output, params, tree, {
-      'config': run.to_dict(config), **vocabularies.to_dict(),
+      'config': workdir_lib.to_dict(config), **vocabularies.to_dict(),
       'converted': record})
   with open(os.path.join(output, 'conversion.json'), 'w') as f:
     json.dump(record, f, indent=1)

@@ -17,7 +17,12 @@ class UserError(Exception):
 
 
 def nearest(word, choices):
-  """' (did you mean X?)' for the closest of `choices`, or the choices."""
+  """The end of a message that refuses `word`: what could have been meant.
+
+  Returns:
+    "; did you mean 'x'?" for the closest of `choices`; else
+    '; valid choices: x, y', or '' where there are more than 12.
+  """
   choices = [str(c) for c in choices]
   close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
   if close:
@@ -31,7 +36,7 @@ def nearest(word, choices):
 def exit_on_user_error():
   """Turns a `UserError` raised inside into one line on stderr and exit 2.
 
-  A full disk is no error of the program's either.
+  A full disk is reported as a user error too.
   """
   try:
     yield

@@ -13,7 +13,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.training import checkpoint
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.training import sharding
 
 
@@ -26,7 +26,8 @@ def evaluate(config, path, workdir):
   model = models.build(config, **vocabularies.sizes)
   models.check_variables(
       model, config, {'params': params, **model_state}, path,
-      run.differences(meta['config']['model'], run.to_dict(config.model)))
+      workdir_lib.differences(meta['config']['model'],
+                              workdir_lib.to_dict(config.model)))
   mesh = sharding.make_mesh(config.mesh)
   evaluators = evaluation.Evaluators(config, model, vocabularies, mesh)
   # An unwritable folder is found before the minutes are spent.

@@ -20,13 +20,13 @@ import jax
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program as program_lib
-from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 
 # The search ends when the largest batch is known to one in so many.
@@ -59,7 +59,7 @@ def preflight(config, topology, search=True, say=print):
       synthetic.synthetic_batch(config.data, batch_size=1, bucket=bucket,
                                 **sizes))
   state = program_lib.bytes_per_chip(plan.shapes, plan.shardings)
-  counts = run.count_parameters(plan.shapes.params)
+  counts = program_lib.count_parameters(plan.shapes.params)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   say(f'{counts["total"]:,} parameters; compiling for {mesh.size} x '
       f'{chip.name}: minutes for a large model')
@@ -293,7 +293,7 @@ def main(argv=None):
     if args.quick:
       jax.config.update('jax_optimization_level', 'O0')
     if args.json:  # Before the minutes, not after them.
-      cli.check_writable('--json', args.json)
+      files.check_writable('--json', args.json)
     report = preflight(config, args.topology, not args.no_search)
     print(table(report))
     if args.json:

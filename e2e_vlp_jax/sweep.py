@@ -17,6 +17,7 @@ its own in W/NAME, NAME saying what is particular to it.
 Local runs and `table` write W/sweep.json and W/sweep.html: overrides and last
 metrics of every run, the best by --metric first.
 """
+import functools
 import json
 import os
 import re
@@ -31,7 +32,8 @@ import jinja2
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.training import run as run_lib
+from e2e_vlp_jax import files
+from e2e_vlp_jax.training import workdir as workdir_lib
 
 TRAIN = ('python', '-m', 'e2e_vlp_jax.train')
 SLURM = os.path.join('launch', 'slurm.sbatch')
@@ -67,12 +69,14 @@ def runs_of(spec, common, workdir):
     UserError: an unknown key, a value of another type, two runs alike.
   """
   sweep = cli.load_sweep(spec)
+  today = functools.partial(cli.current_key, cli.load_config(spec))
   out, seen = [], {}
   for number, overrides in enumerate(sweep, 1):
+    sets = {today(key): value for key, value in overrides.items()}
     for key, _ in common:
-      if key in overrides:
+      if today(key) in sets:
         raise errors.UserError(f'--config.{key}: the sweep itself sets it, to '
-                               f'{overrides[key]!r} in run {number}')
+                               f'{sets[today(key)]!r} in run {number}')
     texts = [(key, _text(value)) for key, value in overrides.items()]
     try:
       config = cli.load_config(spec, [*common, *texts])
@@ -130,7 +134,7 @@ def table(runs, metric=None):
       pass
     rows.append({'name': run.name, 'overrides': run.overrides,
                  'workdir': run.workdir, 'step': step,
-                 'finished': run_lib.finished(run.workdir, run.config),
+                 'finished': workdir_lib.finished(run.workdir, run.config),
                  'metrics': metrics})
   sign = 1 if metric and 'loss' in metric else -1
   return sorted(rows, key=lambda row: sign * row['metrics'][metric]
@@ -144,25 +148,6 @@ def _read(line):
     return None
 
 
-_PAGE = jinja2.Template('''<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-  body { margin: 24px; color: #1f2328; font: 15px/1.45 system-ui, sans-serif; }
-  table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-  th, td { padding: 4px 12px; border-bottom: 1px solid #e3e6ea;
-           text-align: right; }
-  th { color: #6b7280; font-size: 13px; }
-  th:first-child, td:first-child { text-align: left; }
-</style></head><body>
-<h1>{{ title }}</h1>
-<table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row, link in rows %}<tr>{% for cell in row %}
-<td>{% if loop.first %}<a href="{{ link }}">{{ cell }}</a>
-{% else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>
-{% endfor %}</table></body></html>
-''', autoescape=True)
-
-
 def write_table(workdir, spec, runs, metric=None):
   """Writes W/sweep.json and W/sweep.html; returns the rows of `table`."""
   rows = table(runs, metric)
@@ -173,22 +158,20 @@ def write_table(workdir, spec, runs, metric=None):
              row['step'] if row['finished'] else f'{row["step"]}, not done',
              *(f'{row["metrics"][k]:.4f}' if k in row['metrics'] else ''
                for k in names)], f'{row["name"]}/report.html') for row in rows]
-  page = _PAGE.render(title=f'Sweep of {spec}', rows=cells,
-                      head=['run', *keys, 'step', *names])
-  _write(os.path.join(workdir, 'sweep.json'), json.dumps(
-      {'config': spec, 'metric': metric, 'runs': rows}, indent=1))
-  _write(os.path.join(workdir, 'sweep.html'), page)
+  files.write_json(os.path.join(workdir, 'sweep.json'),
+                   {'config': spec, 'metric': metric, 'runs': rows})
+  files.write(os.path.join(workdir, 'sweep.html'), _render(
+      'sweep.html.j2', title=f'Sweep of {spec}', rows=cells,
+      head=['run', *keys, 'step', *names]))
   return rows
 
 
-def _write(path, text):
-  try:
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-      f.write(text)
-    os.replace(path + '.tmp', path)
-  except OSError as e:
-    raise errors.UserError(f'{path}: cannot be written ({e.strerror})') from e
+def _render(template, **values):
+  """A template of this folder; values are escaped in HTML alone."""
+  environment = jinja2.Environment(
+      loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
+      autoescape=template.endswith('.html.j2'), keep_trailing_newline=True)
+  return environment.get_template(template).render(**values)
 
 
 def show(rows, metric):
@@ -224,7 +207,7 @@ def run_here(runs, after):
   before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
   for number, run in enumerate(runs, 1):
     here = f'[{number}/{len(runs)}] {run.name}'
-    if run_lib.finished(run.workdir, run.config):
+    if workdir_lib.finished(run.workdir, run.config):
       print(f'{here}: done before', flush=True)
       continue
     print(f'{here}: {run.workdir}', flush=True)
@@ -235,7 +218,7 @@ def run_here(runs, after):
     if stopped:
       print(f'{here}: stopped; the same command goes on', flush=True)
       break
-    if code or not run_lib.finished(run.workdir, run.config):
+    if code or not workdir_lib.finished(run.workdir, run.config):
       failed[run.name] = f'exit code {code}' if code else 'ended too early'
       print(f'{here}: failed ({failed[run.name]})', flush=True)
   for signum, handler in before.items():
@@ -249,26 +232,15 @@ def write_slurm(runs, workdir):
   """Writes W/sweep.sbatch; returns the command that submits it."""
   try:
     with open(SLURM, encoding='utf-8') as f:
-      options = [line for line in f if line.startswith('#SBATCH')]
+      options = [line.rstrip() for line in f if line.startswith('#SBATCH')]
   except FileNotFoundError:
     raise errors.UserError(f'--mode slurm: no {SLURM} in {os.getcwd()!r}; run '
                            'it in the repository\'s root') from None
-  cases = ''.join(f'  {i}) arguments=({shlex.join(run.arguments)}) ;;\n'
-                  for i, run in enumerate(runs))
   path = os.path.join(workdir, 'sweep.sbatch')
-  _write(path, f'''#!/usr/bin/env bash
-{''.join(options)}#SBATCH --array=0-{len(runs) - 1}
-# One array task a run; options given to sbatch win. To see what task 0 does:
-#   DRY_RUN=1 SLURM_ARRAY_TASK_ID=0 bash sweep.sbatch
-set -euo pipefail
-cd "${{SLURM_SUBMIT_DIR:-}}" 2>/dev/null || true
-[[ -f {SLURM} ]] || cd {shlex.quote(os.getcwd())}
-case "${{SLURM_ARRAY_TASK_ID:-none}}" in
-{cases}  *) echo 'error: not a task of the array; start it with sbatch' >&2
-     exit 2 ;;
-esac
-exec bash {SLURM} "${{arguments[@]}}"
-''')
+  files.write(path, _render(
+      'sweep.sbatch.j2', options=options, script=SLURM,
+      here=shlex.quote(os.getcwd()),
+      runs=[shlex.join(run.arguments) for run in runs]))
   return shlex.join(['sbatch', path])
 
 

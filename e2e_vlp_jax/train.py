@@ -25,7 +25,8 @@ from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import distributed
 from e2e_vlp_jax.training import monitor as monitor_lib
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import stages as stages_lib
+from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.training import sharding
 
 
@@ -35,7 +36,7 @@ def train(config, workdir, allow_changes=False):
   Args:
     config: of the run.
     workdir: made, or gone on with.
-    allow_changes: see `run.open_workdir`.
+    allow_changes: see `workdir.open_workdir`.
   """
   clock = monitor_lib.Clock('init')
   # TensorFlow feeds the input pipeline only; imported here so that a broken
@@ -53,19 +54,19 @@ def train(config, workdir, allow_changes=False):
       batch_size=config.batch_size, train=True,
       rows=sharding.host_rows(mesh, config.batch_size))
   data.check_labels()
-  run.open_workdir(workdir, config, allow_changes)
+  workdir_lib.open_workdir(workdir, config, allow_changes)
 
   # --- Model, optimizer, state ----------------------------------------------
   model = models.build(config, **vocabularies.sizes)
   example = synthetic.synthetic_batch(config.data, batch_size=1,
                                       **vocabularies.sizes)
   assembly = assemble.Assembly(config, model, mesh, example)
-  counts = run.count_parameters(assembly.shapes.params)
+  counts = program.count_parameters(assembly.shapes.params)
 
   # --- Restore, or start ----------------------------------------------------
   saver = checkpoint.Checkpointer(
-      workdir, {'config': run.to_dict(config), **vocabularies.to_dict()},
-      config.checkpoint)
+      workdir, {'config': workdir_lib.to_dict(config),
+                **vocabularies.to_dict()}, config.checkpoint)
   state = saver.restore(assembly.state_target())
   if state is None:
     state = assembly.init()
@@ -73,7 +74,7 @@ def train(config, workdir, allow_changes=False):
       state, report_ = checkpoint.start_from(
           config.init_from, state,
           lambda loaded: models.adapt(model, loaded, state.params))
-      run.report_loaded(workdir, config.init_from, report_)
+      workdir_lib.report_loaded(workdir, config.init_from, report_)
   first_step = int(state.step)
 
   # --- Evaluation, monitoring -----------------------------------------------
@@ -314,7 +315,8 @@ def main(argv=None):
     logging.basicConfig(level=logging.WARNING)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     np.set_printoptions(precision=4)
-    run.stages(config)  # A senseless config fails before any peer is asked.
+    # A senseless config fails before any peer is asked.
+    stages_lib.stages(config)
     distributed.join()
     train(config, args.workdir, args.allow_changes)
 

@@ -11,7 +11,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.models import beam_search
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.profiling import program
 
 SIZES = dict(vocab_size=50, num_classes=6, num_attributes=13)
 
@@ -166,7 +166,7 @@ def test_parameter_counts_match_the_sources():
     shapes = jax.eval_shape(
         lambda b: model.init(jax.random.key(0), b, {
             k: v for k, v in model.views.items() if k != 'grid'}), batch)
-    return run.count_parameters(shapes['params'])['total'] / 1e6
+    return program.count_parameters(shapes['params'])['total'] / 1e6
   coco91 = dict(vocab_size=0, num_classes=91, num_attributes=0)
   joint = dict(vocab_size=30522, num_classes=1600, num_attributes=400)
   found = {'detr': count('detr', **coco91)}

@@ -14,7 +14,7 @@ from e2e_vlp_jax.models import fiber
 from e2e_vlp_jax.models import beam_search
 from e2e_vlp_jax.objectives import itc
 from e2e_vlp_jax.training import assemble
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import sharding
 from tests import parity
 
@@ -495,7 +495,7 @@ def test_parameter_counts():
              ) == 2 * (590_592 + 787_200)
   assert sum(v for k, v in base.items() if k.endswith('_pooler')
              ) == 4 * 590_592
-  assert run.count_parameters(shapes)['total'] == sum(count['tiny'].values())
+  assert program.count_parameters(shapes)['total'] == sum(count['tiny'].values())
 
 
 # --- Bad input --------------------------------------------------------------

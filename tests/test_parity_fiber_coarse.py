@@ -797,8 +797,8 @@ def test_full_size_inventory(record_property, reference):
     assert back.shape == shape, name
     group = dict(config.optim.groups[int(groups[
         e.ours.removeprefix('params/')])][1])
-    assert group.get('lr', 1.) == lr, name
-    assert group.get('wd', config.optim.weight_decay) == wd, name
+    assert group.get('lr_multiplier', 1.) == lr, name
+    assert group.get('weight_decay', config.optim.weight_decay) == wd, name
     count += int(np.prod(shape))
   assert all(any(re.fullmatch(p, name) for p, _ in fiber_coarse.SURPLUS)
              for name in listed)

@@ -36,7 +36,8 @@ def relative(ours, expected):
   return np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max()
 
 
-SOHO_GROUPS = ((r'sgd|backbone\..*', dict(lr=100., wd=1e-4, optimizer='sgd')),
+SOHO_GROUPS = ((r'sgd|backbone\..*', dict(
+    lr_multiplier=100., weight_decay=1e-4, optimizer='sgd')),
                (r'.*', dict(optimizer='adamw_hf')))
 
 

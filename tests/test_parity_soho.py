@@ -377,8 +377,8 @@ def test_optimizer_groups(pack, step):
     if trained:
       assert sgd == (found.get('optimizer') == 'sgd'), name
       np.testing.assert_allclose(
-          config.optim.learning_rate * found.get('lr', 1.), rate)
-      assert found.get('wd', config.optim.weight_decay) == (
+          config.optim.learning_rate * found.get('lr_multiplier', 1.), rate)
+      assert found.get('weight_decay', config.optim.weight_decay) == (
           1e-4 if sgd else 1e-2)
 
 

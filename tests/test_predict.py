@@ -18,7 +18,7 @@ from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.training import checkpoint
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.training import train_step
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def save(folder, size='tiny', requests=None, **model):
       opt_state=(), ema_params=None, rng=jax.random.key(0),
       bad_steps=np.int32(0))
   saver = checkpoint.Checkpointer(str(folder), {
-      'config': run.to_dict(config), **vocabularies.to_dict()}, config.checkpoint)
+      'config': workdir_lib.to_dict(config), **vocabularies.to_dict()}, config.checkpoint)
   saver.save(7, state)
   saver.wait()
   return str(folder)

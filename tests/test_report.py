@@ -10,7 +10,7 @@ import pytest
 from configs import e2e_vlp as config_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.evaluation import report
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import workdir as workdir_lib
 
 
 class Page(html.parser.HTMLParser):
@@ -36,7 +36,7 @@ def write(workdir):
 @pytest.fixture
 def workdir(tmp_path):
   config = config_lib.get_config('tiny')
-  (tmp_path / 'config.json').write_text(json.dumps(run.to_dict(config)))
+  (tmp_path / 'config.json').write_text(json.dumps(workdir_lib.to_dict(config)))
   with open(tmp_path / 'metrics.jsonl', 'w') as f:
     for step in range(10, 1010, 10):
       f.write(json.dumps({'step': step, 'train/loss': 5 / step,

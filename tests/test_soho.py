@@ -20,7 +20,7 @@ from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.models import necks
 from e2e_vlp_jax.models import visual_dictionary
 from e2e_vlp_jax.training import checkpoint
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import train_step
 from tests import test_train as training
 from tests import parity
@@ -75,9 +75,9 @@ def test_parameter_counts_match_the_sources():
     requests = objectives_lib.requests(objectives_lib.build(config))
     shapes = jax.eval_shape(
         lambda b: model.init(jax.random.key(0), b, requests), batch)  # pylint: disable=cell-var-from-loop
-    counts = run.count_parameters(shapes['params'])
+    counts = program.count_parameters(shapes['params'])
     trunk = shapes['params']['backbone']
-    frozen = run.count_parameters({k: v for k, v in trunk.items() if k in (
+    frozen = program.count_parameters({k: v for k, v in trunk.items() if k in (
         'conv1', 'bn1', 'layer1_0', 'layer1_1')})['total']
     words = shapes['codebook']['neck']['words']['embed'].size
     found[size] = counts['total'], counts['total'] - frozen, words

@@ -24,7 +24,7 @@ def get_config(arg='tiny'):
   return ml_collections.ConfigDict(dict(
       seed=0, total_steps=2, tensorboard=True, init_from=placeholder(str),
       log_every_steps=1, sides=(1, 2), optim=dict(learning_rate=1e-3),
-      warm_start=dict(optim=dict(learning_rate=1e-3)), evals=dict(itm={})))
+      warm_start=dict(schedule=dict(learning_rate=1e-3)), evals=dict(itm={})))
 
 def get_sweep(arg='tiny'):
   return RUNS
@@ -104,6 +104,9 @@ def test_values_reach_train_as_they_are(place, tmp_path, capsys):
     ([{'seed': 1}, {'seed': .5}], [], ["run 2: config key 'seed'", 'int']),
     ([{'seed': 1}, {'seed': 1}], [], ["runs 1 and 2 are both 'seed=1'"]),
     ([{'seed': 1}], ['--config.seed=2'], ['--config.seed', 'the sweep']),
+    # Under its old name, too.
+    ([{'warm_start.optim.learning_rate': 1.}],
+     ['--config.warm_start.schedule.learning_rate=2'], ['the sweep']),
     ([], [], ['get_sweep gave no list']),
     (['seed'], [], ['get_sweep gave no list']),
     ([{'seed': 1}], ['--metric', 'eval/itn/accuracy'], ["'eval/itm/'"]),

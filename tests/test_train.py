@@ -19,7 +19,7 @@ from e2e_vlp_jax import train
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import checkpoint
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.training import sharding
 from e2e_vlp_jax.training import train_step
 from tests import small_run
@@ -200,20 +200,20 @@ def test_mistakes_are_user_errors(tiny_scenes, tmp_path, changes, message):
 
 def test_workdir_of_another_run_is_refused(tiny_scenes, tmp_path):
   config = small_config(tiny_scenes)
-  run.open_workdir(str(tmp_path), config)
+  workdir_lib.open_workdir(str(tmp_path), config)
   config.log_every_steps = 3
-  run.open_workdir(str(tmp_path), config)
+  workdir_lib.open_workdir(str(tmp_path), config)
   config.optim.clip_norm = 2.  # Nothing was written yet that could be lost.
-  run.open_workdir(str(tmp_path), config)
+  workdir_lib.open_workdir(str(tmp_path), config)
   (tmp_path / 'metrics.jsonl').write_text('')
   config.optim.learning_rate = 1.
   before = (tmp_path / 'config.json').read_text()
   with pytest.raises(errors.UserError, match='optim.learning_rate'):
-    run.open_workdir(str(tmp_path), config)
+    workdir_lib.open_workdir(str(tmp_path), config)
   assert (tmp_path / 'config.json').read_text() == before
 
 
 def test_unwritable_workdir_is_a_user_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be written'):
-    run.open_workdir(str(tmp_path / 'file' / 'w'), small_config())
+    workdir_lib.open_workdir(str(tmp_path / 'file' / 'w'), small_config())

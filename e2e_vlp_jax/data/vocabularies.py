@@ -5,6 +5,7 @@ them, so that it can be used without the files that they came from.
 """
 import dataclasses
 
+from e2e_vlp_jax import files
 from e2e_vlp_jax.data import answer_list
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import tokenizer as tokenizer_lib
@@ -28,15 +29,21 @@ class Vocabularies:
   def load(cls, data):
     """Those that `config.data` names: tokenizer, labels and, if any, answers.
 
+    `data.vocabularies` names a checkpoint whose tokenizer is used in place of
+    `data.tokenizer`, and whose labels and answers where the config names none.
+
     Raises:
       UserError: unknown or unreadable.
     """
-    name = data.get('answers')
+    path, answers = data.get('vocabularies'), data.get('answers')
+    held = cls.from_dict(files.checkpoint_meta(path)) if path else None
     return cls(
-        tokenizer_lib.load_tokenizer(data.tokenizer.kind, data.tokenizer.path),
+        held.tokenizer if held else tokenizer_lib.load_tokenizer(
+            data.tokenizer.kind, data.tokenizer.path),
+        held.labels if held and not data.labels else
         label_space.LabelSpace.load(data.labels),
-        answer_list.AnswerList.load(name) if name else
-        answer_list.AnswerList(()))
+        answer_list.AnswerList.load(answers) if answers else
+        held.answers if held else answer_list.AnswerList(()))
 
   @classmethod
   def from_dict(cls, d):

@@ -15,7 +15,7 @@ import tqdm
 
 from e2e_vlp_jax import errors
 
-_KEYS = ('type', 'source', 'pp', 'max_examples', 'training_examples',
+_KEYS = ('type', 'source', 'pp', 'max_examples', 'examples_during_training',
          'options')
 
 
@@ -23,8 +23,8 @@ class Evaluators:
   """The evaluators of a config, ready to run on any parameters.
 
   `config.evals.<name>`: type (evaluator's file), source (name, split), pp,
-  max_examples (0 = all), training_examples (how many at eval_every_steps;
-  0 = not during training), options (of the evaluator's own; may be left out).
+  max_examples (0 = all), examples_during_training (how many at
+  eval_every_steps; 0 = none), options (the evaluator's own; may be left out).
   """
 
   def __init__(self, config, model, vocabularies, mesh=None):
@@ -82,7 +82,8 @@ class Evaluators:
       key: the config's, for the message.
       metric: 'eval/<name>/<metric>'.
     """
-    names = [n for n, o in self._config.evals.items() if o.training_examples]
+    names = [n for n, o in self._config.evals.items()
+             if o.examples_during_training]
     parts = metric.split('/', 2)
     if metric and (len(parts) != 3 or parts[0] != 'eval'
                    or parts[1] not in names):
@@ -95,7 +96,7 @@ class Evaluators:
 
     Args:
       variables: {'params': ..., **model_state}.
-      final: on all of `max_examples`; else on `training_examples`.
+      final: on all of `max_examples`; else on `examples_during_training`.
       bar: show how far each evaluator is.
 
     Returns:
@@ -104,7 +105,8 @@ class Evaluators:
     from e2e_vlp_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
     scores = {}
     for name, options in self._config.evals.items():
-      count = options.max_examples if final else options.training_examples
+      count = (options.max_examples if final
+               else options.examples_during_training)
       if not final and not count:
         continue
       pipeline = self._pipelines[name]
@@ -120,7 +122,8 @@ class Evaluators:
     sheet = {}
     if samples.count:
       images = pictures.sample_sheet(
-          self.predictor, variables, self._open(samples.source, samples.pp),
+          self.predictor, variables, self._open(samples.source,
+                                                self._config.data.pp_eval),
           samples.count)
       sheet = {f'sample_{i:02d}': image for i, image in enumerate(images)}
     return scores, sheet

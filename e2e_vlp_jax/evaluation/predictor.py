@@ -133,7 +133,8 @@ class Predictor:
     tokens, scores = beam_search.generate(
         self.model, variables, batch, cls_id=t.cls_id, sep_id=t.sep_id,
         pad_id=t.pad_id, max_length=self.config.data.max_text, beams=beams,
-        rank=self.config.model.get('beam_rank', 'sum'))
+        rank='mean' if self.config.model.get('beam_search') == 'released'
+        else 'sum')
     return {'tokens': tokens, 'scores': scores}
 
   def match(self, variables, batch):
@@ -313,7 +314,7 @@ class Predictor:
       raise errors.UserError("task 'match' needs a text to compare (--text)")
 
   def batch_of(self, image, texts=None):
-    """A batch of one image, made as the pipeline makes it for `samples.pp`.
+    """A batch of one image, made as the pipeline makes it for `data.pp_eval`.
 
     Args:
       image: uint8 [H, W, 3], upright.
@@ -323,7 +324,7 @@ class Predictor:
       dict: image, image_mask, image_size and, with texts, text and text_mask.
     """
     canvas, mask = fit(image, self.config.data.buckets,
-                       self.config.samples.pp)
+                       self.config.data.pp_eval)
     batch = {'image': canvas[None], 'image_mask': mask[None],
              'image_size': np.array([image.shape[:2]], np.int32)}
     if texts:

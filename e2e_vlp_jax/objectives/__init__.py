@@ -33,7 +33,8 @@ def build(config, mesh=None, batch_axes=(), weights=None):
     if not weight:
       continue
     try:
-      module = importlib.import_module(f'e2e_vlp_jax.objectives.{name}')
+      module = importlib.import_module(
+          f'e2e_vlp_jax.objectives.{name.replace("grid_classes", "cells")}')
     except ModuleNotFoundError as e:
       raise errors.UserError(
           f'objectives.{name}: no such objective'

@@ -17,10 +17,10 @@ class Objective:
   """Class and attributes of the smallest box over each cell's centre.
 
   Attributes:
-    nothing: weight of cells that no box covers.
+    background_weight: weight of cells that no box covers.
   """
   requests: ClassVar = {'grid': ('cells',)}
-  nothing: float = .3
+  background_weight: float = .3
 
   def __call__(self, outputs, batch):
     outputs = outputs['grid']
@@ -38,7 +38,7 @@ class Objective:
     logp = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(logp, labels[..., None], -1)[..., 0]
     valid = outputs['cell_mask'] & batch['task_mask/detection'][:, None]
-    weight = jnp.where(covered, 1., self.nothing) * valid
+    weight = jnp.where(covered, 1., self.background_weight) * valid
     losses = {'cell_class': (jnp.sum(nll * weight),
                              jnp.sum(weight))}
     right = (jnp.argmax(logits, -1) == labels) & covered & valid

@@ -275,3 +275,9 @@ def bytes_per_chip(shapes, shardings):
       return size * 8
     return size * x.dtype.itemsize
   return sum(jax.tree.leaves(jax.tree.map(one, shapes, shardings)))
+
+
+def count_parameters(params):
+  """{'total': n, '<top-level module>': n, ...}."""
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  return {'total': size(params), **{k: size(v) for k, v in params.items()}}

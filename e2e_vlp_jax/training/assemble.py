@@ -8,7 +8,7 @@ import jax
 
 from e2e_vlp_jax import objectives as objectives_lib
 from e2e_vlp_jax.training import optim
-from e2e_vlp_jax.training import run
+from e2e_vlp_jax.training import stages as stages_lib
 from e2e_vlp_jax.training import sharding
 from e2e_vlp_jax.training import train_step
 
@@ -23,7 +23,7 @@ class Assembly:
     example: a batch of any size (only shapes and types matter).
 
   Attributes:
-    stages: from `run.stages`.
+    stages: from `stages.stages`.
     objectives: a stage's {name: (weight, objective)}, in the stages' order.
     requests: what all stages ask of the model.
     shapes: TrainState of ShapeDtypeStructs.
@@ -36,7 +36,7 @@ class Assembly:
   def __init__(self, config, model, mesh, example):
     self.config, self.model, self.mesh, self._example = (
         config, model, mesh, example)
-    self.stages = run.stages(config)
+    self.stages = stages_lib.stages(config)
     self.objectives = [
         objectives_lib.build(config, mesh, sharding.BATCH_AXES,
                              stage.objectives) for stage in self.stages]
@@ -52,7 +52,8 @@ class Assembly:
 
   def schedule(self, stage):
     """Learning rate as a function of the steps since the stage's start."""
-    return optim.make_schedule(stage.optim, stage.end, stage.start)
+    return optim.make_schedule(stage.schedule, stage.end, stage.start,
+                               stage.key)
 
   def optimizer(self, stage, params=None):
     """The stage's optax transformation."""

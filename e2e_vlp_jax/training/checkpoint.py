@@ -5,7 +5,6 @@ and meta (JSON: config, tokenizer, label space), kept apart so that evaluation
 reads only what it needs. A checkpoint is enough to predict from.
 """
 import contextlib
-import json
 import logging
 import os
 import time
@@ -17,10 +16,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
 from e2e_vlp_jax.training import distributed
+from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import sharding
-
-FOLDER = 'checkpoints'
 
 
 def _key_data(rng):
@@ -58,7 +57,7 @@ class Checkpointer:
 
   def __init__(self, workdir, meta, options):
     self._meta, self._options = meta, options
-    self._root = os.path.join(os.path.abspath(workdir), FOLDER)
+    self._root = os.path.join(os.path.abspath(workdir), files.CHECKPOINTS)
     kept = [preservation_policy.LatestN(options.keep)]
     if options.keep_every:
       kept.append(preservation_policy.EveryNSteps(options.keep_every))
@@ -214,7 +213,7 @@ def write(workdir, params, model_state, meta):
 
   Such a checkpoint can be predicted from, evaluated, and named as `init_from`.
   """
-  folder = os.path.join(os.path.abspath(workdir), FOLDER)
+  folder = os.path.join(os.path.abspath(workdir), files.CHECKPOINTS)
   items = {'params': params, 'model_state': model_state}
   with ocp.CheckpointManager(folder) as manager:
     manager.save(0, args=ocp.args.Composite(
@@ -222,44 +221,24 @@ def write(workdir, params, model_state, meta):
         meta=ocp.args.JsonSave(meta)))
 
 
-def step_folder(path):
-  """The folder of one step: given itself, its parent or its WORKDIR.
-
-  Raises:
-    UserError: there is no checkpoint at `path`.
-  """
-  path = os.path.abspath(path)
-  if os.path.isdir(os.path.join(path, FOLDER)):
-    path = os.path.join(path, FOLDER)
-  if os.path.isdir(os.path.join(path, 'params')):
-    return path
-  steps = ([int(d) for d in os.listdir(path) if d.isdigit()
-            and os.path.isdir(os.path.join(path, d, 'params'))]
-           if os.path.isdir(path) else [])
-  if not steps:
-    raise errors.UserError(
-        f'checkpoint: none found at {path!r}; expected a WORKDIR, its '
-        f'{FOLDER}/ folder or one of the steps in it')
-  return os.path.join(path, str(max(steps)))
-
-
 def load(path):
   """Parameters and meta of a checkpoint, as numpy arrays on this host.
 
   Args:
-    path: see `step_folder`.
+    path: see `files.step_folder`.
 
   Returns:
     (params, model_state, meta); params are the averaged ones if there are
-    any. meta: 'config' (dict), 'tokenizer', 'labels', 'step'.
+    any. meta: 'config' (under today's names) and what else
+    `files.checkpoint_meta` has.
 
   Raises:
     UserError: nothing there, or not readable.
   """
-  folder = step_folder(path)
+  folder = files.step_folder(path)
+  meta = files.checkpoint_meta(folder)
+  meta['config'] = old_names.modernise(meta['config'], f'checkpoint {folder}')
   try:
-    with open(os.path.join(folder, 'meta', 'metadata')) as f:
-      meta = json.load(f)
     name = ('ema_params' if os.path.isdir(os.path.join(folder, 'ema_params'))
             else 'params')
     params = _load_tree(os.path.join(folder, name))
@@ -268,7 +247,6 @@ def load(path):
   except (OSError, ValueError, KeyError) as e:
     raise errors.UserError(f'checkpoint: {folder!r} cannot be read: {e}'
                            ) from e
-  meta['step'] = int(os.path.basename(folder))
   return params, model_state, meta
 
 
@@ -323,7 +301,7 @@ def start_from(path, state, adapt):
   """A fresh state with what fits of another run's parameters and state.
 
   Args:
-    path: of a checkpoint, see `step_folder`.
+    path: of a checkpoint, see `files.step_folder`.
     state: TrainState.
     adapt: parameters as they are saved -> as the model wants them.
 

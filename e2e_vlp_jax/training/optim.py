@@ -1,10 +1,14 @@
 """Optimizer from a config: schedules, groups by regex, clipping.
 
-`optim.groups` is one list of (regex of a parameter's path, options); the
-first match wins, a parameter without a match and a regex without a parameter
-are errors. Options: `freeze` (no update), `lr` (multiplies the schedule),
-`wd` (replaces weight_decay), `optimizer` ('adamw' | 'adamw_hf' | 'sgd';
-instead of `optim.optimizer`, by default 'adamw').
+`optim.groups` is one list of (regex of a parameter's path, options). The
+first match wins; a parameter without a match and a regex without a parameter
+are errors. Options:
+  freeze         True: no update. The only place that says so: a BatchNorm
+                 whose scale is frozen keeps its statistics, too.
+  lr_multiplier  of the schedule's learning rate
+  weight_decay   instead of optim.weight_decay
+  optimizer      'adamw' | 'adamw_hf' | 'sgd', instead of optim.optimizer
+                 (by default 'adamw')
 """
 import re
 
@@ -14,13 +18,13 @@ import optax
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.training import sharding
+from e2e_vlp_jax.training.stages import SCHEDULES
 
-_GROUP_KEYS = ('freeze', 'lr', 'wd', 'optimizer')
+_GROUP_KEYS = ('freeze', 'lr_multiplier', 'weight_decay', 'optimizer')
 _OPTIMIZERS = ('adamw', 'adamw_hf', 'sgd')
-_SCHEDULES = ('constant', 'cosine', 'linear', 'step')
 
 
-def make_schedule(optim, total_steps, start=0):
+def make_schedule(options, total_steps, start=0, key='optim'):
   """Learning rate as a function of the optimizer's own step count.
 
   Linear warm-up over `warmup_steps`, then by `schedule`:
@@ -30,18 +34,26 @@ def make_schedule(optim, total_steps, start=0):
   `warmup_init` where the config has one (transformers: 0, SOHO: 1/3).
 
   Args:
-    optim: config.optim (or config.warm_start.optim).
-    total_steps: where the schedule ends, counted from `start`.
+    options: config.optim or config.warm_start.schedule.
+    total_steps: step of the run at which the schedule ends.
     start: step at which the optimizer was (re)started; counts begin at 0.
+    key: of the config, where `options` stand.
+
+  Raises:
+    UserError: an unknown schedule, or one that lacks an option.
   """
-  name = optim.schedule
-  if name not in _SCHEDULES:
-    raise errors.UserError(f'optim.schedule: {name!r}'
-                           + errors.nearest(name, _SCHEDULES))
+  name = options.schedule
+  if name not in SCHEDULES:
+    raise errors.UserError(f'{key}.schedule: {name!r}'
+                           + errors.nearest(name, SCHEDULES))
+  for option in SCHEDULES[name]:
+    if option not in options:
+      raise errors.UserError(f'{key}.schedule: {name!r} needs {key}.{option}, '
+                             'which this config does not have')
   length = total_steps - start
-  warmup = optim.warmup_steps
-  peak, final = optim.learning_rate, optim.final_fraction
-  first = optim.get('warmup_init')
+  warmup = options.warmup_steps
+  peak, final = options.learning_rate, options.get('final_fraction')
+  first = options.get('warmup_init')
   if first is None:
     first, ramp = 0., lambda count: (count + 1) / warmup
   else:
@@ -58,8 +70,8 @@ def make_schedule(optim, total_steps, start=0):
       factor = 1 - (1 - final) * done
     elif name == 'step':
       passed = sum((count >= s).astype(jnp.float32)
-                   for s in optim.decay_steps) if optim.decay_steps else 0.
-      factor = optim.decay_factor**passed
+                   for s in options.decay_steps) if options.decay_steps else 0.
+      factor = options.decay_factor**passed
     else:
       factor = 1.
     return peak * warm * factor
@@ -142,8 +154,8 @@ def make_optimizer(optim, params, schedule):
     if options.get('freeze'):
       return optax.set_to_zero()
     kind = options.get('optimizer', optim.get('optimizer', 'adamw'))
-    decay = options.get('wd', optim.weight_decay)
-    factor = options.get('lr', 1.)
+    decay = options.get('weight_decay', optim.weight_decay)
+    factor = options.get('lr_multiplier', 1.)
     rate = lambda count: factor * schedule(count)
     if kind == 'adamw':
       steps = [optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
@@ -151,6 +163,10 @@ def make_optimizer(optim, params, schedule):
     elif kind == 'adamw_hf':
       return adamw_hf(rate, optim.b1, optim.b2, optim.eps, decay)
     elif kind == 'sgd':
+      if 'momentum' not in optim:
+        raise errors.UserError("optim.groups: optimizer 'sgd' needs "
+                               'optim.momentum, which this config does not '
+                               'have')
       # torch's order: decay enters the gradient before the momentum.
       steps = [optax.add_decayed_weights(decay), optax.trace(optim.momentum)]
     else:

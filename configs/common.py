@@ -1,0 +1,213 @@
+"""What all training configs share: arguments, run keys, data, evaluators.
+
+Every key is explained where it is set, here or in the config of its system.
+"""
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from e2e_vlp_jax import errors
+
+
+def parse_argument(arg, sizes, datasets, published, **more):
+  """'r50,data=coco,side=512' -> ('r50', 'coco', {'side': 512}).
+
+  Args:
+    arg: 'SIZE[,key=value...]', keys data, side and those of `more`; None or
+      '' = the first size.
+    sizes: names of the sizes, 'tiny' first.
+    datasets: what `data` may name first; others may follow after '+'. By
+      default scenes of tiny, coco of the other sizes.
+    published: what data=published stands for.
+    **more: {key: its type}.
+
+  Raises:
+    ValueError: anything else; names what is nearest.
+  """
+  size, *pairs = (arg or sizes[0]).split(',')
+  if size not in sizes:
+    raise ValueError(f'no size {size!r}' + errors.nearest(size, sizes))
+  options = parse_options(pairs, {'data': str, 'side': int, **more})
+  data = options.pop('data', 'scenes' if size == 'tiny' else 'coco')
+  if data == 'published':
+    data = published
+  if data.split('+')[0] not in datasets:
+    raise ValueError(f'no data {data!r}'
+                     + errors.nearest(data, ('published', *datasets)))
+  return size, data, options
+
+
+def parse_options(pairs, keys):
+  """['side=512'] -> {'side': 512}.
+
+  Args:
+    pairs: texts 'key=value'.
+    keys: {key: its type}.
+
+  Raises:
+    ValueError: another key, or a value of another type.
+  """
+  options = {}
+  for pair in pairs:
+    key, _, text = pair.partition('=')
+    if key not in keys:
+      raise ValueError(f'no argument {key!r}' + errors.nearest(key, keys))
+    try:
+      options[key] = keys[key](text)
+    except ValueError:
+      raise ValueError(f'{key}: found {text!r}, expected a whole number'
+                       ) from None
+  return options
+
+
+def put(config, key, value):
+  """Sets a dotted key of a config, which may not have it yet."""
+  *groups, name = key.split('.')
+  for group in groups:
+    if group not in config:
+      config[group] = {}
+    config = config[group]
+  config[name] = value
+
+
+def run_defaults():
+  """The keys of every run; the systems set objectives, model and optim."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0                # of parameters, order of examples, dropout
+  config.dtype = 'float32'       # of the computation; parameters are float32
+  config.accumulate = 1          # micro-batches a step
+  config.ema_decay = 0.          # 0 = no averaged parameters
+  config.max_bad_steps = 10      # non-finite updates in a row that end a run
+  config.init_from = placeholder(str)  # a checkpoint to start from
+  # Devices along each axis; -1 = the rest. `data` and `fsdp` divide the batch,
+  # `fsdp` parameters and optimizer state, `tensor` what sharding_rules name.
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)
+  # ((regex of a parameter, its axes), ...); others: by fsdp where large.
+  config.sharding_rules = ()
+  config.checkpoint = dict(
+      every_steps=1000,          # 0 = never; the last step is always saved
+      every_minutes=0.,          # whichever comes first; 0 = never
+      keep=2,                    # the newest are kept,
+      keep_every=0,              # each step that this divides (0 = none),
+      best='')                   # and the best by 'eval/itm/accuracy', say
+  # A trace of `steps` steps from step `start` on; 0 = only when somebody
+  # makes the file WORKDIR/profile_now.
+  config.profile = dict(start=0, steps=5)
+  config.tensorboard = True
+  config.log_every_steps = 50
+  config.eval_every_steps = 10_000  # 0 = only after the last step
+  config.eval_batch_size = 32
+  return config
+
+
+def warm_start(schedule, steps=0):
+  """First `steps` steps with other objectives and their own learning rate.
+
+  The papers start from ImageNet weights; a run from scratch can first teach
+  its trunk the class and attributes of what covers each grid cell. Off with
+  steps=0. All other settings of the optimizer are those of `optim`.
+
+  Args:
+    schedule: the keys of a schedule alone.
+    steps: length.
+  """
+  return dict(steps=steps, objectives=dict(grid_classes=1.),
+              schedule=schedule)
+
+
+def data(names, *, tokenizer, labels, buckets, max_text, max_boxes, sentences,
+         pp_train, pp_eval, weight='by_rows'):
+  """The input of a training run.
+
+  Args:
+    names: datasets of the mixture.
+    tokenizer: dict of kind (wordpiece | bpe | sentencepiece) and path (a
+      shipped vocabulary or files).
+    labels: label space, a shipped one or a JSON file.
+    buckets: (height, width) of the images that a batch may have.
+    max_text, max_boxes: tokens of a text, boxes of an image.
+    sentences: texts drawn of each image.
+    pp_train, pp_eval: ops that make a row of a batch, in training, and for
+      sample pictures and `predict`.
+    weight: of each dataset of several in a batch: 'by_rows' shows every row
+      once an epoch, 'by_texts' every text; or a number.
+  """
+  return dict(
+      dir='data',                # where `prepare` wrote
+      train=tuple(dict(name=name, split='dev' if name == 'nlvr1' else 'train',
+                       weight=weight if names[1:] else 1.) for name in names),
+      unit='image',              # what a row is made from
+      tokenizer=tokenizer, labels=labels, buckets=buckets, max_text=max_text,
+      sentences=sentences, max_boxes=max_boxes,
+      max_attributes=4,          # of a box
+      threads=0,                 # of the input pipeline; 0 = as many as cores
+      max_bad_records=100,       # unreadable ones that are skipped
+      pp_train=pp_train, pp_eval=pp_eval)
+
+
+def held_out(name):
+  """The split of a dataset on which pre-training is evaluated."""
+  return dict(name=name, split='test' if name in ('scenes', 'nlvr1')
+              else 'validation')
+
+
+def evaluator(kind, source, pp, examples=1000, during_training=128):
+  """One of `evals`.
+
+  Args:
+    kind: file of e2e_vlp_jax/evaluation.
+    source: dict of name and split.
+    pp: ops that make a row of a batch.
+    examples: at most, at the end; 0 = all.
+    during_training: likewise at eval_every_steps; 0 = none.
+  """
+  return dict(type=kind, source=source, pp=pp, max_examples=examples,
+              examples_during_training=during_training)
+
+
+def evaluate(config, names, unseen=False, **pp):
+  """Sets `evals` and `samples`, on the first dataset of a mixture.
+
+  Args:
+    config: gets them.
+    names: datasets of the mixture.
+    unseen: also on the colour-shape pairs that scenes' training never shows.
+    **pp: {evaluator: ops that make a row of its batches}.
+  """
+  source = held_out(names[0])
+  config.evals = {kind: evaluator(kind, source, ops)
+                  for kind, ops in pp.items()}
+  if unseen:
+    unseen = dict(name='scenes', split='unseen')
+    config.evals.update({f'{kind}_unseen': evaluator(kind, unseen, ops, 500, 0)
+                         for kind, ops in pp.items()})
+  # Predictions that are drawn at each evaluation.
+  config.samples = dict(count=12, source=source)
+
+
+def tiny(config, *, no_decay, total_steps=4000, warm_steps=800,
+         learning_rate=8e-4, warmup_steps=160, warmup_init=None, b2=.999,
+         **optim):
+  """Run and optimizer of a `tiny` size, from scratch; our choice throughout.
+
+  Args:
+    config: is changed.
+    no_decay: regex of the parameters without weight decay.
+    total_steps, warm_steps: of the run, and of them the warm start.
+    learning_rate, warmup_steps, warmup_init, b2, **optim: of `optim`.
+  """
+  config.model.update(dict(image_mean=(.4,) * 3, image_std=(.333,) * 3,
+                           text_pool='mean', remat='none'))
+  config.batch_size = 16
+  config.eval_batch_size = 64
+  config.eval_every_steps = 1000
+  config.checkpoint.every_steps = 250
+  config.total_steps = total_steps
+  schedule = dict(schedule='cosine', final_fraction=.02)
+  if warmup_init is not None:
+    schedule['warmup_init'] = warmup_init
+  config.optim = dict(
+      schedule, learning_rate=learning_rate, warmup_steps=warmup_steps,
+      b1=.9, b2=b2, eps=1e-8, weight_decay=.01, clip_norm=1.,
+      groups=((no_decay, dict(weight_decay=0.)), (r'.*', dict())), **optim)
+  config.warm_start = warm_start(
+      dict(schedule, learning_rate=2e-3, warmup_steps=20), warm_steps)

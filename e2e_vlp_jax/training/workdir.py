@@ -1,0 +1,134 @@
+"""WORKDIR: whose run it holds, and what it was started from."""
+import glob
+import json
+import os
+
+import jax
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
+from e2e_vlp_jax.training import old_names
+
+# Keys that may differ when a run is continued: they change what is written,
+# where it runs or how fast, not what is learnt.
+FREE_KEYS = ('log_every_steps', 'eval_every_steps', 'checkpoint', 'mesh',
+             'evals', 'samples', 'tensorboard', 'data.dir', 'data.threads',
+             'data.pp_eval', 'profile')
+
+
+def to_dict(config):
+  """A config as plain JSON types (tuples become lists)."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(old, new, free=()):
+  """{dotted key: (old value, new value)} of two configs as plain dicts.
+
+  Args:
+    old, new: from `to_dict`; None stands for a key that one of them lacks.
+    free: keys and groups that do not count, such as `FREE_KEYS`.
+  """
+  a, b = old_names.flatten(old), old_names.flatten(new)
+  # A group may be empty in one and filled in the other.
+  a, b = ({k: v for k, v in x.items() if v != {}} for x in (a, b))
+  return {k: (a.get(k), b.get(k)) for k in sorted(set(a) | set(b))
+          if a.get(k) != b.get(k)
+          and not any(k == f or k.startswith(f + '.') for f in free)}
+
+
+def finished(workdir, config):
+  """Whether `workdir` holds the run of `config`, at its last step."""
+  try:
+    with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as f:
+      held = old_names.modernise(json.load(f))
+  except (OSError, ValueError, errors.UserError):
+    return False
+  last = os.path.join(workdir, 'checkpoints', str(config.total_steps))
+  return os.path.isdir(last) and not differences(held, to_dict(config),
+                                                 FREE_KEYS)
+
+
+def open_workdir(workdir, config, allow_changes=False):
+  """Creates a run's folder, or checks that it holds this very run.
+
+  Writes config.json.
+
+  Args:
+    workdir: a path that every host sees.
+    config: of the run.
+    allow_changes: go on with a run whose config differs in keys that matter
+      (another dataset or seed, say), and name them.
+
+  Raises:
+    UserError: the folder cannot be written, or holds another run.
+  """
+  if '://' in workdir:
+    raise errors.UserError(
+        f'--workdir {workdir}: not a path of the file system; mount the '
+        'bucket (gcsfuse, Filestore, NFS) and name the mounted folder')
+  path = os.path.join(workdir, 'config.json')
+  new = to_dict(config)
+  # Without metrics or checkpoints the folder may be used again.
+  written = [f for f in (os.path.join(workdir, 'metrics.jsonl'),
+                         *glob.glob(f'{glob.escape(workdir)}/checkpoints/*'))
+             if os.path.exists(f)]
+  if written and os.path.exists(path):
+    _compare(workdir, _read(path), new, allow_changes)
+  if jax.process_index() == 0:
+    files.check_folder('--workdir', workdir)
+    files.write_json(path, new)
+
+
+def _read(path):
+  """A WORKDIR's config.json, under today's names."""
+  try:
+    with open(path, encoding='utf-8') as f:
+      return old_names.modernise(json.load(f), path)
+  except ValueError as e:
+    raise errors.UserError(f'{path}: not JSON ({e}); is --workdir right?'
+                           ) from e
+
+
+def _compare(workdir, old, new, allow_changes):
+  """UserError, or with `allow_changes` a print, where the configs differ."""
+  diff = differences(old, new, FREE_KEYS)
+  if not diff:
+    return
+  if allow_changes:
+    if jax.process_index() == 0:
+      for key, (there, here) in diff.items():
+        print(f'--allow-changes: {key}: {there!r} -> {here!r}')
+    return
+  key = next(iter(diff))
+  there, here = diff[key]
+  more = f' and {len(diff) - 1} more keys' if len(diff) > 1 else ''
+  known = old_names.flatten(new)
+  hint = '' if key in known else (
+      ' (this config has no such key' + errors.nearest(key, known) + ')')
+  raise errors.UserError(
+      f'--workdir {workdir} holds a run with another config: {key} is '
+      f'{there!r} there, {here!r} here{hint}{more}; use another workdir or '
+      'that config, or --allow-changes')
+
+
+def report_loaded(workdir, path, report):
+  """Prints what `init_from` gave, and writes all of it to WORKDIR.
+
+  Args:
+    workdir: gets init_from.json.
+    path: of the checkpoint.
+    report: from `checkpoint.start_from`.
+  """
+  if jax.process_index():
+    return
+  why = {'loaded': 'loaded', 'resized': 'of these resized',
+         'missing': 'not in the checkpoint, randomly initialised',
+         'surplus': 'only in the checkpoint, skipped',
+         'other_shape': 'of another shape, randomly initialised'}
+  for kind in why:
+    names = report[kind]
+    some = (f': {", ".join(names[:5])}' + ', ...' * (len(names) > 5)
+            if kind != 'loaded' and names else '')
+    print(f'init_from {path}: {len(names)} {why[kind]}{some}', flush=True)
+  files.write_json(os.path.join(workdir, 'init_from.json'),
+                   {'checkpoint': path, **report})
