@@ -12,6 +12,8 @@ import sys
 import numpy as np
 import pytest
 
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import answer_list
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
 from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
@@ -282,6 +284,34 @@ def test_answers_are_right(pairs):
     yes, no = asked[kind, 'yes'], asked[kind, 'no']
     assert .35 < yes / (yes + no) < .65
   assert {a for k, a in asked if k == 'count'} >= {'zero', 'one', 'two'}
+
+
+def test_the_answer_list_is_complete_and_exact(pairs):
+  shipped = answer_list.AnswerList.load('scenes')
+  assert shipped.answers == scene_text.answers()
+  given = {a for e, _ in pairs for q in e['questions'] for a in q['answers']}
+  # Six objects of one kind are rare.
+  for seed in range(400):
+    scene = scene_draw.sample_scene(f'{SEED} answers {seed}')
+    given |= {a for _, a, _ in scene_text.questions(
+        scene, random.Random(seed), scene_draw.SEEN_PAIRS)}
+  assert given == set(shipped.answers)
+
+
+def test_the_answers_of_vqa():
+  """The order is that of the source, which ships both directions."""
+  answers = answer_list.AnswerList.load('vqav2')
+  assert len(answers) == 3129
+  assert answers.answers[:3] == ['', 'woods', 'trash can']
+  assert {'vqav2', 'scenes'} <= set(answer_list.names())
+  with pytest.raises(errors.UserError, match="did you mean 'vqav2'"):
+    answer_list.AnswerList.load('vqa2')
+
+
+def test_answers_are_those_of_lxmert(shared):
+  ids = json.loads((shared / 'data/vocab/lxmert_vqa/trainval_ans2label.json'
+                    ).read_text())
+  assert answer_list.AnswerList.load('vqav2').ids == ids
 
 
 def test_expressions_fit_one_object(pairs):

@@ -30,6 +30,12 @@ def vocabulary():
   return ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *dict.fromkeys(words)]
 
 
+def answers():
+  """Every answer that `questions` can give, in a fixed order."""
+  return ['yes', 'no', *facts.NUMBERS, *scene_draw.COLOURS,
+          *scene_draw.SHAPES, *scene_draw.SIZES, *scene_draw.TEXTURES]
+
+
 def captions(scene, rng):
   """`CAPTIONS` different true captions.
 
