@@ -79,11 +79,19 @@ def test_strings_are_parsed_not_evaluated():
     ('decode + fit', 'is not an op'),
     ('flip(q=1)', 'flip: .*it takes swap_words, p'),
     ('decode(1)', 'it takes no arguments'),
-    ('decode|fit(600)', r'fit\(limits=600\); expected \(long, short\)'),
+    ('decode|fit(600)', r'fit\(max_sides=600\); expected \(longer, shorter\)'),
 ])
 def test_bad_strings(build, pp, expected):
   with pytest.raises(UserError, match=expected):
     build(pp)
+
+
+@pytest.mark.parametrize('old, new', [
+    ('scale_crop(scales=(1, .5), of=1)',
+     'scale_crop(scales=(1, .5), canvas_side=1)'),
+    ('fit(limits=(1000, 600))', 'fit(max_sides=(1000, 600))')])
+def test_old_names_of_arguments(old, new):
+  assert pp_lib.bind(old) == pp_lib.bind(new)
 
 
 @pytest.mark.parametrize('pp, expected', [

@@ -47,7 +47,8 @@ def decode(context):
 
 
 def scale_crop(context, scales=tuple(range(480, 801, 32)),
-               shorts=(400, 500, 600), crop=(384, 600), of=800, p=.5):
+               shorts=(400, 500, 600), crop=(384, 600), canvas_side=800,
+               p=.5):
   """DETR's training augmentation, for a canvas of any size.
 
   With probability 1-p the whole image, its shorter side drawn from `scales`.
@@ -62,9 +63,9 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
 
   Args:
     context: unused.
-    scales, shorts, crop: lengths, where the bucket's shorter side is `of`:
-      DETR's pixels with of=800, fractions with of=1.
-    of: see there.
+    scales, shorts, crop: lengths on a canvas whose shorter side is
+      `canvas_side`; they are scaled to the bucket's.
+    canvas_side: 800 for DETR's lengths in pixels, 1 for fractions.
     p: probability of a crop.
   """
   del context
@@ -72,8 +73,8 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
     _check_order(example, 'scale_crop', _DECODE, _LATER)
     u = uniform(example['seed'], [7])
     size = np.array([example['height'], example['width']], float)
-    out = {**example, 'short_side': (scales[int(u[0] * len(scales))] / of
-                                     * min(example['bucket']))}
+    out = {**example, 'short_side': (scales[int(u[0] * len(scales))]
+                                     / canvas_side * min(example['bucket']))}
     if u[1] >= p or not size.all():
       return out
     zoom = shorts[int(u[2] * len(shorts))] / size.min()
@@ -166,23 +167,25 @@ def random_crop(context, area=(.5, 1.), ratio=(3 / 4, 4 / 3)):
   return apply
 
 
-def fit(context, limits=None, resample='bilinear'):
+def fit(context, max_sides=None, resample='bilinear'):
   """The size at which the window fits the bucket.
 
   The aspect ratio is kept; padding is at bottom and right.
 
   Args:
     context: unused.
-    limits: (long, short), the most pixels of the two sides besides what the
-      bucket holds. SOHO: (1000, 600), with buckets of multiples of 32.
+    max_sides: (longer, shorter): the most pixels of the two sides, besides
+      what the bucket holds. SOHO: (1000, 600), with buckets of multiples of
+      32.
     resample: 'bilinear' (with antialiasing), 'pillow' (the same to the bit
       as Pillow, and so as torchvision on its images; slower), 'bicubic'
       (Pillow's) or 'opencv' (bilinear without antialiasing).
   """
   del context
   _check_resample(resample)
-  if limits is not None and np.shape(limits) != (2,):
-    raise UserError(f'pp: fit(limits={limits!r}); expected (long, short)')
+  if max_sides is not None and np.shape(max_sides) != (2,):
+    raise UserError(f'pp: fit(max_sides={max_sides!r}); expected (longer, '
+                    'shorter)')
   def apply(example):
     _check_order(example, 'fit', _DECODE)
     size = example['window'][2:]
@@ -190,9 +193,9 @@ def fit(context, limits=None, resample='bilinear'):
     if size.all():
       ratio = min(example['short_side'] / size.min(),
                   *(example['bucket'] / size))
-      if limits:
-        ratio = min(ratio, max(limits) / size.max(),
-                    min(limits) / size.min())
+      if max_sides:
+        ratio = min(ratio, max(max_sides) / size.max(),
+                    min(max_sides) / size.min())
       target = np.clip(np.floor(size * ratio + .5), 1,
                        example['bucket']).astype(int)
     return {**_placed(example, target, resample), 'place': apply}
