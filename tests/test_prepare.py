@@ -240,7 +240,7 @@ def test_second_run_writes_nothing(drawn, capsys):
     run('scenes', '--data_dir', drawn, '--num_train', 13)
 
 
-def test_interrupted_run_starts_anew(tmp_path):
+def test_interrupted_run_starts_again(tmp_path):
   argv = ['scenes', '--data_dir', tmp_path, '--num_train', 5,
           '--num_validation', 0, '--num_test', 0, '--num_unseen', 0]
   run(*argv)

@@ -56,7 +56,8 @@ def digest(found):
 
 
 def test_same_bytes_in_another_process(examples):
-  code = ('from e2e_vlp_jax.data.datasets.scenes import builder as scenes; import hashlib;'
+  code = ('import hashlib;'
+          'from e2e_vlp_jax.data.datasets.scenes import builder as scenes;'
           'from e2e_vlp_jax.data.datasets.base import canonical;'
           'print(hashlib.sha256(b"".join(canonical(scenes.example('
           f'{SEED}, s, i)) for s in {SPLITS} for i in range(10))).hexdigest())')
@@ -376,8 +377,8 @@ def test_vocabulary_is_closed(pairs):
   assert shipped == scene_text.vocabulary()
   assert shipped[:5] == ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
   assert len(set(shipped)) == len(shipped)
-  said = {w for e, _ in pairs for t in sentences(e) for w in t.split()}
-  assert said <= set(shipped)
+  spoken = {w for e, _ in pairs for t in sentences(e) for w in t.split()}
+  assert spoken <= set(shipped)
 
 
 def test_tokenizer_knows_every_word(pairs):
