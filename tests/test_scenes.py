@@ -14,7 +14,7 @@ import pytest
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import answer_list
-from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
 from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
 from e2e_vlp_jax.data.datasets.scenes import text as scene_text
@@ -123,7 +123,7 @@ def test_record_agrees_with_the_scene(pairs):
       'colour': list(scene_draw.COLOURS), 'size': list(scene_draw.SIZES),
       'texture': list(scene_draw.TEXTURES)}
   for e, scene in pairs:
-    image = records.decode_image(e['image'])
+    image = photographs.decode_image(e['image'])
     assert image.shape == (96, 96, 3) == (e['height'], e['width'], 3)
     for o, drawn in zip(e['objects'], scene['objects'], strict=True):
       y0, x0, y1, x1 = o['bbox'] * 96

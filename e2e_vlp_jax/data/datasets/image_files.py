@@ -9,7 +9,7 @@ import zipfile
 from PIL import Image
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data import photographs
 
 # EXIF orientation -> where a point (x, y), in [0, 1] of the stored pixels,
 # lies in the upright picture.
@@ -150,7 +150,7 @@ def storable(data, name):
   Raises:
     UserError: it is not a complete image.
   """
-  with records.readable(name):
+  with photographs.readable(name):
     image = Image.open(io.BytesIO(data))
     image.load()
     orientation = image.getexif().get(_ORIENTATION, 1)
@@ -165,7 +165,7 @@ def storable(data, name):
       changed.append(f'EXIF orientation {orientation}')
     if not changed:
       return Stored(data, image.size, 1, '')
-    upright, out = records.upright(image), io.BytesIO()
+    upright, out = photographs.upright(image), io.BytesIO()
     if image.format in ('JPEG', 'MPO'):
       upright.save(out, 'JPEG', quality=95, subsampling=0)
     else:
