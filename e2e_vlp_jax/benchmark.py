@@ -231,7 +231,7 @@ def input_speed(config, images=512, rounds=5):
     UserError: no such data.
   """
   from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
-  from e2e_vlp_jax.data import records  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.data import photographs  # pylint: disable=g-import-not-at-top
   vocabularies = vocabularies_lib.Vocabularies.load(config.data)
   data = pipeline.Pipeline(
       config.data, vocabularies=vocabularies,
@@ -254,7 +254,7 @@ def input_speed(config, images=512, rounds=5):
     files = [data.record(i)['image'] for i in ids]
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
       speeds['decoding'].append(len(files) / _seconds(
-          lambda: list(pool.map(records.decode_image, files))))  # pylint: disable=cell-var-from-loop
+          lambda: list(pool.map(photographs.decode_image, files))))  # pylint: disable=cell-var-from-loop
   made, decoded = (float(np.median(speeds[k])) for k in speeds)
   return {'pipeline_images_per_s': made, 'decoding_images_per_s': decoded,
           'share': made / decoded}

@@ -25,8 +25,8 @@ def predict(args):
         + errors.nearest(args.task, predictor_lib.TASK_HEADS))
   if not 0 <= args.threshold <= 1:
     raise errors.UserError(f'--threshold: {args.threshold} is not in 0..1')
-  from e2e_vlp_jax.data import records  # pylint: disable=g-import-not-at-top
-  image = records.decode_image(args.image)
+  from e2e_vlp_jax.data import photographs  # pylint: disable=g-import-not-at-top
+  image = photographs.decode_image(args.image)
   for name in ('json', 'picture'):
     _check_writable(name, getattr(args, name))
 

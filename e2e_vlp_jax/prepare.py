@@ -3,9 +3,10 @@
   python -m e2e_vlp_jax.prepare scenes --data_dir data
   python -m e2e_vlp_jax.prepare coco --source DIR --data_dir data
 
-Writes data/NAME/1.0.0: TFDS ArrayRecord shards, an index a split, and
-prepare_report.json: images, texts, boxes, what was skipped and why, and
-checksums. Run again, it says that all is there; interrupted, it starts anew.
+Writes data/NAME/1.0.0: TFDS ArrayRecord shards, one index per split, and
+prepare_report.json, which counts images, texts, boxes and what was skipped and
+why, with checksums. A second run finds the data and stops; after an
+interruption it starts again.
 """
 import contextlib
 import glob
@@ -38,7 +39,7 @@ def main(argv=None):
   p.add_argument('--source', help='folder of the official files')
   plain = [a for a in argv if a not in ('-h', '--help')]
   if plain:
-    # Which options there are depends on the dataset.
+    # The dataset decides which options there are.
     builder = discovery.load(
         _DATASETS, p.parse_known_args(plain + ['--data_dir', ''])[0].dataset,
         'Builder', 'prepare NAME')
@@ -58,7 +59,7 @@ def _names():
 
 
 def prepare(builder_class, data_dir, source, options):
-  """Writes one dataset unless it is there already; returns its report."""
+  """Writes one dataset unless it exists already; returns its report."""
   name = options.get('name', builder_class.name)
   others = set(_names()) - {builder_class.name}
   if not re.fullmatch('[a-z][a-z0-9_]*', name) or name in others:
@@ -70,34 +71,14 @@ def prepare(builder_class, data_dir, source, options):
   if source:
     wanted['source'] = os.path.abspath(source)
   path = os.path.join(folder, records.REPORT)
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      report = json.load(f)
-    for k, v in wanted.items():
-      if report['options'].get(k) != v:
-        raise errors.UserError(
-            f'{folder} was prepared with {k}={report["options"].get(k)!r}, '
-            f'not {v!r}; remove it or choose another --data_dir')
-    print(f'{folder} is prepared already')
-    return report
-  # The report is written last: without it, whatever lies here is half done.
-  parent = os.path.dirname(folder)
-  half_done = [folder, *glob.glob(os.path.join(glob.escape(parent),
-                                               'incomplete.*'))]
-  try:
-    os.makedirs(parent, exist_ok=True)
-    for path_ in filter(os.path.exists, half_done):
-      print(f'removing {path_}, which was interrupted')
-      shutil.rmtree(path_)
-    if not os.access(parent, os.W_OK):
-      raise PermissionError(f'{parent} is not writable')
-  except OSError as e:
-    raise errors.UserError(f'--data_dir {data_dir!r}: {e}') from e
+  if os.path.exists(path):  # Written last: a folder without it is half done.
+    return _earlier_report(path, folder, wanted)
+  _make_room(folder, data_dir)
   start = time.time()
-  tfds.disable_progress_bar()                 # the builders have their own
+  tfds.disable_progress_bar()  # Our builders have their own.
   builder = builder_class(data_dir=data_dir, source=source, **options)
   print(f'preparing {name} in {folder}')
-  # TFDS speaks of downloads; there are none.
+  # TFDS prints messages about downloads; there are none.
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare()
   for split, index in builder.indexes.items():
@@ -111,6 +92,35 @@ def prepare(builder_class, data_dir, source, options):
   os.replace(path + '.part', path)
   _print(report, folder)
   return report
+
+
+def _earlier_report(path, folder, wanted):
+  """The report of an earlier run, if that had the same options."""
+  with open(path, encoding='utf-8') as f:
+    report = json.load(f)
+  for k, v in wanted.items():
+    if report['options'].get(k) != v:
+      raise errors.UserError(
+          f'{folder} was prepared with {k}={report["options"].get(k)!r}, '
+          f'not {v!r}; remove it or choose another --data_dir')
+  print(f'{folder} is prepared already')
+  return report
+
+
+def _make_room(folder, data_dir):
+  """Removes what an interrupted run left and checks that we may write."""
+  parent = os.path.dirname(folder)
+  half_done = [folder, *glob.glob(os.path.join(glob.escape(parent),
+                                               'incomplete.*'))]
+  try:
+    os.makedirs(parent, exist_ok=True)
+    for path in filter(os.path.exists, half_done):
+      print(f'removing {path}, which was interrupted')
+      shutil.rmtree(path)
+    if not os.access(parent, os.W_OK):
+      raise PermissionError(f'{parent} is not writable')
+  except OSError as e:
+    raise errors.UserError(f'--data_dir {data_dir!r}: {e}') from e
 
 
 def _print(report, folder):

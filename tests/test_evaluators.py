@@ -8,7 +8,7 @@ from configs import e2e_vlp as config_lib
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import pipeline as pipeline_lib
-from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import captioning
@@ -223,7 +223,7 @@ def test_one_image_is_prepared_as_the_pipeline_prepares_it(config, built,
   pipeline = open_pipeline(config, predictor, pp, 2)
   batch = pipeline.batch(0)
   record = pipeline.record(batch['example_id'][1])
-  one = predictor.batch_of(records.decode_image(record['image']),
+  one = predictor.batch_of(photographs.decode_image(record['image']),
                            record['texts'][:1])
   for key in one:
     np.testing.assert_array_equal(one[key][0], batch[key][1], err_msg=key)

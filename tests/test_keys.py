@@ -77,7 +77,8 @@ def test_wrong_declarations(op_file, open_, change, expected):  # noqa: F811
 
 
 @pytest.mark.parametrize('pp', [
-    test_pipeline.PP, 'decode|squash', 'decode|fit|boxes(crowds=2)', 'decode|fit|boxes', 'decode|fit|text',
+    test_pipeline.PP, 'decode|squash', 'decode|fit|boxes', 'decode|fit|text',
+    'decode|fit|boxes(crowds=2)',
     'decode|fit|text|itm|mlm'])
 def test_synthetic_batches_are_like_real_ones(open_, pp):  # noqa: F811
   batch = open_(FakeSplit(20), pp=pp).batch(0)

@@ -36,7 +36,7 @@ def build(tokenizer):
   return build
 
 
-def thing(box, label='cube', attributes=(), is_crowd=False):
+def an_object(box, label='cube', attributes=(), is_crowd=False):
   return dict(bbox=np.float32(box), label=label, attributes=list(attributes),
               is_crowd=is_crowd, area=1., id=0)
 
@@ -79,11 +79,19 @@ def test_strings_are_parsed_not_evaluated():
     ('decode + fit', 'is not an op'),
     ('flip(q=1)', 'flip: .*it takes swap_words, p'),
     ('decode(1)', 'it takes no arguments'),
-    ('decode|fit(600)', r'fit\(limits=600\); expected \(long, short\)'),
+    ('decode|fit(600)', r'fit\(max_sides=600\); expected \(longer, shorter\)'),
 ])
 def test_bad_strings(build, pp, expected):
   with pytest.raises(UserError, match=expected):
     build(pp)
+
+
+@pytest.mark.parametrize('old, new', [
+    ('scale_crop(scales=(1, .5), of=1)',
+     'scale_crop(scales=(1, .5), canvas_side=1)'),
+    ('fit(limits=(1000, 600))', 'fit(max_sides=(1000, 600))')])
+def test_old_names_of_arguments(old, new):
+  assert pp_lib.bind(old) == pp_lib.bind(new)
 
 
 @pytest.mark.parametrize('pp, expected', [
@@ -106,7 +114,7 @@ def test_wrong_order(build, pp, expected):
     build(pp)(example())
 
 
-def test_ops_do_not_share_draws(build, monkeypatch):
+def test_ops_do_not_share_random_numbers(build, monkeypatch):
   """Nor do two uses of one op."""
   seeds = collections.Counter()
   for name in ('flip', 'scale_crop', 'text', 'mlm', 'itm'):
@@ -117,7 +125,7 @@ def test_ops_do_not_share_draws(build, monkeypatch):
   assert len(seeds) == 120 and set(seeds.values()) == {1}
 
 
-def test_uniform_draws():
+def test_uniform():
   u = np.stack([rng.uniform(rng.fold(k), [50]) for k in range(400)])
   assert 0 <= u.min() and u.max() < 1
   assert abs(u.mean() - .5) < .01 and abs(u.var() - 1 / 12) < .005
@@ -194,7 +202,7 @@ def test_boxes_agree_with_pixels(build, texts):
     pixels[y0:y1, x0:x1, 0] = 255
     out = apply(example(
         seed, size, (48, 48), texts, pixels=pixels,
-        objects=[thing([y0 / 50, x0 / 70, y1 / 50, x1 / 70])]))
+        objects=[an_object([y0 / 50, x0 / 70, y1 / 50, x1 / 70])]))
     red = render(out)[..., 0] > 127
     windows.add(tuple(out['window']))
     if texts:
@@ -229,7 +237,7 @@ def test_boxes_agree_with_squashed_pixels(build, resample):
     pixels[y0:y1, x0:x1, 0] = 255
     out = apply(example(
         seed, size, (48, 40), pixels=pixels,
-        objects=[thing([y0 / 50, x0 / 70, y1 / 50, x1 / 70])]))
+        objects=[an_object([y0 / 50, x0 / 70, y1 / 50, x1 / 70])]))
     red = render(out)[..., 0] > 127
     windows.add((*out['window'], out['flipped']))
     assert out['image_mask'].all() and tuple(out['target']) == (48, 40)
@@ -270,7 +278,7 @@ def test_random_crop_is_torchvisions(build, size):
     assert abs((size[0] - h) / 2 - y) <= 1 and abs((size[1] - w) / 2 - x) <= 1
 
 
-def test_randaug_draws(build):
+def test_randaug_chooses_alike(build):
   """Two changes with p=.5 each, all ten alike, both signs."""
   apply = build('decode|squash|randaug')
   counts, names, signs = collections.Counter(), collections.Counter(), set()
@@ -292,7 +300,7 @@ def test_randaug_draws(build):
 
 
 def test_scale_crop_is_detrs(build):
-  """Scales on the canvas and crops of the original, as DETR draws them."""
+  """Scales on the canvas and crops of the original, as DETR chooses them."""
   apply = build('decode|scale_crop|fit')
   size, bucket = (480, 640), (800, 1333)
   scales, crops = collections.Counter(), []
@@ -326,7 +334,7 @@ def test_flip_mirrors_boxes_and_words(build):
   seen = set()
   for seed in range(20):
     out = apply(example(seed, texts=['the red cube left of the ball'],
-                        objects=[thing([.2, .1, .4, .3])]))
+                        objects=[an_object([.2, .1, .4, .3])]))
     word = WORDS.index('right' if out['flipped'] else 'left') + 5
     assert out['text'][0, 4] == word
     cx = .8 if out['flipped'] else .2
@@ -358,10 +366,10 @@ def test_words_are_swapped_whole(text, mirrored):
 def test_boxes_keep_the_largest_and_drop_the_useless(build):
   nan = float('nan')
   out = build('decode|fit|boxes')(example(objects=[
-      thing([.0, .0, .1, .1]), thing([.1, .1, .9, .9], 'ball'),
-      thing([nan, .1, .5, .5]), thing([.5, .5, .5, .9]),
-      thing([0., 0., 1., 1.], is_crowd=True), thing([.2, .2, .4, .4]),
-      thing([-.5, .5, .5, 1.5]), thing([1.2, 0., 1.4, 1.])]))
+      an_object([.0, .0, .1, .1]), an_object([.1, .1, .9, .9], 'ball'),
+      an_object([nan, .1, .5, .5]), an_object([.5, .5, .5, .9]),
+      an_object([0., 0., 1., 1.], is_crowd=True), an_object([.2, .2, .4, .4]),
+      an_object([-.5, .5, .5, 1.5]), an_object([1.2, 0., 1.4, 1.])]))
   np.testing.assert_allclose(out['boxes'], [
       [.5, .5, .8, .8], [.3, .3, .2, .2], [.75, .25, .5, .5]], atol=1e-6)
   assert out['box_labels'].tolist() == [1, 0, 0]
@@ -370,10 +378,10 @@ def test_boxes_keep_the_largest_and_drop_the_useless(build):
 
 def test_crowds(build):
   """Dropped, as in DETR's training; kept apart where they are asked for."""
-  objects = [thing([.1, .1, .9, .9], 'ball'),
-             thing([.2, .2, .4, .4], 'people', is_crowd=True),
-             thing([0., .5, 1., 1.], 'people', is_crowd=True),
-             thing([.5, .5, .5, .9], is_crowd=True)]
+  objects = [an_object([.1, .1, .9, .9], 'ball'),
+             an_object([.2, .2, .4, .4], 'people', is_crowd=True),
+             an_object([0., .5, 1., 1.], 'people', is_crowd=True),
+             an_object([.5, .5, .5, .9], is_crowd=True)]
   without = build('decode|fit|boxes')(example(objects=objects))
   assert without['box_mask'].tolist() == [True, False, False]
   assert 'crowd_boxes' not in without
@@ -391,7 +399,7 @@ def test_crowds(build):
 
 def test_boxes_are_padded(build):
   out = build('decode|fit|boxes')(example(objects=[
-      thing([.1, .1, .9, .9], 'ball', ['blue', 'red', 'small'])]))
+      an_object([.1, .1, .9, .9], 'ball', ['blue', 'red', 'small'])]))
   assert out['box_mask'].tolist() == [True, False, False]
   assert out['box_attributes'].tolist() == [[1, 0], [-1, -1], [-1, -1]]
   assert out['box_labels'].tolist() == [1, 0, 0]
@@ -404,8 +412,8 @@ def test_boxes_are_padded(build):
 
 
 def test_unknown_names(build):
-  objects = [thing([0, 0, 1, 1], 'cubes'),
-             thing([0, 0, 1, .5], attributes=['reed', 'small'])]
+  objects = [an_object([0, 0, 1, 1], 'cubes'),
+             an_object([0, 0, 1, .5], attributes=['reed', 'small'])]
   with pytest.raises(UserError, match="'cubes'.*did you mean 'cube'"):
     build('decode|boxes')(example(objects=objects))
   with pytest.raises(UserError, match="'reed'.*did you mean 'red'"):

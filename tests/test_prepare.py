@@ -20,6 +20,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import prepare
 from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data.datasets.scenes import builder as scenes
 from e2e_vlp_jax.data.label_space import LabelSpace
@@ -142,7 +143,7 @@ def drawn(tmp_path_factory):
 
 def patch_is_in_box(record, bbox):
   """Whether the box holds all red pixels of the stored picture, tightly."""
-  image = records.decode_image(record['image']).astype(int)
+  image = photographs.decode_image(record['image']).astype(int)
   assert image.shape == (record['height'], record['width'], 3)
   ys, xs = np.nonzero(image[..., 0] - image[..., 2] > 60)
   tight = np.array([ys.min() / image.shape[0], xs.min() / image.shape[1],
@@ -240,7 +241,7 @@ def test_second_run_writes_nothing(drawn, capsys):
     run('scenes', '--data_dir', drawn, '--num_train', 13)
 
 
-def test_interrupted_run_starts_anew(tmp_path):
+def test_interrupted_run_starts_again(tmp_path):
   argv = ['scenes', '--data_dir', tmp_path, '--num_train', 5,
           '--num_validation', 0, '--num_test', 0, '--num_unseen', 0]
   run(*argv)
@@ -394,7 +395,7 @@ def test_unusual_images_work(coco, tmp_path):
     r = split.get(i)
     assert (r['height'], r['width']) == (HEIGHT, WIDTH)
     assert patch_is_in_box(r, r['objects'][0]['bbox']), i
-    got = records.decode_image(r['image']).astype(int)
+    got = photographs.decode_image(r['image']).astype(int)
     # CMYK and WebP change colours a little.
     assert abs(got - picture()).mean() < 12
     stored = Image.open(io.BytesIO(r['image']))
@@ -413,14 +414,14 @@ def test_grey_images_keep_their_brightness(coco, tmp_path):
   for image, form in ((Image.fromarray(grey), 'JPEG'),
                       (Image.fromarray(grey), 'PNG'), (deep, 'PNG')):
     data = encode(image, form)
-    assert abs(records.decode_image(data).astype(int)
+    assert abs(photographs.decode_image(data).astype(int)
                - grey[..., None]).max() < 12
     coco.add(data)
   coco.write()
   run('coco', '--source', coco.source, '--data_dir', tmp_path / 'out')
   split = records.open_split(str(tmp_path / 'out'), 'coco', 'train')
   for i in range(3):
-    got = records.decode_image(split.get(i)['image'])
+    got = photographs.decode_image(split.get(i)['image'])
     assert abs(got.astype(int) - grey[..., None]).max() < 12
 
 
@@ -578,11 +579,11 @@ def test_decode_errors_name_the_file(tmp_path):
   for path, says in ((bad, 'not an image'), (tmp_path, 'no image file'),
                      (tmp_path / 'none.jpg', 'no image file')):
     with pytest.raises(errors.UserError, match=says) as e:
-      records.decode_image(path)
+      photographs.decode_image(path)
     assert path.name in str(e.value)
   data, _ = sideways(6)
   (tmp_path / 'turned.jpg').write_bytes(data)
-  got = records.decode_image(str(tmp_path / 'turned.jpg'))
+  got = photographs.decode_image(str(tmp_path / 'turned.jpg'))
   assert got.dtype == np.uint8 and got.shape == (HEIGHT, WIDTH, 3)
   assert abs(got.astype(int) - picture()).mean() < 3
 
@@ -621,7 +622,7 @@ def test_nlvr_sentences_and_boxes(shared, real_nlvr):
       assert (s['label'], s['second_image']) == (true, b'')
       assert s['statement'] == sentence
       got = []
-      image = records.decode_image(r['image'])
+      image = photographs.decode_image(r['image'])
       for o in r['objects']:
         space.class_id(o['label'])
         for a in o['attributes']:

@@ -70,9 +70,9 @@ def test_real_objects_and_phrases(sample):
   official = json.loads((source / 'objects.json').read_text())
   regions = json.loads((source / 'region_graphs.json').read_text())
   total = 0
-  for r, things, said in zip(found, official, regions, strict=True):
+  for r, annotated, region in zip(found, official, regions, strict=True):
     assert r['image'] == (source / f'VG_100K/{r["image_id"]}.jpg').read_bytes()
-    theirs = {o['object_id']: o for o in things['objects']}
+    theirs = {o['object_id']: o for o in annotated['objects']}
     size = np.array([r['height'], r['width']] * 2)
     total += len(r['objects'])
     for o in r['objects']:
@@ -84,11 +84,11 @@ def test_real_objects_and_phrases(sample):
           o['bbox'] * size, np.minimum([t['y'], t['x'], t['y'] + t['h'],
                                         t['x'] + t['w']], size), atol=1e-3)
     # Every wording once among the texts; every box among the phrases.
-    wordings = [' '.join(p['phrase'].split()) for p in said['regions']]
+    wordings = [' '.join(p['phrase'].split()) for p in region['regions']]
     assert r['texts'] == list(dict.fromkeys(wordings))
     assert [p['text'] for p in r['phrases']] == wordings
     box = r['phrases'][0]['bbox'] * size
-    first = said['regions'][0]
+    first = region['regions'][0]
     np.testing.assert_allclose(box[:2], [first['y'], first['x']], atol=1e-3)
   done = report(folder, 'visual_genome')
   assert (total, done['texts'], done['boxes']) == (98, 974, 98)
@@ -434,7 +434,7 @@ def test_a_mixture_feeds_the_pipeline(genome, tmp_path):
   for name in ('sbu', 'cc3m'):
     write_shard(tmp_path / name / '0.tar', [
         (f'{k}.{kind}', data) for k in range(4)
-        for kind, data in (('jpg', jpeg()), ('txt', b'a thing'))])
+        for kind, data in (('jpg', jpeg()), ('txt', b'a text'))])
     run('pairs', '--name', name, '--source', tmp_path / name, '--data_dir',
         tmp_path / 'data')
   shutil.move(tmp_path / 'visual_genome', tmp_path / 'data')

@@ -12,7 +12,9 @@ import sys
 import numpy as np
 import pytest
 
-from e2e_vlp_jax.data import records
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import answer_list
+from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
 from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
 from e2e_vlp_jax.data.datasets.scenes import text as scene_text
@@ -54,7 +56,8 @@ def digest(found):
 
 
 def test_same_bytes_in_another_process(examples):
-  code = ('from e2e_vlp_jax.data.datasets.scenes import builder as scenes; import hashlib;'
+  code = ('import hashlib;'
+          'from e2e_vlp_jax.data.datasets.scenes import builder as scenes;'
           'from e2e_vlp_jax.data.datasets.base import canonical;'
           'print(hashlib.sha256(b"".join(canonical(scenes.example('
           f'{SEED}, s, i)) for s in {SPLITS} for i in range(10))).hexdigest())')
@@ -120,7 +123,7 @@ def test_record_agrees_with_the_scene(pairs):
       'colour': list(scene_draw.COLOURS), 'size': list(scene_draw.SIZES),
       'texture': list(scene_draw.TEXTURES)}
   for e, scene in pairs:
-    image = records.decode_image(e['image'])
+    image = photographs.decode_image(e['image'])
     assert image.shape == (96, 96, 3) == (e['height'], e['width'], 3)
     for o, drawn in zip(e['objects'], scene['objects'], strict=True):
       y0, x0, y1, x1 = o['bbox'] * 96
@@ -284,6 +287,34 @@ def test_answers_are_right(pairs):
   assert {a for k, a in asked if k == 'count'} >= {'zero', 'one', 'two'}
 
 
+def test_the_answer_list_is_complete_and_exact(pairs):
+  shipped = answer_list.AnswerList.load('scenes')
+  assert shipped.answers == scene_text.answers()
+  given = {a for e, _ in pairs for q in e['questions'] for a in q['answers']}
+  # Six objects of one kind are rare.
+  for seed in range(400):
+    scene = scene_draw.sample_scene(f'{SEED} answers {seed}')
+    given |= {a for _, a, _ in scene_text.questions(
+        scene, random.Random(seed), scene_draw.SEEN_PAIRS)}
+  assert given == set(shipped.answers)
+
+
+def test_the_answers_of_vqa():
+  """The order is that of the source, which ships both directions."""
+  answers = answer_list.AnswerList.load('vqav2')
+  assert len(answers) == 3129
+  assert answers.answers[:3] == ['', 'woods', 'trash can']
+  assert {'vqav2', 'scenes'} <= set(answer_list.names())
+  with pytest.raises(errors.UserError, match="did you mean 'vqav2'"):
+    answer_list.AnswerList.load('vqa2')
+
+
+def test_answers_are_those_of_lxmert(shared):
+  ids = json.loads((shared / 'data/vocab/lxmert_vqa/trainval_ans2label.json'
+                    ).read_text())
+  assert answer_list.AnswerList.load('vqav2').ids == ids
+
+
 def test_expressions_fit_one_object(pairs):
   found = 0
   for e, scene in pairs:
@@ -346,8 +377,8 @@ def test_vocabulary_is_closed(pairs):
   assert shipped == scene_text.vocabulary()
   assert shipped[:5] == ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
   assert len(set(shipped)) == len(shipped)
-  said = {w for e, _ in pairs for t in sentences(e) for w in t.split()}
-  assert said <= set(shipped)
+  spoken = {w for e, _ in pairs for t in sentences(e) for w in t.split()}
+  assert spoken <= set(shipped)
 
 
 def test_tokenizer_knows_every_word(pairs):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from e2e_vlp_jax import prepare
-from e2e_vlp_jax.data import pipeline, records, synthetic
+from e2e_vlp_jax.data import photographs, pipeline, records, synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax.data.datasets.scenes import draw as scenes_draw
@@ -260,7 +260,7 @@ def test_second_images_that_are_stored_as_bytes(open_):
     for row, example_id in enumerate(batch['example_id']):
       record, item = data.unit(example_id)
       np.testing.assert_array_equal(
-          batch['second_image'][row], records.decode_image(
+          batch['second_image'][row], photographs.decode_image(
               record['statements'][item]['second_image']))
     assert {k: (v.dtype, v.shape) for k, v in made.items()} == {
         k: (v.dtype, v.shape) for k, v in batch.items()}

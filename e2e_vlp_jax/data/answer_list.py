@@ -1,7 +1,11 @@
-"""The answers that a classifier of questions chooses from.
+"""Answer lists: the answers that a question classifier chooses from.
 
 Prepared data stores answers as text; a list turns them into ids when they are
-read. Lists are JSON files in `answers/`: {"source": ..., "answers": [...]}.
+read. Lists are JSON files in `answers/`, {"source": ..., "answers": [...]}:
+
+  scenes  every answer to a question of the drawn scenes (28).
+  vqav2   the 3,129 answers of VQA v2 that LXMERT uses. Source:
+          airsplay/lxmert (MIT), data/vqa/trainval_label2ans.json.
 """
 import functools
 import json

@@ -5,16 +5,16 @@ they are read, so one prepared folder serves every label space. Spaces are
 JSON files in `labels/`:
 
   scenes  the drawn scenes: 6 shapes; 8 colours, 2 sizes, 3 textures.
-  coco    the 80 things of COCO 2017, in the order of their category ids; no
-          attributes.
+  coco    the 80 object classes of COCO 2017, in the order of their category
+          ids; no attributes.
   coco91  the same at their category ids 0 to 90, as published detectors
           number them; the ids that COCO never used are 'N/A <id>'.
   joint   COCO's 80, then the 1600 Visual Genome objects of bottom-up
           attention, then shapes; attributes are Visual Genome's 400, then
-          those of the drawn scenes and of NLVR. A name that is already there
-          is not repeated, and a Visual Genome entry that lists several names
-          ('television,tv') is the class that any of them names, the rest
-          being aliases. Source: peteanderson80/bottom-up-attention (MIT),
+          those of the drawn scenes and of NLVR. Names are not repeated. A
+          Visual Genome entry with several names ('television,tv') belongs to
+          the class that one of them already names, if any; its other names are
+          aliases. Source: peteanderson80/bottom-up-attention (MIT),
           data/genome/1600-400-20.
 """
 import dataclasses

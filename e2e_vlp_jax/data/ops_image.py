@@ -1,13 +1,18 @@
 """Image ops: decode, random scale and crop, flip, fit into the bucket.
 
 The ops choose a window of the original, its size on the canvas and whether
-it is mirrored; `render` then decodes, cuts, resizes, mirrors and pads.
+it is mirrored; `render` then decodes, crops, resizes, mirrors and pads.
 
-An example holds here: height, width; bucket (H, W); window int64 [4]
-(y, x, h, w) in pixels of the original; short_side, the wanted shorter side
-of the window on the canvas; flipped; from `fit` or `squash` on target int64
-[2], the (h, w) of the picture on the canvas, resample, how it gets there, and
-place, the op's function, for a second image.
+They read and write these keys of an example:
+  height, width  of the original
+  bucket         (H, W)
+  window         int64 [4], (y, x, h, w) in pixels of the original
+  short_side     wanted length of the window's shorter side on the canvas
+  flipped        whether it is mirrored
+and after `fit` or `squash`:
+  target         int64 [2], (h, w) of the picture on the canvas
+  resample       how the window is resized
+  place          the op's own function, to place a second image alike
 """
 import io
 import re
@@ -23,7 +28,14 @@ from e2e_vlp_jax.errors import UserError, nearest
 
 
 def _check_order(example, op, after=None, before=()):
-  """`op` needs the key that `after` makes, and those of `before` not yet."""
+  """Raises unless `after`'s key exists and none of `before`'s do.
+
+  Args:
+    example: of the op.
+    op: its name.
+    after: (key, the op that makes it); None = no such condition.
+    before: several of these pairs.
+  """
   for key, other in before:
     if key in example:
       raise UserError(f'pp: {op} must stand before {other}')
@@ -36,7 +48,7 @@ _LATER = (('target', 'fit or squash'), ('box_mask', 'boxes'))
 
 
 def decode(context):
-  """Begins an image: all of it, as large as the bucket lets it be."""
+  """Starts with the whole image, as large as the bucket allows."""
   del context
   def apply(example):
     _check_order(example, 'decode', before=(_DECODE,))
@@ -47,7 +59,8 @@ def decode(context):
 
 
 def scale_crop(context, scales=tuple(range(480, 801, 32)),
-               shorts=(400, 500, 600), crop=(384, 600), of=800, p=.5):
+               shorts=(400, 500, 600), crop=(384, 600), canvas_side=800,
+               p=.5):
   """DETR's training augmentation, for a canvas of any size.
 
   With probability 1-p the whole image, its shorter side drawn from `scales`.
@@ -56,15 +69,15 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
   shorter side drawn from `scales` (github.com/facebookresearch/detr,
   datasets/coco.py). The longer side is limited by the bucket (DETR: 1333).
 
-  An image with texts gets a window that holds all its boxes, so that no
-  caption tells of a thing that was cut off (as MDETR's cautious crop), and
-  no crop at all where it has texts but no boxes to go by.
+  If the image has texts, the window holds all its boxes, so that no caption
+  mentions an object that was cut off (like MDETR's cautious crop). An image
+  with texts and no boxes is not cropped.
 
   Args:
     context: unused.
-    scales, shorts, crop: lengths, where the bucket's shorter side is `of`:
-      DETR's pixels with of=800, fractions with of=1.
-    of: see there.
+    scales, shorts, crop: lengths on a canvas whose shorter side is
+      `canvas_side`; they are scaled to the bucket's.
+    canvas_side: 800 for DETR's lengths in pixels, 1 for fractions.
     p: probability of a crop.
   """
   del context
@@ -72,8 +85,8 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
     _check_order(example, 'scale_crop', _DECODE, _LATER)
     u = uniform(example['seed'], [7])
     size = np.array([example['height'], example['width']], float)
-    out = {**example, 'short_side': (scales[int(u[0] * len(scales))] / of
-                                     * min(example['bucket']))}
+    out = {**example, 'short_side': (scales[int(u[0] * len(scales))]
+                                     / canvas_side * min(example['bucket']))}
     if u[1] >= p or not size.all():
       return out
     zoom = shorts[int(u[2] * len(shorts))] / size.min()
@@ -93,7 +106,7 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
 
 
 def _extent(objects, size):
-  """First and one-past-last pixel (y, x) of all boxes; of all, if none."""
+  """First and one-past-last pixel (y, x) of all boxes, or of the image."""
   corners = boxes.swap_axes(
       np.array([o['bbox'] for o in objects], float).reshape(-1, 4))
   corners = np.clip(corners[np.isfinite(corners).all(-1)], 0, 1)
@@ -119,9 +132,10 @@ def swap_left_right(text):
 def flip(context, swap_words=False, p=.5):
   """Mirrors left and right with probability `p`.
 
-  An image with texts is mirrored only under `swap_words`, which exchanges
-  the words left and right in them. (It does not know that 'right' may mean
-  'correct': leave it off where texts were not written about places.)
+  An image with texts is mirrored only with `swap_words`, which exchanges the
+  words left and right in them. It does not know that 'right' may mean
+  'correct', nor that a statement's 'left image' stays where it is: use it only
+  where texts describe places within one image.
   """
   del context
   def apply(example):
@@ -138,9 +152,9 @@ def random_crop(context, area=(.5, 1.), ratio=(3 / 4, 4 / 3)):
   """torchvision's RandomResizedCrop: a window of random size and shape.
 
   Its share of the image's area is uniform in `area`, the logarithm of
-  width / height uniform in `ratio`'s; after ten windows that the image could
-  not hold, the largest in its middle of an allowed shape. Boxes outside the
-  window are lost, and what a text says of them is not true any more.
+  width / height uniform in `ratio`'s. If the image cannot hold any of ten such
+  windows, it is the largest central window of an allowed shape. Boxes outside
+  the window are lost, and texts about them are no longer true.
   """
   del context
   def apply(example):
@@ -149,10 +163,10 @@ def random_crop(context, area=(.5, 1.), ratio=(3 / 4, 4 / 3)):
     if not size.all():
       return example
     u = uniform(example['seed'], [10, 4])
-    low, high = np.log(ratio)
+    least, most = np.log(ratio)
     for share, shape, *corner in u:
       pixels = size.prod() * (area[0] + share * (area[1] - area[0]))
-      shape = np.exp(low + shape * (high - low))
+      shape = np.exp(least + shape * (most - least))
       window = np.round(np.sqrt([pixels / shape, pixels * shape])).astype(int)
       if (window > 0).all() and (window <= size).all():
         corner = np.floor(corner * (size - window + 1)).astype(int)
@@ -166,23 +180,25 @@ def random_crop(context, area=(.5, 1.), ratio=(3 / 4, 4 / 3)):
   return apply
 
 
-def fit(context, limits=None, resample='bilinear'):
-  """The size at which the window fits the bucket.
+def fit(context, max_sides=None, resample='bilinear'):
+  """Resizes the window to fit the bucket.
 
-  The aspect ratio is kept; padding is at bottom and right.
+  The aspect ratio is kept; padding is at the bottom and right.
 
   Args:
     context: unused.
-    limits: (long, short), the most pixels of the two sides besides what the
-      bucket holds. SOHO: (1000, 600), with buckets of multiples of 32.
-    resample: 'bilinear' (with antialiasing), 'pillow' (the same to the bit
-      as Pillow, and so as torchvision on its images; slower), 'bicubic'
-      (Pillow's) or 'opencv' (bilinear without antialiasing).
+    max_sides: (longer, shorter): the most pixels of the two sides, besides
+      what the bucket holds. SOHO: (1000, 600), with buckets of multiples of
+      32.
+    resample: 'bilinear' (with antialiasing), 'pillow' (equal to Pillow's
+      bilinear to the bit, hence to torchvision's on PIL images; slower),
+      'bicubic' (Pillow's) or 'opencv' (bilinear without antialiasing).
   """
   del context
   _check_resample(resample)
-  if limits is not None and np.shape(limits) != (2,):
-    raise UserError(f'pp: fit(limits={limits!r}); expected (long, short)')
+  if max_sides is not None and np.shape(max_sides) != (2,):
+    raise UserError(f'pp: fit(max_sides={max_sides!r}); expected (longer, '
+                    'shorter)')
   def apply(example):
     _check_order(example, 'fit', _DECODE)
     size = example['window'][2:]
@@ -190,9 +206,9 @@ def fit(context, limits=None, resample='bilinear'):
     if size.all():
       ratio = min(example['short_side'] / size.min(),
                   *(example['bucket'] / size))
-      if limits:
-        ratio = min(ratio, max(limits) / size.max(),
-                    min(limits) / size.min())
+      if max_sides:
+        ratio = min(ratio, max(max_sides) / size.max(),
+                    min(max_sides) / size.min())
       target = np.clip(np.floor(size * ratio + .5), 1,
                        example['bucket']).astype(int)
     return {**_placed(example, target, resample), 'place': apply}
@@ -200,7 +216,7 @@ def fit(context, limits=None, resample='bilinear'):
 
 
 def squash(context, resample='bicubic'):
-  """The window fills the bucket, whatever its shape; nothing is padding.
+  """Stretches the window to fill the bucket, without padding.
 
   Args:
     context: unused.
@@ -222,7 +238,8 @@ def _check_resample(name):
 
 
 def _placed(example, target, resample):
-  """The example with its picture of `target` (h, w) at the upper left."""
+  """The example with its picture of size `target` (h, w) at the upper left.
+  """
   mask = np.zeros(example['bucket'], bool)
   mask[:target[0], :target[1]] = True
   return {**example, 'target': target, 'image_mask': mask,
@@ -230,7 +247,7 @@ def _placed(example, target, resample):
 
 
 def render(example, canvas):
-  """Writes the planned picture into `canvas`.
+  """Decodes the image and writes the planned picture into `canvas`.
 
   Args:
     example: has image (an encoded file) and what the ops planned.
@@ -256,7 +273,13 @@ def render(example, canvas):
 
 
 def paint(example, image, canvas):
-  """`render` of an image that is decoded: a PIL image, RGB."""
+  """Writes the planned picture into `canvas`.
+
+  Args:
+    example: what the ops planned.
+    image: the decoded image, PIL, RGB.
+    canvas: zeros uint8 [H,W,3].
+  """
   y, x, h, w = example['window'].tolist()
   picture = canvas[:example['target'][0], :example['target'][1]]
   window = np.asarray(image)[y:y + h, x:x + w]
@@ -271,7 +294,7 @@ def paint(example, image, canvas):
                                      example['augment_released'])
 
 
-# Rows are made in as many threads as there are cores; more would only wait.
+# tf.data's threads use all cores; OpenCV's own would only wait.
 cv2.setNumThreads(1)
 
 
@@ -289,14 +312,15 @@ _pillow_bilinear = _pillow(Image.Resampling.BILINEAR)
 
 
 def _bilinear(window, picture):
-  """Pillow's to about one grey level, in a quarter of its time.
+  """Pillow's result to about one grey level, in a quarter of its time.
 
-  Pillow's triangle reaches `scale` pixels to either side, a variance of
-  scale^2 / 6; OpenCV's one pixel, 1/6. A blur of three taps adds the rest.
+  Pillow's triangle filter reaches `scale` pixels to either side and has
+  variance scale^2 / 6; OpenCV's reaches one pixel and has variance 1/6. A blur
+  of three taps adds the rest.
   """
   scale = np.divide(window.shape[:2], picture.shape[:2])
   if scale.max() > 2:
-    return _pillow_bilinear(window, picture)  # Three taps are too few.
+    return _pillow_bilinear(window, picture)  # Three taps would be too few.
   if scale.max() > 1:
     side = np.maximum(scale**2 - 1, 1e-6) / 12
     sigma = np.sqrt(-.5 / np.log(side / (1 - 2 * side)))

@@ -1,8 +1,7 @@
 """Masked words and swapped texts: the inputs of MLM and ITM.
 
-The two ops stand in either order. A swapped text is masked as the true one,
-or the presence of [MASK] would tell the pairs apart; its words are not
-predicted.
+The two ops may stand in either order. Swapped texts are masked too; otherwise
+[MASK] would reveal which pairs are true. Their words carry no MLM loss.
 """
 import dataclasses
 
@@ -16,7 +15,7 @@ from e2e_vlp_jax.errors import UserError
 def mlm(context, rate=.15):
   """BERT's masking: `rate` of the words, 80% [MASK], 10% random, 10% kept.
 
-  At least one word a text; never a special token or padding.
+  At least one word per text is chosen; never a special token or padding.
   Changes masked_text, partner_text and mlm_labels.
   """
   tokenizer, l = context.tokenizer, context.max_text
@@ -32,7 +31,7 @@ def mlm(context, rate=.15):
     mask = np.concatenate([example['masked_text_mask'],
                            example['partner_mask']])
     pick, how, word = uniform(example['seed'], [3, 2 * s, l])
-    # The word of the lowest draw is always picked.
+    # The word with the lowest number is always chosen.
     pick = np.where(mask & is_word[ids], pick, 2)
     chosen = (pick < 1) & ((pick < rate)
                            | (pick == pick.min(-1, keepdims=True)))
@@ -47,10 +46,10 @@ def mlm(context, rate=.15):
 
 
 def itm(context, rate=.5):
-  """With probability `rate` a text gives way to the partner's.
+  """Replaces each text by the partner's with probability `rate`.
 
   Changes masked_text, masked_text_mask, itm_labels (0 where swapped) and
-  mlm_labels (-1 there). A text stays where there is none to take its place.
+  mlm_labels (-1 there). Without a partner's text the true one stays.
   """
   del context
 
@@ -73,7 +72,7 @@ def itm(context, rate=.5):
 
 
 def _draw_labels(draw):
-  """A word in seven, and the first of each true pair."""
+  """About one word in seven, and the first word of each true pair."""
   text, true = draw.batch['text'], draw.batch['itm_labels'][..., None] == 1
   chosen = draw.rng.random(draw.shape) < .15
   chosen[..., 1] = True

@@ -1,7 +1,7 @@
 """RandAugment, as ALBEF, METER and FIBER use it.
 
-The op draws which changes an image gets; `augment` makes them when the
-picture is rendered, at its size on the canvas.
+The op chooses the changes of an image; `augment` makes them when the picture
+is rendered, at its size on the canvas.
 """
 import functools
 
@@ -16,21 +16,22 @@ _LEVELS = 10  # of `magnitude`
 
 
 def randaug(context, count=2, magnitude=7, p=.5, released=False):
-  """`count` changes drawn with replacement, each made with probability `p`.
+  """Chooses `count` changes with replacement, each with probability `p`.
 
   The ten changes and how `magnitude` (0 to 10) sets their strength are those
   of FIBER's coarse-grained code (microsoft/FIBER, coarse_grained): colour
   factors up to 1.9, shear up to 0.3, shifts up to 10 pixels, 30 degrees.
 
-  Boxes cannot follow: with the op `boxes` in the string it is refused.
+  Boxes cannot follow these changes: a string with `boxes` too is refused.
 
   Makes augment, a list of (name, level) for `augment`.
 
   Args:
     context: unused.
     count, magnitude, p: see above.
-    released: with two faults of that code, which whiten an image without
-      black (AutoContrast) and give sharp edges false colours (Sharpness).
+    released: reproduce two faults of that code, which whiten an image
+      without black (AutoContrast) and give sharp edges false colours
+      (Sharpness).
   """
   del context
   strength = magnitude / _LEVELS
@@ -114,7 +115,7 @@ def _equalize(channel, released):
 
 
 def _sharpen(image, factor, released):
-  """Away from a 3x3 mean (its centre counting 5), but for the border."""
+  """Away from a 3x3 mean with centre weight 5; the border stays."""
   if min(image.shape[:2]) < 3:
     return image
   h, w = image.shape[:2]

@@ -12,8 +12,8 @@ from e2e_vlp_jax.errors import UserError, nearest
 def text(context, field=None):
   """Chooses S texts and turns them into token ids.
 
-  They are texts of the image: training draws them, without repeating one
-  before all were drawn; evaluation takes the first S. Or they are the text of
+  They are texts of the image: training takes random ones and repeats none
+  before all were taken; evaluation takes the first S. Or they are the text of
   the row's item: `text('questions')` needs `config.data.unit` to be
   'question', and S is 1; likewise 'statements', 'entailment', 'refexps' and
   'texts' with their units.
@@ -34,26 +34,27 @@ def text(context, field=None):
   s = 1 if field else context.sentences
   warned = False
 
-  def choose(texts, u):
+  def choose(texts, numbers):
+    """S of the texts; `numbers`, random, decide which in training."""
     texts = [t for t in map(str.strip, texts) if t]
     if not context.train or not texts:
       return (texts + [''] * s)[:s]
-    order = np.argsort(u[:len(texts)])
-    return [texts[order[k % len(texts)]] for k in range(s)]
+    shuffled = np.argsort(numbers[:len(texts)])
+    return [texts[shuffled[k % len(texts)]] for k in range(s)]
 
   def tokenize(texts):
     nonlocal warned
     ids = np.full((len(texts), l), tokenizer.pad_id, np.int32)
     lengths = np.zeros((len(texts), 1), int)
-    for k, item in enumerate(texts):
-      if not item:
+    for k, words in enumerate(texts):
+      if not words:
         continue
-      row = tokenizer.encode(item)
+      row = tokenizer.encode(words)
       if len(row) > l:
         if not warned:
           warned = True
           logging.warning('a text of %d tokens is cut to data.max_text=%d, '
-                          'as all longer ones will be: %r', len(row), l, item)
+                          'as all longer ones will be: %r', len(row), l, words)
         row = row[:l - 1] + [tokenizer.sep_id]
       ids[k, :len(row)] = row
       lengths[k] = len(row)
@@ -61,11 +62,11 @@ def text(context, field=None):
 
   def apply(example):
     texts, partner = example['texts'], example['partner_texts']
-    u = uniform(example['seed'], [len(texts) + len(partner)])
+    numbers = uniform(example['seed'], [len(texts) + len(partner)])
     own = {t.strip() for t in texts}
     partner = ['' if t in own else t
-               for t in choose(partner, u[len(texts):])]
-    ids, mask = tokenize(choose(texts, u) + partner)
+               for t in choose(partner, numbers[len(texts):])]
+    ids, mask = tokenize(choose(texts, numbers) + partner)
     has_text = mask[:s, 0]
     return {
         **example,

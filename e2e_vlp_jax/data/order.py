@@ -1,19 +1,19 @@
-"""Which record goes into which row of which batch: arithmetic, no state.
+"""Which unit goes into which row of which batch: arithmetic, no state.
 
-Everything is a closed form, so that batch 10,000,000 costs what batch 0
-costs and a resumed run replays nothing:
+Everything has a closed form, so batch 10,000,000 costs as much as batch 0 and
+a resumed run replays nothing:
 
 1. Batch t belongs to one bucket (a static image shape). `interleave` deals
-   the batches to the buckets in proportion to the weight of their examples,
-   and says how many batches the bucket had before. Within blocks of 64
-   batches the buckets are shuffled by (seed, block), else a pattern such as
-   0,1,0,1 could keep step with whatever happens every k steps.
+   the batches to the buckets in proportion to the weight of their units, and
+   counts how many batches the bucket had before. Within blocks of 64 batches
+   the buckets are shuffled by (seed, block); a pattern such as 0,1,0,1 could
+   alias with periodic events such as logging every k steps.
 2. The rows of all batches of a bucket are numbered 0, 1, 2, ...;
    `interleave` deals them to the sources in proportion to their weights in
-   that bucket, and says how many rows the source had before: c.
-3. Row c of a (source, bucket) with n examples is number c % n of epoch
-   c // n, in an order of its own: `rng.permute`, keyed by (seed, source,
-   bucket, epoch). Every example comes once an epoch.
+   that bucket, and counts how many rows the source had before: c.
+3. Row c of a (source, bucket) with n units is number c % n of epoch c // n,
+   in the order of that epoch: `rng.permute`, keyed by (seed, source, bucket,
+   epoch). Every unit comes once per epoch.
 """
 import fractions
 
@@ -26,7 +26,8 @@ _SHARES = 1 << 24  # the shares of a mixture are multiples of 1/_SHARES
 
 
 def shares(weights):
-  """Non-negative weights -> int64 with sum 2^24, none of them lost."""
+  """Non-negative weights -> int64 that sum to 2^24, positive ones at least 1.
+  """
   weights = [fractions.Fraction(w) for w in weights]
   total = sum(weights)
   out = [max(1, int(w * _SHARES / total)) if w else 0 for w in weights]
@@ -42,8 +43,8 @@ def interleave(slot, parts):
     parts: int64 [n], from `shares`.
 
   Returns:
-    (part, count), int64 arrays like `slot`: to which part the slot goes,
-    and how many of the slots before went there.
+    (part, count), int64 arrays like `slot`: the part that gets the slot, and
+    how many earlier slots that part got.
   """
   slot = np.asarray(slot, np.int64)
   if len(parts) == 1:
@@ -62,7 +63,7 @@ class TrainOrder:
   """The endless order of a mixture; see the module's docstring.
 
   Args:
-    members: members[source][bucket] is an int64 array of record numbers.
+    members: members[source][bucket] is an int64 array of unit numbers.
     weights: weight of each source.
     batch_size: rows of the global batch.
     seed: int.
@@ -77,7 +78,7 @@ class TrainOrder:
     self._source_shares = [shares(c) if any(c) else None for c in columns]
 
   def __call__(self, t):
-    """(bucket, source int64 [B], record number int64 [B]) of batch t."""
+    """(bucket, source int64 [B], unit number int64 [B]) of batch t."""
     block, offset = divmod(t, _BLOCK)
     buckets, counts = interleave(
         block * _BLOCK + rng.permute(np.arange(_BLOCK), _BLOCK,
@@ -88,7 +89,7 @@ class TrainOrder:
     count = np.sort(counts[same])[same[:offset].sum()]
     rows = count * self._batch_size + np.arange(self._batch_size)
     source, count = interleave(rows, self._source_shares[bucket])
-    record = np.zeros_like(rows)
+    unit = np.zeros_like(rows)
     for s in np.unique(source):
       mine, members = source == s, self._members[s][bucket]
       epoch, position = np.divmod(count[mine], len(members))
@@ -98,12 +99,12 @@ class TrainOrder:
         found[now] = rng.permute(
             position[now], len(members),
             rng.fold(self._seed, 1, int(s), bucket, int(e)))
-      record[mine] = members[found]
-    return bucket, source, record
+      unit[mine] = members[found]
+    return bucket, source, unit
 
 
 class EvalOrder:
-  """Every record once, in order within its bucket; -1 pads the last batch.
+  """Every unit once, in order within its bucket; -1 pads the last batch.
 
   Args and result as `TrainOrder`; `len()` is the number of batches.
   """
@@ -113,13 +114,13 @@ class EvalOrder:
     for bucket in range(len(members[0])):
       source = np.concatenate([np.full(len(row[bucket]), s)
                                for s, row in enumerate(members)])
-      record = np.concatenate([row[bucket] for row in members])
-      pad = -len(record) % batch_size
-      source, record = (np.pad(x, (0, pad), constant_values=-1)
-                        for x in (source, record))
+      unit = np.concatenate([row[bucket] for row in members])
+      pad = -len(unit) % batch_size
+      source, unit = (np.pad(x, (0, pad), constant_values=-1)
+                      for x in (source, unit))
       self._batches += [
-          (bucket, source[k:k + batch_size], record[k:k + batch_size])
-          for k in range(0, len(record), batch_size)]
+          (bucket, source[k:k + batch_size], unit[k:k + batch_size])
+          for k in range(0, len(unit), batch_size)]
 
   def __len__(self):
     return len(self._batches)

@@ -1,19 +1,18 @@
 """Records -> batches of static shapes; batch(t) is a function of (seed, t).
 
-`order` says which record stands in which row of batch t, in closed form. The
-ops of the pp string (`builder`) then make each row on its own, with draws
-from the row's seed: (seed, t, row), in evaluation (seed, example_id). Nothing
-depends on the number of hosts, threads or restarts: a host makes those rows
-of the global batch that its devices will hold.
+`order` computes which unit stands in which row of batch t. The ops of the pp
+string (`pp`) then make each row on its own, with random numbers from the row's
+seed: (seed, t, row), in evaluation (seed, example_id). Nothing depends on the
+number of hosts, threads or restarts: each host makes those rows of the global
+batch that its devices will hold.
 
-tf.data drives it: it asks for parts of batches from its own threads, puts
-them together in order and reads ahead. The rows themselves are made by numpy
-(the ops plan: tokens, boxes, windows), Pillow and OpenCV (`ops_image.render`),
-not by TensorFlow's ops: most of the work is small arrays, and on two CPU cores
-a row of 96x96 takes 0.8 ms so, 3 ms with TensorFlow's ops. Being driven by
-tf.data costs 0.95 times (96x96) to 1.04 times (512x512) the CPU time of a pool
-of threads of our own; asked for row by row instead of _CHUNK rows a call, it
-would cost 1.5 times.
+tf.data drives the work: its threads ask for parts of batches, put them together
+in order and read ahead. The rows themselves are made by numpy (the ops plan
+tokens, boxes and windows), Pillow and OpenCV (which render the pixels), not by
+TensorFlow's ops: most of the work is on small arrays, and on two CPU cores a
+row of 96x96 takes 0.8 ms that way and 3 ms with TensorFlow's ops. With _CHUNK
+rows per call tf.data takes 0.95 (96x96) to 1.04 times (512x512) the CPU time of
+a plain thread pool; with one row per call it would take 1.5 times.
 
 The ops declare the keys of a batch; docs/data.md has the table. Masks are True
 where VALID. What a record lacks is masked.
@@ -33,9 +32,9 @@ from e2e_vlp_jax.data import keys, order, pp as pp_lib, records, rng, units
 from e2e_vlp_jax.data import sources as sources_lib
 from e2e_vlp_jax.errors import UserError
 
-_CHUNK = 16  # rows that tf.data asks for at once: a call has its price
-_AHEAD = 2  # finished batches that wait to be asked for
-_LABELS_CHECKED = 256  # records of a source that `check_labels` reads
+_CHUNK = 16  # rows per call of tf.data; amortises the overhead of a call
+_AHEAD = 2  # prefetched batches
+_LABELS_CHECKED = 256  # records per source that `check_labels` reads
 
 
 class Pipeline:
@@ -51,7 +50,7 @@ class Pipeline:
       of a training batch and needs no normalising. 'by_rows': as large as the
       number of its units; 'by_texts': as the number of rows that it takes to
       show each text once.
-    pp: 'op|op(arg)', see `pp`.
+    pp: 'op|op(arg)'; see the module `pp`.
     seed: int.
     batch_size: B of the global batch.
     train: endless and shuffled, or every example once in order, grouped by
@@ -89,7 +88,7 @@ class Pipeline:
     batches = (order.TrainOrder(members, weights, batch_size, seed) if train
                else order.EvalOrder(members, batch_size))
     self.num_batches = None if train else len(batches)
-    # The parts of a batch ask for the same thing, one after the other.
+    # Cached: all parts of a batch ask for it.
     self._order = functools.lru_cache(64)(batches)
 
     self._set_ops(pp, data_config, vocabularies)
@@ -97,7 +96,7 @@ class Pipeline:
     self._try_ops(pp)
 
   def batch(self, t):
-    """This host's rows of batch t: dict of numpy arrays, see above.
+    """This host's rows of batch t, a dict of numpy arrays.
 
     Raises:
       UserError: more than data.max_bad_records unreadable records, or a
@@ -113,9 +112,9 @@ class Pipeline:
   def dataset(self, start=0):
     """Batches start, start + 1, ... as a tf.data.Dataset of dicts.
 
-    In order, read ahead, endless in training; for tf.data's own tools.
-    Unlike `iterate` it does not count the unreadable records, and an error
-    in a row comes as one of TensorFlow's, with the error's text in it.
+    In order, prefetched, endless in training; for tf.data's own tools. Unlike
+    `iterate` it does not count the unreadable records, and an error in a row
+    is raised as a TensorFlow error that quotes it.
     """
     tf = _tensorflow()
     count = len(self._rows)
@@ -141,7 +140,7 @@ class Pipeline:
             else self.num_batches)
     batches = tf.data.Dataset.range(start * parts, stop * parts).map(
         make_op, num_parallel_calls=self._threads)
-    if parts > 1:  # It copies.
+    if parts > 1:  # Not otherwise: rebatching copies.
       batches = batches.rebatch(count, drop_remainder=True)
     return batches.prefetch(_AHEAD).with_options(options)
 
@@ -158,7 +157,7 @@ class Pipeline:
       except StopIteration:
         return
       except failures:
-        self.batch(t)  # Fails as well, and says it without TensorFlow.
+        self.batch(t)  # Raises the same error, without TensorFlow's wrapping.
         raise
       yield t, self._counted(batch)
 
@@ -246,8 +245,8 @@ class Pipeline:
     which = which.tolist()
     for row in which:
       read(row)  # In parallel, as it may wait for a disk or a network.
-    # One thread plans at a time: Python lets no two of them run, and would
-    # only have them take turns.
+    # Planning is pure Python and bound by its lock; taking turns in it would
+    # only cost context switches.
     with self._planning:
       rows = [self._planned(t, row, ids, sources, bucket, read)
               for row in which]
@@ -362,28 +361,28 @@ def _naming(name):
 
 @functools.cache
 def _tensorflow():
-  """TensorFlow, imported when it is first needed."""
+  """TensorFlow, imported when first needed."""
   import tensorflow as tf  # pylint: disable=g-import-not-at-top
-  with contextlib.suppress(RuntimeError):  # It is in use already.
-    tf.config.set_visible_devices([], 'GPU')  # They belong to JAX.
+  with contextlib.suppress(RuntimeError):  # TensorFlow is in use already.
+    tf.config.set_visible_devices([], 'GPU')  # GPUs belong to JAX.
   atexit.register(_empty_iterators, tf.data.Iterator)
   return tf
 
 
 def _empty_iterators(kind):
-  """Frees what the tf.data iterators hold that are alive at exit.
+  """Frees what tf.data iterators that are alive at exit hold.
 
-  Python could not be taken down under one that reads ahead: it waits for
-  TensorFlow's threads, and they wait for Python's lock. Who holds them (a
-  generator, the traceback of an error) is left with an empty object.
+  A prefetching iterator alive at exit deadlocks: Python joins TensorFlow's
+  threads while they wait for Python's lock. Emptying it breaks the cycle;
+  whoever holds it (a generator, a traceback) keeps an empty object.
   """
-  for thing in gc.get_objects():
-    if issubclass(type(thing), kind):
-      vars(thing).clear()
+  for found in gc.get_objects():
+    if issubclass(type(found), kind):
+      vars(found).clear()
 
 
 def _aligned(shape):
-  """Zeros, uint8, that TensorFlow takes over without a copy."""
+  """uint8 zeros at an address that TensorFlow can use without a copy."""
   size = int(np.prod(shape))
   flat = np.zeros(size + 64, np.uint8)
   start = -flat.ctypes.data % 64

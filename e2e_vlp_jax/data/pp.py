@@ -29,6 +29,8 @@ from e2e_vlp_jax.data import keys, rng
 from e2e_vlp_jax.errors import UserError, nearest
 
 _PACKAGE = 'e2e_vlp_jax.data'
+# Arguments of ops that were called otherwise: {(op, old name): name}.
+_RENAMED = {('scale_crop', 'of'): 'canvas_side', ('fit', 'limits'): 'max_sides'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,7 @@ def bind(pp):
   bound = []
   for name, args, kwargs in parse(pp):
     takes = inspect.signature(OPS[name].make)
+    kwargs = {_RENAMED.get((name, k), k): v for k, v in kwargs.items()}
     try:
       found = takes.bind(None, *args, **kwargs)
     except TypeError as e:

@@ -1,7 +1,7 @@
 """Random numbers and permutations as pure functions of integer keys.
 
-Not numpy's or TensorFlow's: their streams may change with a version, and a
-run that is resumed after an update must go on with the same batches.
+Not numpy's or TensorFlow's: their streams may change with a version, but a
+run that is resumed after an update must continue with the same batches.
 """
 import math
 
@@ -20,7 +20,7 @@ def _mix(x):
 
 
 def fold(*numbers):
-  """One key, an int of 64 bits, out of several ints: `_mix` of a chain."""
+  """One 64-bit key from several ints: a chain of `_mix`."""
   k = 0
   for n in numbers:
     k = (k + _GOLDEN + n) & _ALL
@@ -31,7 +31,7 @@ def fold(*numbers):
 
 
 def uniform(key, shape):
-  """float64 in [0, 1): the first numbers of splitmix64 started at `key`."""
+  """float64 in [0, 1): the first numbers of splitmix64 with state `key`."""
   x = np.arange(1, math.prod(shape) + 1, dtype=_U)
   return ((_mix(x * _U(_GOLDEN) + _U(key)) >> _U(11)) * 2.**-53
           ).reshape(shape)
@@ -40,8 +40,8 @@ def uniform(key, shape):
 def permute(index, n, key):
   """Element `index` of the permutation `key` of range(n).
 
-  A Feistel network over twice the bits that n needs at most, walked until it
-  comes back inside: random access, and no memory that grows with n.
+  A Feistel network with cycle-walking: random access to a permutation, in
+  memory that does not grow with n.
 
   Args:
     index: int array, in [0, n).

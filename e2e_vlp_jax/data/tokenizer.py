@@ -1,9 +1,9 @@
 """Text <-> token ids: WordPiece, byte-level BPE and SentencePiece.
 
-One door for the three: `load_tokenizer(kind, path)`. Special tokens are
-never parsed out of text: a caption that says '[MASK]' is punctuation and a
-word. Everything that a tokenizer needs travels in `to_dict()`, so that a
-checkpoint works without the vocabulary file.
+`load_tokenizer(kind, path)` loads any of the three. Special tokens are never
+parsed from text: a caption with '[MASK]' in it has punctuation and a word
+there. `to_dict()` holds everything that a tokenizer needs, so a checkpoint
+works without the vocabulary file.
 """
 import base64
 import json
@@ -52,7 +52,7 @@ class Tokenizer:
     vocab_size: number of ids.
     tokens: list of all tokens, by id.
     pad_id, cls_id, sep_id, mask_id: ids of the special tokens.
-    special_ids: sorted ids that are no part of a text (these and unknown).
+    special_ids: sorted ids that are not part of a text (these and unknown).
   """
   kind = None
   specials = None  # (pad, cls, sep, mask, unknown), as the vocabulary says
@@ -102,8 +102,8 @@ class _WordPiece(Tokenizer):
              if f.endswith('.txt')]
     if path in names:
       path = os.path.join(_SHIPPED, path + '.txt')
-    # Not splitlines: BERT's vocabulary holds tokens that Unicode regards as
-    # ends of lines.
+    # Not splitlines: BERT's vocabulary has tokens that Unicode counts as line
+    # ends.
     tokens = _read(path, 'a vocabulary of one token a line',
                    shipped=names).split('\n')
     tokens = [t.removesuffix('\r') for t in tokens]
@@ -196,7 +196,7 @@ class _SentencePiece(Tokenizer):
         self._t.id_to_piece(i) for i in range(self._t.get_piece_size())])
 
   def _encode(self, text):
-    # A model may parse its special tokens out of text; ours never do.
+    # A SentencePiece model may parse special tokens from text; drop them.
     skip = {self.pad_id, self.cls_id, self.sep_id, self.mask_id}
     return [i for i in self._t.encode(text) if i not in skip]
 

@@ -13,7 +13,7 @@ from e2e_vlp_jax.data import tokenizer as tokenizer_lib
 
 @dataclasses.dataclass(frozen=True)
 class Vocabularies:
-  """What names stand for ids.
+  """Which names the ids of a model stand for.
 
   Attributes:
     tokenizer: a `tokenizer.Tokenizer`.

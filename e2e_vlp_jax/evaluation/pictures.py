@@ -12,7 +12,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
 from e2e_vlp_jax.evaluation import detection
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
@@ -296,7 +296,7 @@ def _sample(predictor, record, found, caption, match, neighbour, threshold):
       rows.append({'text': neighbour['texts'][0], 'score': match[1],
                    'whose': 'other', 'right': match[1] <= .5})
   return draw(
-      records.decode_image(record['image'], record['image_id']),
+      photographs.decode_image(record['image'], record['image_id']),
       objects=predictor.objects_of(found, *size, threshold) if found else None,
       ground_truth=[o for o in detection.ground_truth(
           record, predictor.labels) if not o['is_crowd']]

@@ -19,7 +19,7 @@ from PIL import Image
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import pp as pp_lib
 from e2e_vlp_jax.data import ops_image
-from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data import photographs
 
 # What `predict` can be asked for, and the head that it takes.
 TASK_HEADS = {'detect': 'detection', 'caption': 'captioning', 'match': 'itm',
@@ -278,7 +278,7 @@ class Predictor:
     """
     self.check_task(task, text)
     if not isinstance(image, np.ndarray):
-      image = records.decode_image(image)
+      image = photographs.decode_image(image)
     height, width = image.shape[:2]
     batch = self.batch_of(image, [text] if isinstance(text, str) else text)
     out = {'task': task, 'image': {'height': height, 'width': width}}

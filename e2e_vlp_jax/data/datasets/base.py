@@ -21,7 +21,7 @@ from e2e_vlp_jax.data import units
 _BYTES = lambda: tfds.features.Scalar(np.object_)
 _BOX = lambda: tfds.features.Tensor(shape=(4,), dtype=np.float32)
 _TEXT = tfds.features.Text
-_NAMED = 1000  # things of one kind that a report lists; it counts all
+_NAMED = 1000  # names that a report lists per reason; it counts all
 
 
 def features():
@@ -76,14 +76,14 @@ def record(**fields):
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Writes records in their order, and keeps what a report needs.
+  """Writes records in their order and collects what a report needs.
 
-  A subclass is called Builder and has `name`, `OPTIONS` and `sources`. Where
-  `name` is also one of its options, that one names what is written.
+  A subclass is called Builder and has `name`, `OPTIONS` and `sources`. If
+  `name` is one of its options, its value names the dataset that is written.
 
   Attributes:
     options: the values of `OPTIONS`.
-    indexes: {split: {column: array [n]}} of what is written, in its order.
+    indexes: {split: {column: array [n]}} of the records, in their order.
     reports: {split: {...}}: counts, what was skipped and why, a digest.
   """
   VERSION = tfds.core.Version('1.0.0')
@@ -91,7 +91,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   OPTIONS = {}
   # True where `prepare` needs --source, a folder of official files.
   NEEDS_SOURCE = False
-  # TFDS would look here for checksums of downloads; nothing is downloaded.
+  # TFDS would look here for checksums of downloads; we download nothing.
   code_path = None
 
   def __init__(self, *, data_dir, source=None, **options):
@@ -114,7 +114,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     super().__init__(data_dir=data_dir, file_format='array_record')
 
   def sources(self):
-    """{split: (most records there can be, function to iterate over them)}."""
+    """{split: (upper bound of its records, function that yields them)}."""
     raise NotImplementedError
 
   def annotation_files(self):
@@ -122,7 +122,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return []
 
   def skip(self, split, reason, name=None):
-    """Counts one thing left out; `name` says which, where that helps."""
+    """Counts something that is left out; `name` says what, if given."""
     found = self.reports[split]['skipped'].setdefault(
         reason, {'count': 0, 'names': []})
     found['count'] += 1
@@ -130,19 +130,19 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       found['names'].append(str(name))
 
   def note(self, split, what):
-    """Counts one thing that was kept, but changed."""
+    """Counts something that is kept, but changed."""
     changed = self.reports[split]['changed']
     changed[what] = changed.get(what, 0) + 1
 
   def box(self, split, what, name, xywh, stored, height, width):
     """A box of the annotations, checked and clipped to the image.
 
-    What has no area there is left out and counted.
+    A box without area there is left out and counted.
 
     Args:
-      split: its report counts.
-      what: kind of thing, for the report; 'box', say.
-      name: of the thing, for the report.
+      split: whose report counts it.
+      what: kind of annotation, for the report: 'box', say.
+      name: of the annotation, for the report.
       xywh: left, top, width and height in pixels; may be anything.
       stored: the `image_files.Stored` image.
       height, width: the image's size according to the annotations.
@@ -163,7 +163,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     inside = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
       return skip('outside the image')
-    # COCO's own boxes stick out by a hundredth of a pixel now and then.
+    # Some of COCO's boxes stick out by a hundredth of a pixel.
     if max(abs(p - q) for p, q in zip(inside, (x, y, x + w, y + h))) > .1:
       self.note(split, f'{what} clipped to the image')
     box = stored.box(*inside, height, width)
@@ -204,8 +204,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       referred = max([referred, *(s.get('second_record', -1)
                                   for s in example['statements'])])
       digest.update(canonical(example))
-      # TFDS puts examples in the order of keys of 128 bits, a bucket of it
-      # at a time: keys over the whole range keep the buckets small.
+      # TFDS sorts examples by their 128-bit keys, one bucket of keys at a
+      # time: keys spread over the whole range keep the buckets small.
       yield (k << 128) // most, _flat(example)
     progress.close()
     if referred >= totals['images']:
@@ -224,7 +224,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def canonical(example):
-  """Bytes that are equal for equal records, whatever wrote them."""
+  """Bytes that are equal for equal records."""
   def plain(x):
     if isinstance(x, bytes):
       return hashlib.sha256(x).hexdigest()
@@ -247,17 +247,17 @@ def stored_box(box, height=1, width=1):
 
 
 def held_out(k, total, count):
-  """Whether thing k of `total` is one of `count` that are spread evenly."""
+  """Whether item k of `total` is one of `count` that are spread evenly."""
   return (k + 1) * count // total > k * count // total
 
 
 def clean(text):
-  """One line without space at its ends."""
+  """The text on one line, without space at its ends."""
   return re.sub(r'\s+', ' ', text).strip()
 
 
 def reason(error, name):
-  """An error without the file's name, so that equal reasons count as one."""
+  """An error's text without the file's name, to count equal reasons as one."""
   return re.sub(rf'(?<!\w){re.escape(name)}(?!\w)', 'it',
                 str(error).replace(repr(name), 'it'))
 

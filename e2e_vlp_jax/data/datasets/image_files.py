@@ -1,5 +1,5 @@
-"""The images of official datasets: found in folders or zip files, checked,
-and made storable."""
+"""Images of official datasets: found in folders or zip files, checked, stored.
+"""
 import io
 import multiprocessing.pool
 import os
@@ -9,7 +9,7 @@ import zipfile
 from PIL import Image
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data import photographs
 
 # EXIF orientation -> where a point (x, y), in [0, 1] of the stored pixels,
 # lies in the upright picture.
@@ -32,11 +32,11 @@ class ImageFiles:
 
     Args:
       source: a folder.
-      folders: e.g. ['train2017', 'images/train2017']. A zip may hold its
-        files with or without one folder in front.
+      folders: e.g. ['train2017', 'images/train2017']. Files in a zip may lie
+        in one folder.
 
     Raises:
-      UserError: none of them is there.
+      UserError: none of them exists.
     """
     self._places = []
     for folder in folders:
@@ -62,7 +62,7 @@ class ImageFiles:
     """The bytes of a file.
 
     Raises:
-      UserError: it is nowhere, or cannot be read.
+      UserError: the file is missing or cannot be read.
     """
     for path, archive, members in self._places:
       try:
@@ -90,7 +90,8 @@ def load_all(names, read):
 
   Args:
     names: list.
-    read: name -> encoded bytes; may raise UserError. Several threads call it.
+    read: name -> encoded bytes; may raise UserError. Called from several
+      threads.
   """
   def load(name):
     try:
@@ -106,9 +107,9 @@ class Stored:
   """An image as it is stored: upright, RGB, 8 bit.
 
   Attributes:
-    data: encoded bytes; the original ones where they are that already.
+    data: encoded bytes, the original ones if they need no change.
     height, width: of the upright picture.
-    changed: why it had to be encoded again, or ''.
+    changed: why the image was encoded again, or ''.
   """
 
   def __init__(self, data, size, orientation, changed):
@@ -116,12 +117,12 @@ class Stored:
     self._orientation, self.changed = orientation, changed
 
   def box(self, x0, y0, x1, y1, height, width):
-    """A box of the annotations, to the upright picture.
+    """A box of the annotations, in the upright picture.
 
-    The annotations' own height and width tell which pixels they mean: boxes
-    are turned with the picture unless that size is already the upright one.
-    Where it fits both (a square, or no quarter turn), they mean the stored
-    pixels, as COCO's tools read them.
+    The annotations' own height and width tell which pixels they refer to: a box
+    is turned with the picture unless that size is already the upright one.
+    Where both sizes fit (a square, or no quarter turn), boxes refer to the
+    pixels as stored, as COCO's tools read them.
 
     Args:
       x0, y0, x1, y1: pixels of an image of this height and width.
@@ -144,12 +145,12 @@ class Stored:
 
 
 def storable(data, name):
-  """Decodes an encoded image fully and keeps or rewrites its bytes.
+  """Decodes an encoded image and keeps or rewrites its bytes: a `Stored`.
 
   Raises:
-    UserError: it is not a whole image.
+    UserError: it is not a complete image.
   """
-  with records.readable(name):
+  with photographs.readable(name):
     image = Image.open(io.BytesIO(data))
     image.load()
     orientation = image.getexif().get(_ORIENTATION, 1)
@@ -164,7 +165,7 @@ def storable(data, name):
       changed.append(f'EXIF orientation {orientation}')
     if not changed:
       return Stored(data, image.size, 1, '')
-    upright, out = records.upright(image), io.BytesIO()
+    upright, out = photographs.upright(image), io.BytesIO()
     if image.format in ('JPEG', 'MPO'):
       upright.save(out, 'JPEG', quality=95, subsampling=0)
     else:

@@ -1,7 +1,6 @@
-"""JSON files that are one long list, read an item at a time.
+"""JSON files that hold one long list, read one item at a time.
 
-The files of Visual Genome take gigabytes as Python objects; an item of them
-is small.
+Visual Genome's files take gigabytes as Python objects; their items are small.
 """
 import json
 import mmap
@@ -11,11 +10,11 @@ from e2e_vlp_jax import errors
 
 _OPEN, _CLOSE = re.compile(rb'\s*\[\s*'), re.compile(rb'\s*\]')
 _COMMA = re.compile(rb'\s*,\s*')
-_GUESS = 1 << 16  # bytes of an item; longer ones are tried again
+_GUESS = 1 << 16  # bytes read for an item at first; more if it is longer
 
 
 class JsonList:
-  """Items by their ids; of each, only its place is held.
+  """Items by their ids; only their places in the file are kept in memory.
 
   Attributes:
     path: of the file.
@@ -26,11 +25,11 @@ class JsonList:
 
     Args:
       path: of a JSON file, a list of objects.
-      ids: keys of which the first that an item has is its id, a number.
-      key: of what every item must have, a list of objects; None = nothing.
+      ids: keys; the first that an item has holds its id, a number.
+      key: a list of objects that every item must have; None = no such check.
 
     Raises:
-      UserError: no such file, or something else is in it.
+      UserError: no such file, or it does not hold such a list.
     """
     self.path, self._places = path, {}
     for number, (start, end, item) in enumerate(_items(path)):
@@ -47,7 +46,7 @@ class JsonList:
       self._places[found[0]] = start, end
 
   def ids(self):
-    """Ids of the items, as they come in the file."""
+    """Ids of the items, in the order of the file."""
     return self._places.keys()
 
   def get(self, i, default=None):
@@ -78,7 +77,7 @@ def _items(path):
         at, size = mark.end(), _GUESS
         while True:
           try:
-            # A byte a character: numbers and structure are ASCII.
+            # One byte per character; numbers and structure are ASCII.
             item, length = json.JSONDecoder().raw_decode(
                 data[at:at + size].decode('latin-1'))
             break

@@ -1,11 +1,11 @@
 """`scenes`: drawn scenes that need no download.
 
-From one scene graph come the picture and every field of the record: see
-`scene_draw` (pictures), `scene_text` (language), `scene_facts` (truth).
-Example i of a split depends on the seed, the split's name and i alone, so a
-smaller split is a prefix of a larger one. Splits are drawn from different
-seeds; `unseen` holds scenes with colour-shape pairs of which no other split
-draws or says anything.
+The picture and every field of the record come from one scene graph: see `draw`
+(pictures), `text` (language) and `facts` (truth). Example i of a split depends
+only on the seed, the split's name and i, so a smaller split is a prefix of a
+larger one. Splits have different seeds; `unseen` holds scenes with colour-shape
+pairs that no other split shows or mentions. The second picture of a statement
+is drawn for it and is no record, so the statement stores its bytes.
 """
 import functools
 import json
@@ -19,12 +19,12 @@ from e2e_vlp_jax.data.datasets.scenes import text as scene_text
 from e2e_vlp_jax.data.datasets import base
 
 _SPLITS = dict(train=20000, validation=1024, test=1024, unseen=512)
-# Below this many images, starting processes takes longer than it saves.
+# For fewer images, starting processes takes longer than it saves.
 _FEW = 600
 
 
 class Builder(base.RecordBuilder):
-  """Draws all splits; one process a core."""
+  """Draws all splits with one process per core."""
   name = 'scenes'
   OPTIONS = {'seed': (0, 'seed of the scenes'),
              **{f'num_{s}': (n, f'images of the {s} split')
@@ -81,7 +81,7 @@ def _examples(seed, split, n):
   if n < _FEW or cores == 1:
     yield from map(one, range(n))
     return
-  # Not forked: this process has TensorFlow's threads by now.
+  # Spawned: forking a process with TensorFlow's threads is not safe.
   with multiprocessing.get_context('spawn').Pool(
       cores, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
     yield from pool.imap(one, range(n), chunksize=64)

@@ -1,14 +1,14 @@
 """Draws scenes: a scene graph of 1 to 6 objects, and its picture.
 
-Only numpy, Pillow's PNG encoder and Python's `random` are used, and every
-number comes from the seed, so that the same seed gives the same bytes.
+It uses only numpy, Pillow's PNG encoder and Python's `random`, and every number
+comes from the seed, so the same seed gives the same bytes.
 
 A scene graph is JSON-able:
   {'background': 'plain' | 'cluttered',
    'objects': [{'shape', 'colour', 'size', 'texture',
                 'box': [x0, y0, x1, y1], 'area'}]}
-Boxes are whole pixels, tight around what is drawn of the object before
-others cover it; area is its number of pixels. Later objects lie on top.
+Boxes are in whole pixels, tight around the object before others cover it;
+area is its number of pixels. Later objects lie on top.
 """
 import functools
 import io
@@ -20,7 +20,7 @@ from PIL import Image
 
 SIDE = 96                     # pixels, height and width of a scene
 MAX_OBJECTS = 6
-MIN_VISIBLE = 0.65            # share of each object that nothing covers
+MIN_VISIBLE = 0.65            # least uncovered share of each object
 SHAPES = ('circle', 'square', 'triangle', 'star', 'cross', 'ring')
 COLOURS = {
     'red': (228, 38, 40), 'orange': (250, 138, 24), 'yellow': (250, 232, 60),
@@ -28,7 +28,7 @@ COLOURS = {
     'purple': (176, 62, 206), 'white': (246, 246, 246)}
 SIZES = {'small': (14, 20), 'large': (26, 36)}      # pixels, inclusive
 TEXTURES = ('plain', 'striped', 'dotted')
-# One colour of every shape is kept out of all splits but `unseen`.
+# One colour of each shape occurs in the split `unseen` only.
 HELD_OUT = frozenset((
     ('purple', 'circle'), ('cyan', 'square'), ('blue', 'triangle'),
     ('orange', 'star'), ('green', 'cross'), ('red', 'ring')))
@@ -50,14 +50,14 @@ def sample_scene(seed, unseen=False):
            for _ in range(wanted)]
   if unseen:
     pairs[rng.randrange(wanted)] = rng.choice(sorted(HELD_OUT))
-  # A scene of unrelated objects hardly ever has two alike; counting needs it.
+  # Independent objects are hardly ever alike; counting needs some that are.
   if wanted > 1 and rng.random() < 0.3:
     a, b = rng.sample(range(wanted), 2)
     if not unseen or pairs[b] not in HELD_OUT:
       pairs[b] = pairs[a]
   owner = np.full((SIDE, SIDE), -1, np.int8)
   objects = []
-  # Held-out pairs first: whatever does not fit is left out of the scene.
+  # Held-out pairs first: objects that do not fit are left out of the scene.
   for colour, shape in sorted(pairs, key=lambda p: p not in HELD_OUT):
     size = 'large' if rng.random() < (.6 if wanted < 4 else .35) else 'small'
     texture = rng.choice(('plain',) + TEXTURES)
@@ -75,8 +75,8 @@ def sample_scene(seed, unseen=False):
       if any(v < MIN_VISIBLE * o['area'] for v, o in zip(visible, objects)):
         continue
       box = [x, y, x + w, y + h]
-      # Boxes that nearly coincide would make detection a guess (a small
-      # object in the hole of a ring), and so would one colour on itself.
+      # Boxes that nearly coincide (a small object in the hole of a ring) and
+      # overlapping objects of one colour would make detection a guess.
       if any(_overlap(box, o['box']) > (0.35 if o['colour'] != colour else 0)
              for o in objects):
         continue
@@ -119,7 +119,7 @@ def centre(o):
 
 
 def _pixels(o):
-  """The stencil size an object was drawn with, from its box."""
+  """The size of the stencil that drew an object, from its box."""
   x0, _, x1, _ = o['box']
   return x1 - x0
 
@@ -168,9 +168,9 @@ def _dull(rng):
 def _stencil(shape, pixels, texture='plain'):
   """How an object is drawn: (coverage, ink), both float32 [h, w] in [0, 1].
 
-  Coverage is trimmed to the rows and columns that it touches; its width is
-  `pixels` whatever the shape, so that the box tells the stencil. Ink is the
-  brightness of the texture.
+  Coverage is trimmed to the rows that it touches; its width is `pixels` for
+  every shape, so the box determines the stencil. Ink is the brightness of the
+  texture.
   """
   fine = 8                     # samples a pixel, for smooth edges
   t = (np.arange(pixels * fine) + .5) / (pixels * fine) * 2 - 1
@@ -199,7 +199,7 @@ def _stencil(shape, pixels, texture='plain'):
     marks = ((x + 2 * (y // 4 % 2)) % 4 < 2) & (y % 4 < 2)
   else:
     marks = np.zeros(alpha.shape, bool)
-  # The rim stays plain, so that texture does not fray the outline.
+  # The rim stays plain, so texture does not blur the outline.
   padded = np.pad(alpha, 1)
   core = np.minimum.reduce([padded[1:-1, :-2], padded[1:-1, 2:],
                             padded[:-2, 1:-1], padded[2:, 1:-1], alpha])

@@ -1,9 +1,9 @@
-"""Writes about scenes: captions, questions, statements, from the scene graph.
+"""Writes about scenes: captions, questions and statements from the scene graph.
 
-Everything is true of the graph by construction (or false on purpose, with its
-label), and uses the words of `vocabulary()` only. Every function takes a
-`random.Random`, and `pairs`, the (colour, shape) pairs that it may name, so
-that a split without a pair does not speak of it either.
+Everything is true of the graph by construction, or labelled as false, and uses
+only the words of `vocabulary()`. Functions take a `random.Random` and, where
+they may name an absent object, `pairs`: the (colour, shape) pairs that they may
+name, so that a split without a pair does not mention it either.
 """
 import functools
 import itertools
@@ -13,7 +13,7 @@ from e2e_vlp_jax.data.datasets.scenes import facts
 
 CAPTIONS = 5
 MOST_WORDS = 18               # of a caption
-# What a picture does not show: true or not, nobody can tell.
+# A picture cannot show whether these are true.
 HIDDEN = ('heavy', 'warm', 'soft', 'expensive')
 
 
@@ -28,6 +28,12 @@ def vocabulary():
   words += [*scene_draw.COLOURS, *scene_draw.SIZES, *scene_draw.SHAPES,
             *facts.PLURALS.values()]
   return ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *dict.fromkeys(words)]
+
+
+def answers():
+  """Every answer that `questions` can give, in a fixed order."""
+  return ['yes', 'no', *facts.NUMBERS, *scene_draw.COLOURS,
+          *scene_draw.SHAPES, *scene_draw.SIZES, *scene_draw.TEXTURES]
 
 
 def captions(scene, rng):
@@ -51,7 +57,7 @@ def captions(scene, rng):
 
 
 def phrases(scene, rng):
-  """[(phrase, object)]: one for each object, as much as its spec says."""
+  """[(phrase, object)]: one for each object."""
   return [(facts.mention(_spec(o, rng)), o) for o in scene['objects']]
 
 
@@ -90,8 +96,8 @@ def questions(scene, rng, pairs):
                     f'{facts.words_of(other)} ?', a[key], 'relation'))
     if one and other:
       true = rng.random() < .5
-      said = relation if true else facts.OPPOSITE[relation]
-      found.append((f'is the {facts.words_of(one)} {said} the '
+      stated = relation if true else facts.OPPOSITE[relation]
+      found.append((f'is the {facts.words_of(one)} {stated} the '
                     f'{facts.words_of(other)} ?', 'yes' if true else 'no',
                     'relation'))
   return found
@@ -103,7 +109,7 @@ def statement(first, second, rng, pairs):
   while True:
     a, b = (rng.choice(s['objects']) for s in (first, second))
     form = rng.randrange(5)
-    # Often something that is in one of the two; sometimes anything.
+    # Mostly an object that is in one of the two; sometimes any.
     spec = dict(zip(('colour', 'shape'), rng.choice(pairs)))
     if rng.random() < .8:
       spec = _pair(rng.choice((a, b)))
@@ -135,8 +141,8 @@ def statement(first, second, rng, pairs):
 def entailment(scene, rng, pairs):
   """[(text, label)]: one each of entailment, neutral and contradiction.
 
-  'Heavy' and the like make a text neutral if its object is there, and a
-  contradiction if it is not, so that the label needs the picture.
+  'Heavy' and the like make a text neutral if its object exists and a
+  contradiction if not, so the label cannot be told without the picture.
   """
   o = rng.choice(scene['objects'])
   name = facts.mention(_pair(o))
@@ -161,7 +167,7 @@ def entailment(scene, rng, pairs):
 
 
 def referring(scene, rng):
-  """[(expression, object)]: expressions that fit one object only."""
+  """[(expression, object)]: expressions that match exactly one object."""
   found = []
   keys = ('size', 'texture', 'colour', 'shape')
   for o in rng.sample(scene['objects'], min(2, len(scene['objects']))):
@@ -198,7 +204,7 @@ def _relation(scene, rng):
   more = [(r, o) for o in scene['objects'] if o is not a and o is not b
           for r in facts.RELATIONS if r != relation and facts.obvious(r, a, o)]
   if more and rng.random() < .25:
-    # Bare colours and shapes: three objects make a long sentence.
+    # Colours and shapes only: three objects make a long sentence.
     second, c = rng.choice(more)
     a, b, c = (facts.mention(_pair(o)) for o in (a, b, c))
     return f'{a} is {relation} {b} and {second} {c}'
@@ -241,7 +247,7 @@ def _spec(o, rng):
 
 
 def _absent(scene, rng, pairs):
-  """A pair that is not there; mostly one that shares a word with one."""
+  """An absent pair; mostly one that shares a word with an object."""
   o = rng.choice(scene['objects'])
   near = [p for p in pairs if o['colour'] in p or o['shape'] in p]
   while True:
@@ -259,7 +265,8 @@ def _only(o, scene, choices, rng):
 
 
 def _related(scene, rng):
-  """(relation, a, b) that is obvious, of objects that differ by their pair."""
+  """(relation, a, b): an obvious relation of two objects of different pairs.
+  """
   found = [(r, a, b) for a, b in itertools.permutations(scene['objects'], 2)
            if _pair(a) != _pair(b)
            for r in facts.RELATIONS if facts.obvious(r, a, b)]
