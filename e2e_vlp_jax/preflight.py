@@ -23,9 +23,9 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies
-from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program as program_lib
+from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import run
 from e2e_vlp_jax.training import sharding
 
@@ -54,23 +54,23 @@ def preflight(config, topology, search=True, say=print):
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
   sizes = vocabularies.Vocabularies.load(config.data).sizes
   bucket = synthetic.largest_bucket(config.data)
-  plan = assemble.Assembly(
+  assembly = assemble.Assembly(
       config, models.build(config, **sizes), mesh,
       synthetic.synthetic_batch(config.data, batch_size=1, bucket=bucket,
                                 **sizes))
-  state = program_lib.bytes_per_chip(plan.shapes, plan.shardings)
-  counts = run.count_parameters(plan.shapes.params)
+  state = program_lib.bytes_per_chip(assembly.shapes, assembly.shardings)
+  counts = run.count_parameters(assembly.shapes.params)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   say(f'{counts["total"]:,} parameters; compiling for {mesh.size} x '
       f'{chip.name}: minutes for a large model')
-  _check_state(plan.shapes, state, chip, topology, mesh)
+  _check_state(assembly.shapes, state, chip, topology, mesh)
 
-  program = _compile(plan, config.batch_size)
+  program = _compile(assembly, config.batch_size)
   largest = None
   if chip.hbm and (search or program.peak > chip.hbm):
     unit = shards * config.accumulate
     largest = config.accumulate * _largest(
-        lambda n: _compile(plan, n * unit).peak, config.batch_size // unit,
+        lambda n: _compile(assembly, n * unit).peak, config.batch_size // unit,
         program.peak, state, chip.hbm, say, most=8 if search else 0)
   if chip.hbm and program.peak > chip.hbm:
     raise errors.UserError(_too_large(config, program, chip, shards, largest))
@@ -106,10 +106,9 @@ class _Program(NamedTuple):
   traffic: float = 0.
 
 
-def _compile(plan, batch_size):
+def _compile(assembly, batch_size):
   start = time.perf_counter()
-  traced = plan.step().trace(plan.state_target(),
-                             plan.batch_target(batch_size))
+  traced = assembly.trace(batch_size)
   flops = program_lib.flops(traced.jaxpr)
   try:
     compiled = traced.lower().compile()

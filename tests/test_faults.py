@@ -17,15 +17,12 @@ from e2e_vlp_jax.training import checkpoint
 from tests import kill_and_resume as runs
 from tests import small_run
 
-# Two objectives compile in a third of the time, and faults do not care.
-LIGHT = {'objectives.detection': 0., 'objectives.captioning': 0.,
-         'warm_start.steps': 0}
+LIGHT = 'tests/small_run.py:light'
 
 
 def light_config(data_dir, **changes):
-  config = small_run.get_config()
-  config.update_from_flattened_dict(
-      {'data.dir': str(data_dir), **LIGHT, **changes})
+  config = small_run.get_config('light')
+  config.update_from_flattened_dict({'data.dir': str(data_dir), **changes})
   return config
 
 
@@ -43,8 +40,8 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_saved(tiny_scenes,
   """The kernel refuses the run's writes after its first checkpoint."""
   workdir = tmp_path / 'w'
   process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
-                        {**LIGHT, 'total_steps': 5000, 'log_every_steps': 2},
-                        output=subprocess.PIPE)
+                        {'total_steps': 5000, 'log_every_steps': 2},
+                        config=LIGHT, output=subprocess.PIPE)
   runs.wait_for_step([process], workdir, runs.SAVE_EVERY)
   while not saved_steps(workdir):
     time.sleep(.05)
@@ -61,8 +58,8 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_saved(tiny_scenes,
   assert params and meta['step'] in saved_steps(workdir)
   before = runs.last_step(workdir)
   process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
-                        {**LIGHT, 'total_steps': 5000,
-                         'checkpoint.every_steps': 1})
+                        {'total_steps': 5000, 'checkpoint.every_steps': 1},
+                        config=LIGHT)
   runs.wait_for_step([process], workdir, before + 2)
   process.terminate()
   assert process.wait(runs.PATIENCE) == 0
@@ -72,8 +69,8 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_saved(tiny_scenes,
 def test_sigterm_saves_and_leaves_with_0(tiny_scenes, tmp_path):
   workdir = tmp_path / 'w'
   process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
-                        {**LIGHT, 'total_steps': 5000,
-                         'checkpoint.every_steps': 0})
+                        {'total_steps': 5000, 'checkpoint.every_steps': 0},
+                        config=LIGHT)
   runs.wait_for_step([process], workdir, 3)
   process.send_signal(signal.SIGTERM)
   assert process.wait(runs.PATIENCE) == 0
@@ -169,9 +166,8 @@ def test_saves_by_time_and_keeps_the_best(tiny_scenes, tmp_path):
 def test_another_dataset_or_seed_is_refused_unless_asked_for(tiny_scenes,
                                                              tmp_path):
   command = [sys.executable, '-m', 'e2e_vlp_jax.train', '--config',
-             'tests/small_run.py', f'--config.data.dir={tiny_scenes}',
-             '--workdir', str(tmp_path), '--config.total_steps=1',
-             *(f'--config.{k}={v}' for k, v in LIGHT.items())]
+             LIGHT, f'--config.data.dir={tiny_scenes}',
+             '--workdir', str(tmp_path), '--config.total_steps=1']
   go = lambda *more: subprocess.run(
       [*command, *more], cwd=runs.REPO, capture_output=True, text=True)
   assert go().returncode == 0

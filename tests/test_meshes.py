@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from configs import e2e_vlp as config_lib
+from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
-from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import program
+from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
+from e2e_vlp_jax.training import train_step
 from tests import small_run
 
 SIZES = dict(vocab_size=50, num_classes=6, num_attributes=13)
@@ -108,6 +110,46 @@ def test_constraints_on_outputs_act():
   double = jax.jit(lambda x: sharding.constrain_batch(mesh, {'x': 2 * x}))
   out = double(jax.device_put(np.ones((8, 4)), sharding.replicated(mesh)))
   assert {s.data.shape for s in out['x'].addressable_shards} == {(1, 4)}
+
+
+@pytest.mark.parametrize('spec', ['configs/e2e_vlp.py:tiny',
+                                  'configs/soho.py:tiny',
+                                  'configs/fiber.py:tiny,queue=8'])
+def test_models_name_their_outputs_without_a_batch(spec):
+  """Every output that does not grow with the batch, and no other."""
+  config = cli.load_config(spec)
+  model = models.build(config, **SIZES)
+
+  def shapes(size):
+    batch = synthetic.synthetic_batch(config.data, batch_size=size, **SIZES)
+    keys = {name: jax.random.key(0) for name in ('params', 'dropout',
+                                                 'sample')}
+    outputs, _ = jax.eval_shape(
+        lambda: model.init_with_output(keys, batch, model.views, train=True))
+    return {(view, name): [x.shape for x in jax.tree.leaves(value)]
+            for view, found in outputs.items() for name, value in found.items()}
+  at_8, at_16 = shapes(8), shapes(16)
+  found = {name for (view, name), value in at_8.items()
+           if any(len(x) == 0 or (x[0], y[0]) != (8, 16)
+                  for x, y in zip(value, at_16[view, name]))}
+  assert found == set(model.batchless_outputs)
+
+
+def test_a_queue_as_long_as_the_batch_is_not_split():
+  """It has the batch's size by coincidence: only declarations count."""
+  mesh = sharding.make_mesh(dict(data=8, fsdp=1, tensor=1))
+  queues = 'image_queue', 'itc_scale'
+  constrain = jax.jit(lambda x: train_step._constrain_outputs(mesh, {'v': x},
+                                                              queues, 8)['v'])
+  outputs = {'image_embedding': np.ones((8, 4)), 'image_queue': np.ones((8, 4)),
+             'itc_scale': np.float32(1),
+             'aux_outputs': [{'pred_boxes': np.ones((8, 2, 4))}]}
+  out = constrain(jax.device_put(outputs, sharding.replicated(mesh)))
+  held = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, out)
+  assert held == {'image_embedding': (1, 4), 'image_queue': (8, 4),
+                  'itc_scale': (), 'aux_outputs': [{'pred_boxes': (1, 2, 4)}]}
+  with pytest.raises(ValueError, match="'usage' of view 'v'.*batchless"):
+    constrain({'usage': np.float32(1)})
 
 
 def test_several_slices_put_data_on_the_slow_network():

@@ -107,13 +107,13 @@ def test_killed_run_resumes_to_the_same_bits(whole, tiny_scenes, tmp_path):
       'import json, sys, time\n'
       'from tests.test_train import small_config\n'
       'from e2e_vlp_jax import train\n'
-      'from e2e_vlp_jax.training import checkpoint\n'
-      'save = checkpoint.Checkpointer.save\n'
+      'from e2e_vlp_jax.training import checkpointer\n'
+      'save = checkpointer.Checkpointer.save\n'
       'def slow(self, step, state, metrics=None):\n'
       '  save(self, step, state, metrics)\n'
       '  self.wait()\n'
       '  if step == 4: print("saved 4", flush=True); time.sleep(600)\n'
-      'checkpoint.Checkpointer.save = slow\n'
+      'checkpointer.Checkpointer.save = slow\n'
       f'train.train(small_config({str(tiny_scenes)!r}), {str(broken)!r})\n')
   process = subprocess.Popen([sys.executable, '-c', script],
                              stdout=subprocess.PIPE, text=True,

@@ -1,8 +1,8 @@
-"""A config, its model and a mesh -> the state and the jitted steps of a run.
+"""Puts config, model and mesh together: the state and steps of a run.
 
-Training runs them, preflight compiles them for machines that are not there,
-benchmark times them: one place puts them together, so that all three mean
-the same program.
+`train` runs the steps, `preflight` compiles them for machines that are not
+there, `benchmark` times them. They all get them here, so that it is the same
+program.
 """
 import jax
 
@@ -47,12 +47,17 @@ class Assembly:
         {f'{i}/{k}': v for i, built in enumerate(self.objectives)
          for k, v in built.items()})
     self.shapes = jax.eval_shape(self._init)
-    self.shardings = train_step.state_shardings(
+    self.shardings = sharding.state_shardings(
         self.shapes, mesh, tuple(config.sharding_rules))
 
   def schedule(self, stage):
     """Learning rate as a function of the steps since the stage's start."""
     return optim.make_schedule(stage.optim, stage.end, stage.start)
+
+  def learning_rate(self, index, step):
+    """Of step number `step` (from 0) in stage number `index`."""
+    stage = self.stages[index]
+    return float(self.schedule(stage)(step - stage.start))
 
   def optimizer(self, stage, params=None):
     """The stage's optax transformation."""
@@ -69,6 +74,19 @@ class Assembly:
   def init(self):
     """A fresh TrainState, every array born on the devices that keep it."""
     return jax.jit(self._init, out_shardings=self.shardings)()
+
+  def begin_stage(self, index, state):
+    """`state` as a stage needs it: with a new optimizer where it starts.
+
+    The moments of parameters that the stage before did not train would be
+    wrong for many steps.
+    """
+    stage = self.stages[index]
+    if not 0 < stage.start == int(state.step):
+      return state
+    start = jax.jit(self.optimizer(stage).init,
+                    out_shardings=self.shardings.opt_state)
+    return state.replace(opt_state=start(state.params))
 
   def step(self, index=-1):
     """The jitted (state, batch) -> (state, metrics) of a stage; -1: the last.
@@ -96,3 +114,8 @@ class Assembly:
     return {k: jax.ShapeDtypeStruct(
         (batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype),
         sharding=where) for k, x in self._example.items()}
+
+  def trace(self, batch_size):
+    """The last stage's step traced for a batch of this size, to compile."""
+    return self.step().trace(self.state_target(),
+                             self.batch_target(batch_size))
