@@ -48,7 +48,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
     peer: name of a peer (`peers.names`) to time in turns with ours.
     data: also train on the config's own data and see how long steps wait.
     score: also time the scoring of image-text pairs.
-    say: is given a line now and then.
+    say: called with lines about the progress.
 
   Returns:
     dict, JSON-able: what `--json` writes (docs/pods.md).
@@ -79,7 +79,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
       theirs.step()
   times, peer_times = [], []
   for _ in range(steps):
-    # In turns: what else the machine does slows both alike.
+    # In turns, so that other work on the machine slows both alike.
     times.append(timing.seconds(ours.step))
     if theirs:
       peer_times.append(timing.seconds(theirs.step))
@@ -210,14 +210,14 @@ def _scoring(model, ours, steps):
 
 # --- The input pipeline -----------------------------------------------------
 def input_speed(config, images=512, rounds=5):
-  """How fast the config's pipeline makes batches, without any model.
+  """Measures how fast the config's pipeline makes batches, without a model.
 
-  In turns with the plain decoding of the same files to RGB (Pillow, as many
-  threads as the pipeline has), which is the least that anybody must do.
+  In turns it decodes the same files to RGB (Pillow, as many threads as the
+  pipeline has), which is the least that any pipeline must do.
 
   Args:
     config: reads data, seed and batch_size.
-    images: of a turn, at least.
+    images: least number of images in a turn.
     rounds: turns of each; the median counts.
 
   Returns:

@@ -98,8 +98,8 @@ class _Usage:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if hasattr(session.config, 'workeroutput'):
       session.config.workeroutput['peak'] = peak
-    else:
-      self._peaks.setdefault('main', peak)
+    elif not self._peaks:  # There are no workers: the tests ran here.
+      self._peaks['this process'] = peak
 
   @pytest.hookimpl(optionalhook=True)
   def pytest_testnodedown(self, node):

@@ -16,6 +16,7 @@ def get_config(arg=None):
   config = e2e_vlp.get_config('tiny')
   config.update_from_flattened_dict({
       'model.width': 32, 'model.ffn': 48, 'model.num_queries': 8,
+      'model.encoder_layers': 1, 'model.decoder_layers': 1,
       'model.backbone.stem': 8, 'model.backbone.width': 16,
       'model.backbone.blocks': 1, 'batch_size': 8, 'eval_batch_size': 8,
       'total_steps': 6, 'warm_start.steps': 2, 'eval_every_steps': 0,

@@ -5,7 +5,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -163,20 +162,18 @@ def test_saves_by_time_and_keeps_the_best(tiny_scenes, tmp_path):
     train.train(config, str(tmp_path / 'x'))
 
 
-def test_another_dataset_or_seed_is_refused_unless_asked_for(tiny_scenes,
-                                                             tmp_path):
-  command = [sys.executable, '-m', 'e2e_vlp_jax.train', '--config',
-             LIGHT, f'--config.data.dir={tiny_scenes}',
+def test_another_dataset_or_seed_is_refused_unless_asked_for(
+    tiny_scenes, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(runs.REPO)
+  command = ['--config', LIGHT, f'--config.data.dir={tiny_scenes}',
              '--workdir', str(tmp_path), '--config.total_steps=1']
-  go = lambda *more: subprocess.run(
-      [*command, *more], cwd=runs.REPO, capture_output=True, text=True)
-  assert go().returncode == 0
-  refused = go('--config.seed=1')
-  assert refused.returncode == 2 and 'seed is 0 there, 1 here' in (
-      refused.stderr) and 'Traceback' not in refused.stderr
-  allowed = go('--config.seed=1', '--allow-changes')
-  assert allowed.returncode == 0, allowed.stderr
-  assert '--allow-changes: seed: 0 -> 1' in allowed.stdout
+  train.main(command)
+  with pytest.raises(SystemExit) as refused:
+    train.main([*command, '--config.seed=1'])
+  assert refused.value.code == 2
+  assert 'seed is 0 there, 1 here' in capsys.readouterr().err
+  train.main([*command, '--config.seed=1', '--allow-changes'])
+  assert '--allow-changes: seed: 0 -> 1' in capsys.readouterr().out
 
 
 def test_a_trace_is_taken_on_demand(tiny_scenes, tmp_path):

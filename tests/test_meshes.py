@@ -37,29 +37,32 @@ def assembled(accumulate=1, **axes):
   return assembly, lambda t: sharding.shard_batch(mesh, make(seed=t))
 
 
-@functools.cache
-def losses(accumulate=1, **axes):
-  """([metrics of each step], the state after the last)."""
-  assembly, batch = assembled(accumulate, **axes)
-  state, step, found = assembly.init(), assembly.step(), []
-  for t in range(STEPS):
-    state, metrics = step(state, batch(t))
-    found.append(jax.device_get(metrics))
-  return found, state
+@pytest.fixture(scope='module')
+def layout_run():
+  """Runs a layout once: (metrics of each step, last state, lowered, text)."""
+  @functools.cache
+  def run(**layout):
+    assembly, batch = assembled(**layout)
+    lowered = assembly.trace(8).lower()
+    step = lowered.compile()
+    state, found = assembly.init(), []
+    for t in range(STEPS):
+      state, metrics = step(state, batch(t))
+      found.append(jax.device_get(metrics))
+    return found, state, lowered.as_text(), step.as_text()
 
-
-@pytest.fixture
-def split_small(monkeypatch):
-  """Small arrays too are split, or nothing of this model would be."""
-  monkeypatch.setattr(sharding, 'FSDP_MIN_BYTES', 256)
+  # Small arrays too are split, or nothing of this model would be.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'FSDP_MIN_BYTES', 256)
+    yield run
 
 
 @pytest.mark.parametrize('layout', [
     dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2),
     dict(accumulate=4)], ids=str)
-def test_layouts_give_the_same_losses(layout, split_small):
+def test_layouts_give_the_same_losses(layout, layout_run):
   """20 steps; two processes: tests/test_multihost.py."""
-  one, other = losses()[0], losses(**layout)[0]
+  one, other = layout_run()[0], layout_run(**layout)[0]
   worst = max(abs(a['loss'] - b['loss']) / abs(a['loss'])
               for a, b in zip(one, other))
   print(f'{layout}: loss of {STEPS} steps within {worst:.1e}')
@@ -69,29 +72,34 @@ def test_layouts_give_the_same_losses(layout, split_small):
                                  err_msg=name)
 
 
-def test_fsdp_holds_an_eighth():
-  """Of the parameters and of the optimizer's state of `r50`, measured."""
+def test_fsdp_holds_an_eighth(layout_run):
+  """Of the parameters and of the optimizer's state: measured, and of `r50`."""
+  state = layout_run(fsdp=8)[1]
+  for part in (state.params, state.opt_state):
+    leaves = jax.tree.leaves(part)
+    held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+    assert held < sum(x.nbytes for x in leaves) / 6
+
   config = config_lib.get_config('r50')
   mesh = sharding.make_mesh(dict(data=1, fsdp=8, tensor=1))
   sizes = dict(vocab_size=30522, num_classes=1600, num_attributes=400)
   example = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
-  state = assemble.Assembly(config, models.build(config, **sizes), mesh,
-                            example).init()
-  for part in (state.params, state.opt_state):
-    leaves = jax.tree.leaves(part)
-    held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
-    total = sum(x.nbytes for x in leaves)
-    print(f'a device holds {held / total:.3f} of {total / 1e6:.0f} MB')
+  assembly = assemble.Assembly(config, models.build(config, **sizes), mesh,
+                               example)
+  for part in ('params', 'opt_state'):
+    shapes = getattr(assembly.shapes, part)
+    held = program.bytes_per_chip(shapes, getattr(assembly.shardings, part))
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    print(f'r50, {part}: a device holds {held / total:.3f} of '
+          f'{total / 1e6:.0f} MB')
     assert held < total / 6
 
 
 @pytest.mark.parametrize('layout', [dict(data=8), dict(fsdp=8)], ids=str)
-def test_compiled_step(layout, split_small):
+def test_compiled_step(layout, layout_run):
   """No collective inside the matching; activations split by example."""
-  assembly, batch = assembled(**layout)
-  lowered = assembly.step().lower(assembly.state_target(), batch(0))
-  assert 'sharding_constraint' in lowered.as_text()
-  text = lowered.compile().as_text()
+  _, _, lowered, text = layout_run(**layout)
+  assert 'sharding_constraint' in lowered
   found = program.collectives(text)
   assert any(c.kind in ('all-reduce', 'reduce-scatter') for c in found)
   assert re.search(r'\bwhile\(', text), 'the matching is a loop'

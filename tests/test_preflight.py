@@ -376,10 +376,10 @@ def test_a_batch_too_large_says_what_fits(capsys, small_chips, monkeypatch):
 
 def test_the_compilers_refusals_are_understood():
   g = 2**30
-  assert preflight._wanted(
+  assert preflight._needed(
       'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used '
       '20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.') == 20.5 * g
-  assert preflight._wanted(
+  assert preflight._needed(
       'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory '
       'required for HLO temporaries (31.00G) exceeds available HBM '
       '(15.75G).') == 31 * g

@@ -14,23 +14,23 @@ from e2e_vlp_jax.training import train_step
 
 
 class Assembly:
-  """What a config trains. Making one touches no device.
+  """The state and steps of a config; making one touches no device.
 
   Args:
     config: whole config.
     model: from `models.build`.
     mesh: from `sharding.make_mesh`; its devices need not be attached.
-    example: a batch of any size (only shapes and types matter).
+    example: a batch of any size; only shapes and types matter.
 
   Attributes:
     stages: from `run.stages`.
     objectives: a stage's {name: (weight, objective)}, in the stages' order.
-    requests: what all stages ask of the model.
+    requests: {view: heads} that the stages need of the model.
     shapes: TrainState of ShapeDtypeStructs.
     shardings: TrainState of NamedShardings.
 
   Raises:
-    UserError: whatever of the config does not fit together.
+    UserError: parts of the config do not fit together.
   """
 
   def __init__(self, config, model, mesh, example):
@@ -42,7 +42,7 @@ class Assembly:
                              stage.objectives) for stage in self.stages]
     for stage, built in zip(self.stages, self.objectives):
       objectives_lib.check_requests(built, model.views, config.model.name)
-      self.schedule(stage)  # A later stage's mistake shows now, not then.
+      self.schedule(stage)  # Fails now and not when the stage begins.
     self.requests = objectives_lib.requests(
         {f'{i}/{k}': v for i, built in enumerate(self.objectives)
          for k, v in built.items()})
@@ -72,7 +72,7 @@ class Assembly:
         ema=self.config.ema_decay > 0)
 
   def init(self):
-    """A fresh TrainState, every array born on the devices that keep it."""
+    """A new TrainState, each array made on the devices that keep it."""
     return jax.jit(self._init, out_shardings=self.shardings)()
 
   def begin_stage(self, index, state):
@@ -89,9 +89,9 @@ class Assembly:
     return state.replace(opt_state=start(state.params))
 
   def step(self, index=-1):
-    """The jitted (state, batch) -> (state, metrics) of a stage; -1: the last.
+    """The jitted (state, batch) -> (state, metrics) of a stage, by its number.
 
-    The state that is passed in is consumed.
+    It consumes the state that it is given.
     """
     function = train_step.make_train_step(
         self.model, self.objectives[index],
@@ -103,13 +103,13 @@ class Assembly:
                                   sharding.replicated(self.mesh)))
 
   def state_target(self):
-    """`shapes` with their shardings: to restore into, or to compile for."""
+    """`shapes` with their shardings, to restore into or to compile for."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         self.shapes, self.shardings)
 
   def batch_target(self, batch_size):
-    """Shapes and shardings of a global batch like the example."""
+    """Shapes and shardings of a global batch of this size."""
     where = sharding.batch_sharding(self.mesh)
     return {k: jax.ShapeDtypeStruct(
         (batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype),

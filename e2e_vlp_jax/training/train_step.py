@@ -1,7 +1,7 @@
-"""The train state and one jitted optimisation step.
+"""The train state and one optimisation step, to be jitted over a mesh.
 
-Pure functions of (state, batch): global-batch semantics under jit over a
-mesh, so the same config gives the same losses on one device and on many.
+A step is a pure function of state and global batch, so the same config gives
+the same losses on one device and on many.
 """
 from typing import Any
 
@@ -16,7 +16,7 @@ from e2e_vlp_jax.training import sharding
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a run must remember.
+  """Everything that a run keeps from step to step.
 
   Attributes:
     step: int32, optimisation steps done.
@@ -24,7 +24,7 @@ class TrainState:
     model_state: other collections: BN statistics, SOHO's codebook.
     opt_state: of the optimizer.
     ema_params: exponential moving average of params, or None.
-    rng: key of the run; a step folds its number in.
+    rng: key of the run; each step folds its number into it.
     bad_steps: int32, updates in a row skipped for non-finite gradients.
   """
   step: Any
@@ -37,21 +37,21 @@ class TrainState:
 
   @property
   def variables(self):
-    """For evaluation: the averaged parameters where there are any."""
+    """What evaluation uses: averaged parameters if there are any."""
     params = self.params if self.ema_params is None else self.ema_params
     return {'params': params, **self.model_state}
 
 
 def init_state(model, tx, batch, requests, seed, ema):
-  """A fresh state. Trace or jit it; `batch` may hold ShapeDtypeStructs' data.
+  """The state at step 0; to be traced or jitted.
 
   Args:
-    model, tx: the model and the optimizer's *factory* params -> optax
-      transformation.
-    batch: one batch (only shapes matter).
+    model: from `models.build`.
+    tx: function parameters -> optax transformation.
+    batch: one batch; only shapes matter.
     requests: views and heads to create parameters for.
     seed: int.
-    ema: keep an average of the parameters.
+    ema: whether to keep an average of the parameters.
   """
   root = jax.random.key(seed)
   batch = jax.tree.map(jnp.asarray, batch)
