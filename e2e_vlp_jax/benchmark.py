@@ -1,12 +1,13 @@
-"""How fast a config trains on this machine, and where the time goes.
+"""Measures how fast a config trains on this machine, and where time goes.
 
   python -m e2e_vlp_jax.benchmark --config configs/e2e_vlp.py:detr \\
       --batch-size 2 --steps 10 --peer hf_detr
 
-Times the train step that `train` would run, on random batches, without
-TensorFlow and without data; `--data` reads the config's own. `--peer` times
-somebody else's step on the same batch in turns with ours. docs/pods.md
-explains the figures.
+Times the train step that `train` would run, on one random batch, without
+TensorFlow and without data; `--data` also reads the config's own data.
+`--peer` times somebody else's step on the same batch in turns with ours,
+`--score` the scoring of image-text pairs. `--input` measures the input
+pipeline instead. docs/pods.md explains the figures.
 """
 import concurrent.futures
 import json
@@ -15,7 +16,6 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from e2e_vlp_jax import cli
@@ -25,16 +25,18 @@ from e2e_vlp_jax import models
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
-from e2e_vlp_jax.training import assemble
+from e2e_vlp_jax.profiling import by_module
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
-from e2e_vlp_jax.profiling import by_module
+from e2e_vlp_jax.profiling import timing
+from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
 
 _WARM_UP = 2  # steps before the clock: allocators, caches, autotuning
 _TRACED = 2   # steps under the profiler
 
 
+# --- The train step ---------------------------------------------------------
 def benchmark(config, steps=20, peer=None, data=False, score=False,
               say=print):
   """Times the train step of `config` on the attached devices.
@@ -46,7 +48,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
     peer: name of a peer (`peers.names`) to time in turns with ours.
     data: also train on the config's own data and see how long steps wait.
     score: also time the scoring of image-text pairs.
-    say: is given a line now and then.
+    say: called with lines about the progress.
 
   Returns:
     dict, JSON-able: what `--json` writes (docs/pods.md).
@@ -59,168 +61,163 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
   vocabularies = vocabularies_lib.Vocabularies.load(config.data)
   sizes = vocabularies.sizes
   bucket = synthetic.largest_bucket(config.data)
-  host_batch = synthetic.synthetic_batch(
+  batch = synthetic.synthetic_batch(
       config.data, batch_size=config.batch_size, bucket=bucket, **sizes)
-  rival = peer and peers.build(peer, config, host_batch, sizes['num_classes'])
-  model = models.build(config, **sizes)
-  plan = assemble.Assembly(config, model, mesh, host_batch)
+  theirs = peer and peers.build(peer, config, batch, sizes['num_classes'])
+  assembly = assemble.Assembly(config, models.build(config, **sizes), mesh,
+                               batch)
   chip = chips.of_device(jax.devices()[0])
-  rows = sharding.host_rows(mesh, config.batch_size)
-  batch = sharding.shard_batch(mesh, {k: v[rows]
-                                      for k, v in host_batch.items()})
 
   say(f'{mesh.size} x {chip.name}: compiling')
-  start = time.perf_counter()
-  traced = plan.step().trace(plan.state_target(),
-                             plan.batch_target(config.batch_size))
-  flops = program.flops(traced.jaxpr)
-  step = traced.lower().compile()
-  compile_s = time.perf_counter() - start
-  ours = _Ours(step, plan.init(), batch)
-
+  ours = _OurStep(assembly, batch)
   for _ in range(_WARM_UP):
     ours.step()
-  memory = _peak_memory()
-  times, rival_times = [], []
-  if rival:
-    say(f'against {rival.version}')
+  memory = timing.peak_memory()
+  if theirs:
+    say(f'against {theirs.version}')
     for _ in range(_WARM_UP):
-      rival.step()
+      theirs.step()
+  times, peer_times = [], []
   for _ in range(steps):
-    # In turns: what else the machine does slows both alike.
-    times.append(_seconds(ours.step))
-    if rival:
-      rival_times.append(_seconds(rival.step))
+    # In turns, so that other work on the machine slows both alike.
+    times.append(timing.seconds(ours.step))
+    if theirs:
+      peer_times.append(timing.seconds(theirs.step))
+
   seconds = float(np.mean(times))
-  peak, peak_from = _peak_flops(chip, mesh.size, config.dtype)
-  out = {
+  peak, peak_from = timing.peak_flops(chip, mesh.size, config.dtype)
+  say('profiling')
+  report = {
       'config': config.model.name, 'device': chip.name, 'devices': mesh.size,
       'mesh': dict(mesh.shape), 'batch_size': config.batch_size,
       'accumulate': config.accumulate,
       'bucket': list(config.data.buckets[bucket]), 'dtype': config.dtype,
-      'parameters': program.count_parameters(plan.shapes.params)['total'],
+      'parameters': program.count_parameters(assembly.shapes.params)['total'],
       'steps': steps, 'images_per_s': config.batch_size / seconds,
-      'step_time_s': _percentiles(times), 'compile_s': compile_s,
-      'flops_per_step': flops, 'mfu': flops / seconds / peak,
+      'step_time_s': timing.percentiles(times), 'compile_s': ours.compile_s,
+      'flops_per_step': ours.flops, 'mfu': ours.flops / seconds / peak,
       'mfu_of': peak_from, 'peak_memory_bytes': memory,
-      'parts': _parts(ours, step, plan.shapes.params, say),
-      'data_wait': None, 'score_pairs_per_s': None, 'peer': None}
+      'parts': ours.parts(), 'data_wait': None, 'score_pairs_per_s': None,
+      'peer': None}
   if data:
-    out.update(_with_data(config, plan, ours, vocabularies, steps))
+    report |= _with_data(assembly, ours, vocabularies, steps)
   if score:
-    out['score_pairs_per_s'] = _score(model, ours.state, host_batch, batch,
-                                      steps)
-  if rival:
-    theirs = float(np.mean(rival_times))
-    out['peer'] = {
-        'name': rival.name, 'version': rival.version,
-        'parameters': rival.parameters,
-        'images_per_s': config.batch_size / theirs,
-        'step_time_s': _percentiles(rival_times), 'ratio': theirs / seconds}
-  return out
+    report['score_pairs_per_s'] = _scoring(assembly.model, ours, steps)
+  if theirs:
+    report['peer'] = _peer(theirs, peer_times, seconds, config.batch_size)
+  return report
 
 
-class _Ours:
-  """Our step with the state that it goes on with."""
+class _OurStep:
+  """The compiled train step, the state that it continues with, one batch.
 
-  def __init__(self, step, state, batch):
-    self._step, self.state, self._batch = step, state, batch
+  Attributes:
+    state: TrainState, after the steps so far.
+    batch: on the devices.
+    flops: of a step.
+    compile_s: tracing and compiling.
+  """
+
+  def __init__(self, assembly, batch):
+    mesh, size = assembly.mesh, len(batch['image'])
+    rows = sharding.host_rows(mesh, size)
+    self.batch = sharding.shard_batch(mesh, {k: v[rows]
+                                             for k, v in batch.items()})
+    start = time.perf_counter()
+    traced = assembly.trace(size)
+    self.flops = program.flops(traced.jaxpr)
+    self._compiled = traced.lower().compile()
+    self.compile_s = time.perf_counter() - start
+    self.state = assembly.init()
 
   def step(self):
     """One step, finished when it returns."""
-    self.state, logged = self._step(self.state, self._batch)
-    jax.block_until_ready((self.state, logged))
+    self.state, metrics = self._compiled(self.state, self.batch)
+    jax.block_until_ready((self.state, metrics))
 
+  def parts(self):
+    """{part: share of a step}, largest first; see profiling/by_module.py."""
+    operations = by_module.of_operations(self._compiled.as_text(),
+                                         set(self.state.params))
 
-def _seconds(function):
-  start = time.perf_counter()
-  function()
-  return time.perf_counter() - start
-
-
-def _percentiles(times):
-  return {'p50': float(np.percentile(times, 50)),
-          'p90': float(np.percentile(times, 90))}
-
-
-def _peak_memory():
-  """Bytes on the fullest device; on a CPU, of this process."""
-  stats = [d.memory_stats() or {} for d in jax.local_devices()]
-  if all('peak_bytes_in_use' in s for s in stats):
-    return max(s['peak_bytes_in_use'] for s in stats)
-  import resource  # pylint: disable=g-import-not-at-top
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _peak_flops(chip, count, dtype):
-  """(FLOP/s of all devices, where the figure is from).
-
-  Of a device without a data sheet here (a CPU), what its own matrix product
-  reaches: all cores, whatever number of devices they pose as.
-  """
-  if chip.flops:
-    return chip.flops * count, 'peak bfloat16 FLOP/s of the data sheet'
-  n = 2048
-  x = jnp.ones((n, n), dtype)
-  product = jax.jit(jnp.matmul)
-  jax.block_until_ready(product(x, x))
-  best = min(_seconds(lambda: jax.block_until_ready(product(x, x)))
-             for _ in range(5))
-  return 2 * n**3 / best, f'measured: {n}x{n} matrix product in {dtype}'
-
-
-def _parts(ours, step, params, say):
-  """{part: share of a step}, largest first; see training/parts.py."""
-  say('profiling')
-  operations = by_module.of_operations(step.as_text(), set(params))
-  with tempfile.TemporaryDirectory() as folder:
-    def several():
+    def several_steps():
       for _ in range(_TRACED):
-        ours.step()
-    by_module.trace(several, folder)
-    found = by_module.seconds(folder, operations)
-  total = sum(found.values())
-  return {k: v / total for k, v in found.most_common() if total}
+        self.step()
+    with tempfile.TemporaryDirectory() as folder:
+      by_module.trace(several_steps, folder)
+      seconds = by_module.seconds(folder, operations)
+    total = sum(seconds.values())
+    return {k: v / total for k, v in seconds.most_common() if total}
 
 
-def _with_data(config, plan, ours, vocabularies, steps):
+def _peer(peer, times, our_seconds, batch_size):
+  """The report's 'peer'.
+
+  Args:
+    peer: a Peer.
+    times: seconds of each of its steps.
+    our_seconds: of our step, the mean.
+    batch_size: of both.
+  """
+  seconds = float(np.mean(times))
+  return {'name': peer.name, 'version': peer.version,
+          'parameters': peer.parameters,
+          'images_per_s': batch_size / seconds,
+          'step_time_s': timing.percentiles(times),
+          'ratio': seconds / our_seconds}
+
+
+def _with_data(assembly, ours, vocabularies, steps):
   """{'data_wait': share, 'data_images_per_s': n} with the config's data."""
-  from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
-  data = pipeline.Pipeline(
-      config.data, vocabularies=vocabularies,
-      sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
-      batch_size=config.batch_size, train=True,
-      rows=sharding.host_rows(plan.mesh, config.batch_size))
-  step = plan.step()  # Buckets differ: each has its own program.
-  batches, compiled, waited, total = data.iterate(0), set(), 0., 0.
-  done = 0
+  config = assembly.config
+  data = _pipeline(config, vocabularies,
+                   sharding.host_rows(assembly.mesh, config.batch_size))
+  step = assembly.step()  # Compiles one program for each bucket.
+  buckets, waited, total, done = set(), 0., 0., 0
+  batches = data.iterate(0)
   while done < steps:
     start = time.perf_counter()
     _, batch = next(batches)
-    batch = sharding.shard_batch(plan.mesh, batch)
+    batch = sharding.shard_batch(assembly.mesh, batch)
     ready = time.perf_counter()
-    ours.state, logged = step(ours.state, batch)
-    jax.block_until_ready(logged)
+    ours.state, metrics = step(ours.state, batch)
+    jax.block_until_ready(metrics)
     end = time.perf_counter()
     # The first step of a bucket compiles, and the pipeline runs ahead.
-    if batch['image'].shape in compiled:
+    if batch['image'].shape in buckets:
       waited += ready - start
       total += end - start
       done += 1
-    compiled.add(batch['image'].shape)
+    buckets.add(batch['image'].shape)
   return {'data_wait': waited / total,
           'data_images_per_s': done * config.batch_size / total}
 
 
-def input_speed(config, images=512, rounds=5):
-  """How fast the config's pipeline makes batches, without any model.
+# --- Scoring ----------------------------------------------------------------
+def _scoring(model, ours, steps):
+  """Image-text pairs a second that the ITM head scores; None without one."""
+  if 'itm' not in model.views.get('joint', ()):
+    return None
+  score = jax.jit(lambda v, b: model.apply(v, b, {'joint': ('itm',)})
+                  ['joint']['itm_logits'])
 
-  In turns with the plain decoding of the same files to RGB (Pillow, as many
-  threads as the pipeline has), which is the least that anybody must do.
+  def once():
+    jax.block_until_ready(score(ours.state.variables, ours.batch))
+  once()  # Compiles.
+  times = [timing.seconds(once) for _ in range(steps)]
+  return ours.batch['text'][..., 0].size / float(np.mean(times))
+
+
+# --- The input pipeline -----------------------------------------------------
+def input_speed(config, images=512, rounds=5):
+  """Measures how fast the config's pipeline makes batches, without a model.
+
+  In turns it decodes the same files to RGB (Pillow, as many threads as the
+  pipeline has), which is the least that any pipeline must do.
 
   Args:
     config: reads data, seed and batch_size.
-    images: of a turn, at least.
+    images: least number of images in a turn.
     rounds: turns of each; the median counts.
 
   Returns:
@@ -230,47 +227,48 @@ def input_speed(config, images=512, rounds=5):
   Raises:
     UserError: no such data.
   """
-  from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
-  from e2e_vlp_jax.data import photographs  # pylint: disable=g-import-not-at-top
-  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
-  data = pipeline.Pipeline(
-      config.data, vocabularies=vocabularies,
-      sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
-      batch_size=config.batch_size, train=True)
+  data = _pipeline(config, vocabularies_lib.Vocabularies.load(config.data))
   threads = config.data.get('threads', 0) or os.cpu_count()
-  batches = -(-images // config.batch_size)
+  count = -(-images // config.batch_size)  # batches of a turn
   speeds = {'pipeline': [], 'decoding': []}
   for turn in range(rounds):
-    start = turn * (batches + 1)
-    running = data.iterate(start)
-    next(running)  # Starts the threads.
-    ids = []
-
-    def take():
-      for _ in range(batches):
-        ids.extend(next(running)[1]['example_id'].tolist())  # pylint: disable=cell-var-from-loop
-    speeds['pipeline'].append(batches * config.batch_size / _seconds(take))
-    running.close()
-    files = [data.record(i)['image'] for i in ids]
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-      speeds['decoding'].append(len(files) / _seconds(
-          lambda: list(pool.map(photographs.decode_image, files))))  # pylint: disable=cell-var-from-loop
+    ids, seconds = _make_batches(data, turn * (count + 1), count)
+    speeds['pipeline'].append(len(ids) / seconds)
+    seconds = _decode([data.record(i)['image'] for i in ids], threads)
+    speeds['decoding'].append(len(ids) / seconds)
   made, decoded = (float(np.median(speeds[k])) for k in speeds)
   return {'pipeline_images_per_s': made, 'decoding_images_per_s': decoded,
           'share': made / decoded}
 
 
-def _score(model, state, host_batch, batch, steps):
-  """Image-text pairs a second that the ITM head scores, or None."""
-  if 'itm' not in model.views.get('joint', ()):
-    return None
-  variables = state.variables
-  score = jax.jit(lambda v, b: model.apply(v, b, {'joint': ('itm',)})
-                  ['joint']['itm_logits'])
-  jax.block_until_ready(score(variables, batch))
-  times = [_seconds(lambda: jax.block_until_ready(score(variables, batch)))
-           for _ in range(steps)]
-  return host_batch['text'][..., 0].size / float(np.mean(times))
+def _make_batches(data, start, count):
+  """(ids of the examples, seconds) of `count` batches of a pipeline."""
+  batches = data.iterate(start)
+  next(batches)  # Starts the threads.
+  ids = []
+
+  def take():
+    for _ in range(count):
+      ids.extend(next(batches)[1]['example_id'].tolist())
+  seconds = timing.seconds(take)
+  batches.close()
+  return ids, seconds
+
+
+def _decode(files, threads):
+  """Seconds to decode encoded images to RGB."""
+  from e2e_vlp_jax.data import photographs  # pylint: disable=g-import-not-at-top
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    return timing.seconds(lambda: list(pool.map(photographs.decode_image, files)))
+
+
+def _pipeline(config, vocabularies, rows=None):
+  """The training Pipeline of a config."""
+  from e2e_vlp_jax.data import pipeline  # pylint: disable=g-import-not-at-top
+  return pipeline.Pipeline(
+      config.data, vocabularies=vocabularies,
+      sources=config.data.train, pp=config.data.pp_train, seed=config.seed,
+      batch_size=config.batch_size, train=True, rows=rows)
 
 
 # --- For people -------------------------------------------------------------

@@ -1,13 +1,13 @@
-"""Compiles a config's train step for a TPU slice that need not be there.
+"""Compiles a config's train step for a TPU slice that need not be attached.
 
   python -m e2e_vlp_jax.preflight --config configs/e2e_vlp.py:r50 \\
       --topology v5e:4x4
 
-The real program, through the real compiler: what it needs of every chip's
-memory, its FLOPs, what the chips send each other, the least time a step can
-take and why, and the largest batch that fits. docs/pods.md explains the
-figures. `--topology local` plans for the devices of this machine. `--quick`
-lets the compiler skip what costs it most time.
+The real program goes through the real compiler. The report has its memory on
+each chip, its FLOPs, the bytes that chips send each other, a lower bound on
+the time of a step, and the largest batch that fits. docs/pods.md explains the
+figures. `--topology local` plans for the devices of this machine; `--quick`
+lets the compiler skip what takes it most time.
 """
 import json
 import math
@@ -24,12 +24,12 @@ from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies
-from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program as program_lib
+from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
 
-# The search ends when the largest batch is known to one in so many.
+# The search ends when the largest batch is known to one part in this many.
 RESOLUTION = 16
 
 
@@ -40,8 +40,8 @@ def preflight(config, topology, search=True, say=print):
     config: of a training run; the last of its stages is compiled, with a
       batch of the largest bucket.
     topology: see `chips.devices`.
-    search: also find the largest batch that fits (a compilation a trial).
-    say: is given a line now and then.
+    search: also find the largest batch that fits; each trial compiles.
+    say: called with lines about the progress.
 
   Returns:
     dict, JSON-able: what `--json` writes (docs/pods.md).
@@ -54,23 +54,23 @@ def preflight(config, topology, search=True, say=print):
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
   sizes = vocabularies.Vocabularies.load(config.data).sizes
   bucket = synthetic.largest_bucket(config.data)
-  plan = assemble.Assembly(
+  assembly = assemble.Assembly(
       config, models.build(config, **sizes), mesh,
       synthetic.synthetic_batch(config.data, batch_size=1, bucket=bucket,
                                 **sizes))
-  state = program_lib.bytes_per_chip(plan.shapes, plan.shardings)
-  counts = program_lib.count_parameters(plan.shapes.params)
+  state = program_lib.bytes_per_chip(assembly.shapes, assembly.shardings)
+  counts = program_lib.count_parameters(assembly.shapes.params)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   say(f'{counts["total"]:,} parameters; compiling for {mesh.size} x '
       f'{chip.name}: minutes for a large model')
-  _check_state(plan.shapes, state, chip, topology, mesh)
+  _check_state(assembly.shapes, state, chip, topology, mesh)
 
-  program = _compile(plan, config.batch_size)
+  program = _compile(assembly, config.batch_size)
   largest = None
   if chip.hbm and (search or program.peak > chip.hbm):
     unit = shards * config.accumulate
     largest = config.accumulate * _largest(
-        lambda n: _compile(plan, n * unit).peak, config.batch_size // unit,
+        lambda n: _compile(assembly, n * unit).peak, config.batch_size // unit,
         program.peak, state, chip.hbm, say, most=8 if search else 0)
   if chip.hbm and program.peak > chip.hbm:
     raise errors.UserError(_too_large(config, program, chip, shards, largest))
@@ -97,7 +97,7 @@ def preflight(config, topology, search=True, say=print):
 
 
 class _Program(NamedTuple):
-  """A compiled step; one that is too large for the chip knows only `peak`."""
+  """A compiled step. One too large for the chip has only the first fields."""
   peak: float
   seconds: float
   flops: float
@@ -106,17 +106,16 @@ class _Program(NamedTuple):
   traffic: float = 0.
 
 
-def _compile(plan, batch_size):
+def _compile(assembly, batch_size):
   start = time.perf_counter()
-  traced = plan.step().trace(plan.state_target(),
-                             plan.batch_target(batch_size))
+  traced = assembly.trace(batch_size)
   flops = program_lib.flops(traced.jaxpr)
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    return _Program(_wanted(str(e)), time.perf_counter() - start, flops)
+    return _Program(_needed(str(e)), time.perf_counter() - start, flops)
   seconds = time.perf_counter() - start
   memory = program_lib.memory(compiled)
   hlo = compiled.as_text()
@@ -124,19 +123,27 @@ def _compile(plan, batch_size):
                   program_lib.collectives(hlo), program_lib.memory_traffic(hlo))
 
 
-def _wanted(message):
-  """Bytes that a program wanted, from the compiler's refusal of it."""
+def _needed(message):
+  """Bytes that a program needs, from the compiler's refusal of it."""
   found = re.search(r'(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)', message)
   return (float(found[1]) * 2**(10 * ' KMGT'.index(found[2])) if found
           else float('inf'))
 
 
 def _largest(peak_of, first, first_peak, state, capacity, say, most):
-  """Largest n whose program fits, by compiling at most `most` more.
+  """The largest n whose program fits, found with at most `most` trials.
 
-  Memory grows almost linearly with the batch, so each trial is where the
-  line through the known points on both sides meets the capacity (the two
-  largest, as long as everything fits).
+  Memory grows almost linearly with the batch. So each trial is where a line
+  meets the capacity: the line through the nearest known points on both sides
+  of it or, as long as everything fits, through the two largest ones.
+
+  Args:
+    peak_of: function n -> bytes of its program; compiles.
+    first, first_peak: an n that is already compiled, and its bytes.
+    state: bytes at n = 0.
+    capacity: bytes of a chip.
+    say: called with a line a trial.
+    most: trials.
   """
   known = {0: state, first: first_peak}
   for _ in range(most):
@@ -161,15 +168,15 @@ def _largest(peak_of, first, first_peak, state, capacity, say, most):
 
 
 def _roofline(program, chip, mesh, config):
-  """Least time of a step if all that can overlap does.
+  """A lower bound on the time of a step, if everything overlaps.
 
-  Matrix products at the chip's peak, what its operations read and write, the
-  collectives' traffic over all links. Real steps take longer.
+  It is the longest of three times: matrix products at the chip's peak, traffic
+  to memory, and the collectives' traffic over all links.
   """
   if chip.flops is None:
     return {'step_time_s': None, 'bound': None,
             'reason': f'peak rates of {chip.name} are not known'}
-  # Rows are spread over data and fsdp; 'tensor' shares work by rule only.
+  # Rows are split over data and fsdp; 'tensor' shares work only by rules.
   shards = mesh.size if config.sharding_rules else (
       mesh.shape['data'] * mesh.shape['fsdp'])
   times = {'compute': program.flops / shards / chip.flops,
@@ -277,22 +284,22 @@ def main(argv=None):
     parser.add_argument('--no-search', action='store_true',
                         help='do not look for the largest batch')
     parser.add_argument('--quick', action='store_true',
-                        help='compile with the least optimisation: a quarter '
-                        'of the time, memory within a tenth')
+                        help='compile with the least optimisation, in a '
+                        'quarter of the time; memory is within a tenth')
     parser.add_argument('--json', metavar='OUT', help='write the figures')
     args, config = cli.parse(parser, argv)
     if args.topology != chips.LOCAL:
-      # The compiler needs no TPU, must not look for one, and several may
-      # work at a time.
+      # The compiler needs no TPU and must not look for one. Several processes
+      # may compile at the same time.
       os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
       os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-      # It warns where it has no host and no kind; --topology is what counts.
+      # Without these two it warns; --topology decides.
       os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
       os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
       jax.config.update('jax_platforms', 'cpu')
     if args.quick:
       jax.config.update('jax_optimization_level', 'O0')
-    if args.json:  # Before the minutes, not after them.
+    if args.json:  # Fail before the minutes of compiling, not after them.
       files.check_writable('--json', args.json)
     report = preflight(config, args.topology, not args.no_search)
     print(table(report))

@@ -28,7 +28,12 @@ for _flag, _value in (
     os.environ['XLA_FLAGS'] = (
         f'{os.environ.get("XLA_FLAGS", "")} {_flag}={_value}')
 
+import collections  # noqa: E402
+import ctypes  # noqa: E402
+import gc  # noqa: E402
 import importlib.util  # noqa: E402
+import resource  # noqa: E402
+import sys  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -41,6 +46,79 @@ def _missing(reason, require):
   if os.environ.get(require) == '1':
     pytest.fail(f'{reason} ({require}=1)')
   pytest.skip(reason)
+
+
+# --- Memory and time --------------------------------------------------------
+@pytest.fixture(scope='module', autouse=True)
+def _release_memory():
+  """Drops what a file compiled: otherwise a worker grows to 7 GB.
+
+  What the next file shares with this one comes from the compilation cache.
+  """
+  yield
+  jax = sys.modules.get('jax')
+  if jax is not None:
+    jax.clear_caches()
+  gc.collect()
+  if sys.platform == 'linux':
+    ctypes.CDLL('libc.so.6').malloc_trim(0)  # Back to the operating system.
+
+
+def _cpu_seconds():
+  """Of this process and of the ended ones that it has started."""
+  return sum(os.times()[:4])
+
+
+class _Usage:
+  """Notes what tests cost; sums it up at the end of the run.
+
+  Every worker of pytest-xdist runs one of these, and the main process too.
+  """
+
+  def __init__(self):
+    self._before = _cpu_seconds()
+    self._wall, self._cpu = collections.Counter(), collections.Counter()
+    self._peaks = {}
+
+  @pytest.hookimpl(wrapper=True)
+  def pytest_runtest_makereport(self):
+    """Adds the CPU seconds of a phase to its report (in a worker)."""
+    report = yield
+    now = _cpu_seconds()
+    report.user_properties.append(('cpu', now - self._before))
+    self._before = now
+    return report
+
+  def pytest_runtest_logreport(self, report):
+    path = report.nodeid.partition('::')[0]
+    self._wall[path] += report.duration
+    self._cpu[path] += dict(report.user_properties).get('cpu', 0.)
+
+  def pytest_sessionfinish(self, session):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if hasattr(session.config, 'workeroutput'):
+      session.config.workeroutput['peak'] = peak
+    elif not self._peaks:  # There are no workers: the tests ran here.
+      self._peaks['this process'] = peak
+
+  @pytest.hookimpl(optionalhook=True)
+  def pytest_testnodedown(self, node):
+    self._peaks[node.gateway.id] = getattr(node, 'workeroutput', {}).get('peak')
+
+  def pytest_terminal_summary(self, terminalreporter):
+    write = terminalreporter.write_line
+    terminalreporter.section('memory and time')
+    write('peak memory: ' + ', '.join(
+        f'{name} {"?" if peak is None else f"{peak:.1f} GiB"}'
+        for name, peak in sorted(self._peaks.items())))
+    write(f'all files: {sum(self._wall.values()):.0f} s in tests, '
+          f'{sum(self._cpu.values()):.0f} CPU seconds; the slowest:')
+    for path, seconds in self._cpu.most_common(10):
+      write(f'  {seconds:6.0f} CPU s {self._wall[path]:6.0f} s  {path}')
+
+
+def pytest_configure(config):
+  config.pluginmanager.register(_Usage(), 'usage')
 
 
 def pytest_report_header():

@@ -5,7 +5,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,15 +16,12 @@ from e2e_vlp_jax.training import checkpoint
 from tests import kill_and_resume as runs
 from tests import small_run
 
-# Two objectives compile in a third of the time, and faults do not care.
-LIGHT = {'objectives.detection': 0., 'objectives.captioning': 0.,
-         'warm_start.steps': 0}
+LIGHT = 'tests/small_run.py:light'
 
 
 def light_config(data_dir, **changes):
-  config = small_run.get_config()
-  config.update_from_flattened_dict(
-      {'data.dir': str(data_dir), **LIGHT, **changes})
+  config = small_run.get_config('light')
+  config.update_from_flattened_dict({'data.dir': str(data_dir), **changes})
   return config
 
 
@@ -43,8 +39,8 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_saved(tiny_scenes,
   """The kernel refuses the run's writes after its first checkpoint."""
   workdir = tmp_path / 'w'
   process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
-                        {**LIGHT, 'total_steps': 5000, 'log_every_steps': 2},
-                        output=subprocess.PIPE)
+                        {'total_steps': 5000, 'log_every_steps': 2},
+                        config=LIGHT, output=subprocess.PIPE)
   runs.wait_for_step([process], workdir, runs.SAVE_EVERY)
   while not saved_steps(workdir):
     time.sleep(.05)
@@ -61,8 +57,8 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_saved(tiny_scenes,
   assert params and meta['step'] in saved_steps(workdir)
   before = runs.last_step(workdir)
   process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
-                        {**LIGHT, 'total_steps': 5000,
-                         'checkpoint.every_steps': 1})
+                        {'total_steps': 5000, 'checkpoint.every_steps': 1},
+                        config=LIGHT)
   runs.wait_for_step([process], workdir, before + 2)
   process.terminate()
   assert process.wait(runs.PATIENCE) == 0
@@ -72,8 +68,8 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_saved(tiny_scenes,
 def test_sigterm_saves_and_leaves_with_0(tiny_scenes, tmp_path):
   workdir = tmp_path / 'w'
   process, = runs.start(runs.Layout(1, 1), workdir, tiny_scenes,
-                        {**LIGHT, 'total_steps': 5000,
-                         'checkpoint.every_steps': 0})
+                        {'total_steps': 5000, 'checkpoint.every_steps': 0},
+                        config=LIGHT)
   runs.wait_for_step([process], workdir, 3)
   process.send_signal(signal.SIGTERM)
   assert process.wait(runs.PATIENCE) == 0
@@ -166,21 +162,18 @@ def test_saves_by_time_and_keeps_the_best(tiny_scenes, tmp_path):
     train.train(config, str(tmp_path / 'x'))
 
 
-def test_another_dataset_or_seed_is_refused_unless_asked_for(tiny_scenes,
-                                                             tmp_path):
-  command = [sys.executable, '-m', 'e2e_vlp_jax.train', '--config',
-             'tests/small_run.py', f'--config.data.dir={tiny_scenes}',
-             '--workdir', str(tmp_path), '--config.total_steps=1',
-             *(f'--config.{k}={v}' for k, v in LIGHT.items())]
-  go = lambda *more: subprocess.run(
-      [*command, *more], cwd=runs.REPO, capture_output=True, text=True)
-  assert go().returncode == 0
-  refused = go('--config.seed=1')
-  assert refused.returncode == 2 and 'seed is 0 there, 1 here' in (
-      refused.stderr) and 'Traceback' not in refused.stderr
-  allowed = go('--config.seed=1', '--allow-changes')
-  assert allowed.returncode == 0, allowed.stderr
-  assert '--allow-changes: seed: 0 -> 1' in allowed.stdout
+def test_another_dataset_or_seed_is_refused_unless_asked_for(
+    tiny_scenes, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(runs.REPO)
+  command = ['--config', LIGHT, f'--config.data.dir={tiny_scenes}',
+             '--workdir', str(tmp_path), '--config.total_steps=1']
+  train.main(command)
+  with pytest.raises(SystemExit) as refused:
+    train.main([*command, '--config.seed=1'])
+  assert refused.value.code == 2
+  assert 'seed is 0 there, 1 here' in capsys.readouterr().err
+  train.main([*command, '--config.seed=1', '--allow-changes'])
+  assert '--allow-changes: seed: 0 -> 1' in capsys.readouterr().out
 
 
 def test_a_trace_is_taken_on_demand(tiny_scenes, tmp_path):

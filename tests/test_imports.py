@@ -23,7 +23,7 @@ DOORS = {
     # Example batches (shapes only, numpy) to initialise parameters with.
     'models': ['ops', 'data.synthetic'],
     'objectives': ['ops'],
-    'training': ['ops', 'objectives'],
+    'training': ['ops', 'objectives', 'profiling'],
     'profiling': [],
     'evaluation': ['ops', 'data', 'models', 'training', 'objectives'],
     'weights': ['ops', 'models', 'training'],

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from configs import e2e_vlp as config_lib
+from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
-from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import program
+from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
+from e2e_vlp_jax.training import train_step
 from tests import small_run
 
 SIZES = dict(vocab_size=50, num_classes=6, num_attributes=13)
@@ -35,29 +37,32 @@ def assembled(accumulate=1, **axes):
   return assembly, lambda t: sharding.shard_batch(mesh, make(seed=t))
 
 
-@functools.cache
-def losses(accumulate=1, **axes):
-  """([metrics of each step], the state after the last)."""
-  assembly, batch = assembled(accumulate, **axes)
-  state, step, found = assembly.init(), assembly.step(), []
-  for t in range(STEPS):
-    state, metrics = step(state, batch(t))
-    found.append(jax.device_get(metrics))
-  return found, state
+@pytest.fixture(scope='module')
+def layout_run():
+  """Runs a layout once: (metrics of each step, last state, lowered, text)."""
+  @functools.cache
+  def run(**layout):
+    assembly, batch = assembled(**layout)
+    lowered = assembly.trace(8).lower()
+    step = lowered.compile()
+    state, found = assembly.init(), []
+    for t in range(STEPS):
+      state, metrics = step(state, batch(t))
+      found.append(jax.device_get(metrics))
+    return found, state, lowered.as_text(), step.as_text()
 
-
-@pytest.fixture
-def split_small(monkeypatch):
-  """Small arrays too are split, or nothing of this model would be."""
-  monkeypatch.setattr(sharding, 'FSDP_MIN_BYTES', 256)
+  # Small arrays too are split, or nothing of this model would be.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'FSDP_MIN_BYTES', 256)
+    yield run
 
 
 @pytest.mark.parametrize('layout', [
     dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2),
     dict(accumulate=4)], ids=str)
-def test_layouts_give_the_same_losses(layout, split_small):
+def test_layouts_give_the_same_losses(layout, layout_run):
   """20 steps; two processes: tests/test_multihost.py."""
-  one, other = losses()[0], losses(**layout)[0]
+  one, other = layout_run()[0], layout_run(**layout)[0]
   worst = max(abs(a['loss'] - b['loss']) / abs(a['loss'])
               for a, b in zip(one, other))
   print(f'{layout}: loss of {STEPS} steps within {worst:.1e}')
@@ -67,29 +72,34 @@ def test_layouts_give_the_same_losses(layout, split_small):
                                  err_msg=name)
 
 
-def test_fsdp_holds_an_eighth():
-  """Of the parameters and of the optimizer's state of `r50`, measured."""
+def test_fsdp_holds_an_eighth(layout_run):
+  """Of the parameters and of the optimizer's state: measured, and of `r50`."""
+  state = layout_run(fsdp=8)[1]
+  for part in (state.params, state.opt_state):
+    leaves = jax.tree.leaves(part)
+    held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+    assert held < sum(x.nbytes for x in leaves) / 6
+
   config = config_lib.get_config('r50')
   mesh = sharding.make_mesh(dict(data=1, fsdp=8, tensor=1))
   sizes = dict(vocab_size=30522, num_classes=1600, num_attributes=400)
   example = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
-  state = assemble.Assembly(config, models.build(config, **sizes), mesh,
-                            example).init()
-  for part in (state.params, state.opt_state):
-    leaves = jax.tree.leaves(part)
-    held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
-    total = sum(x.nbytes for x in leaves)
-    print(f'a device holds {held / total:.3f} of {total / 1e6:.0f} MB')
+  assembly = assemble.Assembly(config, models.build(config, **sizes), mesh,
+                               example)
+  for part in ('params', 'opt_state'):
+    shapes = getattr(assembly.shapes, part)
+    held = program.bytes_per_chip(shapes, getattr(assembly.shardings, part))
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    print(f'r50, {part}: a device holds {held / total:.3f} of '
+          f'{total / 1e6:.0f} MB')
     assert held < total / 6
 
 
 @pytest.mark.parametrize('layout', [dict(data=8), dict(fsdp=8)], ids=str)
-def test_compiled_step(layout, split_small):
+def test_compiled_step(layout, layout_run):
   """No collective inside the matching; activations split by example."""
-  assembly, batch = assembled(**layout)
-  lowered = assembly.step().lower(assembly.state_target(), batch(0))
-  assert 'sharding_constraint' in lowered.as_text()
-  text = lowered.compile().as_text()
+  _, _, lowered, text = layout_run(**layout)
+  assert 'sharding_constraint' in lowered
   found = program.collectives(text)
   assert any(c.kind in ('all-reduce', 'reduce-scatter') for c in found)
   assert re.search(r'\bwhile\(', text), 'the matching is a loop'
@@ -108,6 +118,46 @@ def test_constraints_on_outputs_act():
   double = jax.jit(lambda x: sharding.constrain_batch(mesh, {'x': 2 * x}))
   out = double(jax.device_put(np.ones((8, 4)), sharding.replicated(mesh)))
   assert {s.data.shape for s in out['x'].addressable_shards} == {(1, 4)}
+
+
+@pytest.mark.parametrize('spec', ['configs/e2e_vlp.py:tiny',
+                                  'configs/soho.py:tiny',
+                                  'configs/fiber.py:tiny,queue=8'])
+def test_models_name_their_outputs_without_a_batch(spec):
+  """Every output that does not grow with the batch, and no other."""
+  config = cli.load_config(spec)
+  model = models.build(config, **SIZES)
+
+  def shapes(size):
+    batch = synthetic.synthetic_batch(config.data, batch_size=size, **SIZES)
+    keys = {name: jax.random.key(0) for name in ('params', 'dropout',
+                                                 'sample')}
+    outputs, _ = jax.eval_shape(
+        lambda: model.init_with_output(keys, batch, model.views, train=True))
+    return {(view, name): [x.shape for x in jax.tree.leaves(value)]
+            for view, found in outputs.items() for name, value in found.items()}
+  at_8, at_16 = shapes(8), shapes(16)
+  found = {name for (view, name), value in at_8.items()
+           if any(len(x) == 0 or (x[0], y[0]) != (8, 16)
+                  for x, y in zip(value, at_16[view, name]))}
+  assert found == set(model.batchless_outputs)
+
+
+def test_a_queue_as_long_as_the_batch_is_not_split():
+  """It has the batch's size by coincidence: only declarations count."""
+  mesh = sharding.make_mesh(dict(data=8, fsdp=1, tensor=1))
+  queues = 'image_queue', 'itc_scale'
+  constrain = jax.jit(lambda x: train_step._constrain_outputs(mesh, {'v': x},
+                                                              queues, 8)['v'])
+  outputs = {'image_embedding': np.ones((8, 4)), 'image_queue': np.ones((8, 4)),
+             'itc_scale': np.float32(1),
+             'aux_outputs': [{'pred_boxes': np.ones((8, 2, 4))}]}
+  out = constrain(jax.device_put(outputs, sharding.replicated(mesh)))
+  held = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, out)
+  assert held == {'image_embedding': (1, 4), 'image_queue': (8, 4),
+                  'itc_scale': (), 'aux_outputs': [{'pred_boxes': (1, 2, 4)}]}
+  with pytest.raises(ValueError, match="'usage' of view 'v'.*batchless"):
+    constrain({'usage': np.float32(1)})
 
 
 def test_several_slices_put_data_on_the_slow_network():

@@ -17,7 +17,7 @@ from e2e_vlp_jax import predict
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
-from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import checkpointer
 from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.training import train_step
 
@@ -47,8 +47,9 @@ def save(folder, size='tiny', requests=None, **model):
       step=np.int32(7), params=values.pop('params'), model_state=values,
       opt_state=(), ema_params=None, rng=jax.random.key(0),
       bad_steps=np.int32(0))
-  saver = checkpoint.Checkpointer(str(folder), {
-      'config': workdir_lib.to_dict(config), **vocabularies.to_dict()}, config.checkpoint)
+  saver = checkpointer.Checkpointer(
+      str(folder), {'config': workdir_lib.to_dict(config), **vocabularies.to_dict()},
+      config.checkpoint)
   saver.save(7, state)
   saver.wait()
   return str(folder)

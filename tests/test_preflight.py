@@ -249,9 +249,9 @@ def test_quick_is_for_the_compiler(tmp_path):
   out, level = tmp_path / 'report.json', jax.config.jax_optimization_level
   seen = []
 
-  def compile_(plan, batch_size):
+  def compile_(assembly, batch_size):
     seen.append(jax.config.jax_optimization_level)
-    return _only_flops(plan, batch_size)
+    return _only_flops(assembly, batch_size)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(preflight, '_compile', compile_)
     try:
@@ -264,9 +264,8 @@ def test_quick_is_for_the_compiler(tmp_path):
   assert seen == [level, 'O0']
 
 
-def _only_flops(plan, batch_size):
-  traced = plan.step().trace(plan.state_target(),
-                             plan.batch_target(batch_size))
+def _only_flops(assembly, batch_size):
+  traced = assembly.trace(batch_size)
   return preflight._Program(1, 1., program_lib.flops(traced.jaxpr),
                             dict(arguments=1, temporaries=0, peak=1))
 
@@ -367,7 +366,7 @@ def test_a_batch_too_large_says_what_fits(capsys, small_chips, monkeypatch):
   small_chips(2**30)
   monkeypatch.setattr(
       preflight, '_compile',
-      lambda plan, n: preflight._Program(n * 2**27, 1., 1., {}))
+      lambda assembly, n: preflight._Program(n * 2**27, 1., 1., {}))
   line = refused('--topology', 'v5e:2x4', '--config.batch_size=128',
                  capsys=capsys)
   assert 'batch_size: 128 (16 a chip) needs 16.00 GiB' in line
@@ -377,10 +376,10 @@ def test_a_batch_too_large_says_what_fits(capsys, small_chips, monkeypatch):
 
 def test_the_compilers_refusals_are_understood():
   g = 2**30
-  assert preflight._wanted(
+  assert preflight._needed(
       'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used '
       '20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.') == 20.5 * g
-  assert preflight._wanted(
+  assert preflight._needed(
       'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory '
       'required for HLO temporaries (31.00G) exceeds available HBM '
       '(15.75G).') == 31 * g

@@ -33,13 +33,19 @@ def small_config(data_dir='', **changes):
   return config
 
 
+def mesh_of(**axes):
+  axes = {'data': 1, 'fsdp': 1, 'tensor': 1, **axes}
+  return sharding.make_mesh(axes, jax.devices()[:int(np.prod(
+      list(axes.values())))])
+
+
 def setup_step(config, mesh, seed=0):
   """(state, step function, batch) on synthetic data."""
   make = lambda size: synthetic.synthetic_batch(
       config.data, batch_size=size, seed=seed, **SIZES)
   assembly = assemble.Assembly(config, models.build(config, **SIZES), mesh,
                                make(1))
-  # Not the assembly's own step, which eats its state.
+  # Not the assembly's own step, which consumes its state.
   step = jax.jit(train_step.make_train_step(
       assembly.model, assembly.objectives[-1],
       assembly.optimizer(assembly.stages[-1]), mesh=mesh,
@@ -48,10 +54,16 @@ def setup_step(config, mesh, seed=0):
   return assembly.init(), step, sharding.shard_batch(mesh, make(8))
 
 
-def test_overfits_one_batch():
-  config = small_config(**{'optim.warmup_steps': 5, 'total_steps': 100,
-                           'warm_start.steps': 0})
-  state, step, batch = setup_step(config, mesh_of())
+@pytest.fixture(scope='module')
+def one_batch():
+  """`setup_step` of a small run."""
+  return setup_step(small_config(**{
+      'optim.warmup_steps': 5, 'total_steps': 100, 'warm_start.steps': 0}),
+                    mesh_of())
+
+
+def test_overfits_one_batch(one_batch):
+  state, step, batch = one_batch
   first = None
   for _ in range(80):
     state, metrics = step(state, batch)
@@ -63,15 +75,8 @@ def test_overfits_one_batch():
     assert last[name] < first[name], name
 
 
-def mesh_of(**axes):
-  axes = {'data': 1, 'fsdp': 1, 'tensor': 1, **axes}
-  return sharding.make_mesh(axes, jax.devices()[:int(np.prod(
-      list(axes.values())))])
-
-
-def test_nonfinite_update_is_skipped_and_counted():
-  config = small_config(**{'warm_start.steps': 0})
-  state, step, batch = setup_step(config, mesh_of())
+def test_nonfinite_update_is_skipped_and_counted(one_batch):
+  state, step, batch = one_batch
   bad = dict(batch, boxes=batch['boxes'].at[0].set(jnp.nan))
   after, metrics = step(state, bad)
   assert metrics['skipped'] == 1 and int(after.bad_steps) == 1
@@ -107,13 +112,13 @@ def test_killed_run_resumes_to_the_same_bits(whole, tiny_scenes, tmp_path):
       'import json, sys, time\n'
       'from tests.test_train import small_config\n'
       'from e2e_vlp_jax import train\n'
-      'from e2e_vlp_jax.training import checkpoint\n'
-      'save = checkpoint.Checkpointer.save\n'
+      'from e2e_vlp_jax.training import checkpointer\n'
+      'save = checkpointer.Checkpointer.save\n'
       'def slow(self, step, state, metrics=None):\n'
       '  save(self, step, state, metrics)\n'
       '  self.wait()\n'
       '  if step == 4: print("saved 4", flush=True); time.sleep(600)\n'
-      'checkpoint.Checkpointer.save = slow\n'
+      'checkpointer.Checkpointer.save = slow\n'
       f'train.train(small_config({str(tiny_scenes)!r}), {str(broken)!r})\n')
   process = subprocess.Popen([sys.executable, '-c', script],
                              stdout=subprocess.PIPE, text=True,

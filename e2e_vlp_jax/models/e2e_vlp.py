@@ -31,6 +31,7 @@ class Model(nn.Module):
   num_classes: int
   num_attributes: int
   dtype: Any = jnp.float32
+  batchless_outputs = ()
 
   @property
   def views(self):

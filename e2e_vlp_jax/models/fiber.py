@@ -42,6 +42,9 @@ class Model(nn.Module):
   num_classes: int
   num_attributes: int
   dtype: Any = jnp.float32
+  # Outputs without a row for each example.
+  batchless_outputs = ('itc_scale', 'image_queue', 'text_queue',
+                       'queue_filled')
 
   @property
   def views(self):

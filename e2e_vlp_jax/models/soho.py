@@ -37,6 +37,8 @@ class Model(nn.Module):
   num_classes: int
   num_attributes: int
   dtype: Any = jnp.float32
+  # Outputs without a row for each example.
+  batchless_outputs = ('codebook_perplexity', 'codebook_dead')
 
   @property
   def views(self):

@@ -1,10 +1,10 @@
-"""Which part of the model a step's time goes to, from a profiler's trace.
+"""Attributes a step's time to parts of the model, from a profiler's trace.
 
 Every operation of a compiled program carries the names of the scopes that it
-was written in (flax gives each module one), and the profiler says how long
-it ran: so the program that is measured is the one that trains, on CPU, GPU
-and TPU. An operation that XLA fused from several parts counts where the
-fusion's own name lies, hence shares are true to a few percent.
+was written in (flax makes one for each module), and the profiler says how
+long it ran. So the measured program is the one that trains, on CPU, GPU and
+TPU. An operation that XLA fused from several parts counts for the part that
+the fusion is named after, hence shares are true to a few percent.
 """
 import collections
 import glob
@@ -42,8 +42,8 @@ def part_of(op_name, modules):
 def of_operations(hlo, modules):
   """{operation: part} of `compiled.as_text()`.
 
-  Operations that the compiler added (copies, mostly) have no name: they
-  belong to what they call, or else to what they read.
+  Operations that the compiler added (mostly copies) have no name. They count
+  for what they call or else for what they read.
   """
   parts, nameless = {}, []
   for line in hlo.splitlines():
@@ -86,7 +86,7 @@ def seconds(folder, parts):
                 for e in line.events]
       lines[plane.name.startswith('/device:')].append(
           [e for e in events if e[2]])
-  # Beside an accelerator the host's events tell when work was handed over.
+  # With an accelerator the host's events only say when work was submitted.
   chosen = lines[True] if any(lines[True]) else lines[False]
   out = collections.Counter()
   for events in chosen:
@@ -106,7 +106,7 @@ def _operation(event, parts):
 
 
 def _own_times(events):
-  """[(operation, ns)] less what nested events (a loop's body) took."""
+  """[(operation, ns)], each without the time of events nested in it."""
   out, open_until = [], []
   for start, duration, operation in sorted(
       events, key=lambda e: (e[0], -e[1])):

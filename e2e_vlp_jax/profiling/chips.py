@@ -1,11 +1,11 @@
-"""Accelerators: memory, peak rates, and the slices that TPUs come in.
+"""Data sheets of accelerators, and the slices in which TPUs are sold.
 
 TPU figures are Google Cloud's ("TPU v4", "v5e", "v5p", "v6e",
 docs.cloud.google.com/tpu/docs): peak bf16 FLOP/s, HBM bandwidth, slices, and
 the interconnect of a chip in one direction, all links together (half of the
 bidirectional figure of those pages; v4: 6 links of 50 GB/s, Jouppi et al.
-2023). Their memory is what libtpu 0.0.42 lets a program have, a little less
-than the pages' 32, 16, 95 and 32 GB. GPU figures are from NVIDIA's data
+2023). TPU memory is what libtpu 0.0.42 lets a program use, a little less than
+the pages' 32, 16, 95 and 32 GB. GPU figures are from NVIDIA's data
 sheets for the SXM part: dense bf16 without sparsity, NVLink in one direction.
 """
 import os
@@ -19,12 +19,12 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """One accelerator. None: not known, or no such thing.
+  """One accelerator; None where a figure is unknown or does not exist.
 
   Attributes:
-    name: for people.
-    kind: how jax's `device_kind` begins.
-    hbm: bytes that a program may have.
+    name: shown to people.
+    kind: start of jax's `device_kind`.
+    hbm: bytes of memory that a program may use.
     flops: peak dense bfloat16 FLOP/s.
     hbm_bandwidth, ici_bandwidth: bytes/s.
   """
@@ -69,13 +69,13 @@ def of_device(device):
 
 
 def slices():
-  """Every topology that `devices` takes, as 'v5e:2x2'."""
+  """Every TPU topology that `devices` accepts, such as 'v5e:2x2'."""
   return [f'{chip}:{shape}' for chip, shapes in SLICES.items()
           for shape in shapes]
 
 
 def devices(topology):
-  """('v5e:4x4' | 'local') -> (Chip, its devices), attached or not.
+  """(Chip, devices) of 'v5e:4x4' or 'local'; TPUs need not be attached.
 
   Raises:
     UserError: an unknown topology; no libtpu to compile for one with.
@@ -96,9 +96,9 @@ def devices(topology):
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
   chip, shape = topology.split(':')
   options = {}
-  if chip == 'v4':  # One device a chip, as on the machines; not two cores.
+  if chip == 'v4':  # One device per chip, as on real machines; not two cores.
     options['chip_config_name'] = 'megacore'
-  if shape == '1x1':  # Otherwise libtpu expects hosts of 2x2.
+  if shape == '1x1':  # By default libtpu expects hosts of 2x2 chips.
     options['chips_per_host_bounds'] = (1, 1, 1)
   try:
     found = topologies.get_topology_desc(topology, 'tpu', **options).devices
@@ -106,6 +106,6 @@ def devices(topology):
     if 'not installed' not in str(e):
       raise
     raise errors.UserError(
-        '--topology: compiling for a TPU that is not there needs libtpu '
+        '--topology: compiling for a TPU that is not attached needs libtpu '
         "(700 MB): pip install 'e2e_vlp_jax[preflight]'") from e
   return TPUS[chip], found

@@ -1,8 +1,8 @@
-"""What a step costs, read from the program itself.
+"""Reads what a step costs from its program.
 
-FLOPs come from the jaxpr: XLA's own analysis counts the body of a loop once,
-however often it runs, and sees no more than one chip's part. Collectives
-come from the text of the compiled program: only the compiler knows them.
+FLOPs come from the jaxpr, because XLA's own analysis counts the body of a loop
+once, however often it runs, and sees only one chip's share. Collectives come
+from the text of the compiled program, because only the compiler knows them.
 """
 import math
 import re
@@ -16,11 +16,11 @@ from jax.interpreters import partial_eval as pe
 def flops(jaxpr):
   """FLOPs of matrix products and convolutions: 2 a multiply-add.
 
-  Scans count as often as they run and what is recomputed counts again, as
-  executed. Elementwise work and reductions are left out, as is usual; so is
-  what XLA will drop because nothing reads it. A while loop's body counts
-  once: no jaxpr says how often it runs (ours, the matching, multiplies
-  nothing).
+  The body of a scan counts as often as it runs, and recomputation counts
+  again. Elementwise work and reductions are left out, as is usual, and so is
+  what XLA will drop because nothing reads it. The body of a while loop counts
+  once, because no jaxpr says how often it runs (our only one, the matching,
+  multiplies nothing).
 
   Args:
     jaxpr: ClosedJaxpr of the whole, global computation.
@@ -41,9 +41,9 @@ def _equation(eqn):
     return 2. * eqn.outvars[0].aval.size * math.prod(
         shape[d] for d in contract)
   if name == 'conv_general_dilated':
-    # The kernel's positions and its input features make one output value. Of
-    # an input with holes (the gradient of a strided convolution) only the
-    # part that is there is multiplied; padding counts as if it were pixels.
+    # One output value takes every tap of the kernel and all input features.
+    # In a dilated input (the gradient of a strided convolution) the holes are
+    # not multiplied; padding counts as if it were pixels.
     kernel = eqn.invars[1].aval.shape
     _, features, *space = params['dimension_numbers'].rhs_spec
     taps = kernel[features] * math.prod(kernel[d] for d in space)
@@ -77,7 +77,7 @@ class Collective(NamedTuple):
     bytes: of the larger of operand and result, on one chip.
     group: chips that take part together.
     times: how often a step runs it.
-    in_loop: inside a loop of unknown length (and then `times` is too low).
+    in_loop: inside a loop of unknown length, which makes `times` too low.
   """
   kind: str
   bytes: int
@@ -87,7 +87,7 @@ class Collective(NamedTuple):
 
   @property
   def traffic(self):
-    """Bytes that a chip must send each step, at least (ring algorithms)."""
+    """Least bytes that a chip sends in a step, with ring algorithms."""
     share = (self.group - 1) / self.group
     factor = {'all-reduce': 2 * share, 'collective-permute': 1.,
               'collective-broadcast': 1.}.get(self.kind, share)
@@ -105,7 +105,7 @@ _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = '
                           r'(?P<rest>.*)$')
 _LAYOUT = re.compile(_SHAPE.pattern + r'(\{[^}]*\})?')
 _OPERAND = re.compile(r'%([\w.\-]+)')
-# They move nothing, or what they move is counted elsewhere.
+# Operations that move nothing, or whose traffic is counted elsewhere.
 _FREE = re.compile(
     r'parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|'
     r'call|after-all|opt-barrier|partition-id|replica-id|.*-done|.*-update')
@@ -134,10 +134,10 @@ def collectives(hlo):
 def memory_traffic(hlo):
   """Bytes that a step moves from and to a chip's main memory.
 
-  Each operation reads its operands and writes its results once, fused ones
-  none in between; what the compiler keeps in on-chip memory (a TPU's VMEM,
-  memory space 1) is free. An operation that reads a part of an operand is
-  charged for all of it.
+  Each operation reads its operands and writes its results once; a fusion
+  counts as one operation. Arrays that the compiler keeps in on-chip memory (a
+  TPU's VMEM, memory space 1) are free. An operation that reads a part of an
+  operand is charged for the whole.
   """
   sizes, total = {}, 0.
   for line in hlo.splitlines():
@@ -189,8 +189,8 @@ def _executed(hlo, fused):
 def _trips(line, bodies):
   """How often the loop that `line` starts runs, or None.
 
-  Some compilers write it down; others leave the condition, where jax's scans
-  and counted loops compare a number that starts at 0 with a constant.
+  Some compilers write the number down. Otherwise the loop's condition shows
+  it: jax's scans and counted loops compare a counter from 0 with a constant.
   """
   known = _TRIPS.search(line)
   if known:
@@ -256,8 +256,8 @@ def _bytes(kind, dims):
 def memory(compiled):
   """Bytes on one chip: {'arguments', 'temporaries', 'peak'}.
 
-  Arguments are the state and the batch; what a step returns takes their
-  place (donated). The peak is all that must be there at once.
+  Arguments are the state and the batch; results take their place, as they are
+  donated. The peak is all that must be in memory at the same time.
   """
   m = compiled.memory_analysis()
   fixed = (m.argument_size_in_bytes + m.output_size_in_bytes

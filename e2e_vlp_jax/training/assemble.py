@@ -1,8 +1,8 @@
-"""A config, its model and a mesh -> the state and the jitted steps of a run.
+"""Puts config, model and mesh together: the state and steps of a run.
 
-Training runs them, preflight compiles them for machines that are not there,
-benchmark times them: one place puts them together, so that all three mean
-the same program.
+`train` runs the steps, `preflight` compiles them for machines that are not
+there, `benchmark` times them. They all get them here, so that it is the same
+program.
 """
 import jax
 
@@ -14,23 +14,23 @@ from e2e_vlp_jax.training import train_step
 
 
 class Assembly:
-  """What a config trains. Making one touches no device.
+  """The state and steps of a config; making one touches no device.
 
   Args:
     config: whole config.
     model: from `models.build`.
     mesh: from `sharding.make_mesh`; its devices need not be attached.
-    example: a batch of any size (only shapes and types matter).
+    example: a batch of any size; only shapes and types matter.
 
   Attributes:
     stages: from `stages.stages`.
     objectives: a stage's {name: (weight, objective)}, in the stages' order.
-    requests: what all stages ask of the model.
+    requests: {view: heads} that the stages need of the model.
     shapes: TrainState of ShapeDtypeStructs.
     shardings: TrainState of NamedShardings.
 
   Raises:
-    UserError: whatever of the config does not fit together.
+    UserError: parts of the config do not fit together.
   """
 
   def __init__(self, config, model, mesh, example):
@@ -42,18 +42,23 @@ class Assembly:
                              stage.objectives) for stage in self.stages]
     for stage, built in zip(self.stages, self.objectives):
       objectives_lib.check_requests(built, model.views, config.model.name)
-      self.schedule(stage)  # A later stage's mistake shows now, not then.
+      self.schedule(stage)  # Fails now and not when the stage begins.
     self.requests = objectives_lib.requests(
         {f'{i}/{k}': v for i, built in enumerate(self.objectives)
          for k, v in built.items()})
     self.shapes = jax.eval_shape(self._init)
-    self.shardings = train_step.state_shardings(
+    self.shardings = sharding.state_shardings(
         self.shapes, mesh, tuple(config.sharding_rules))
 
   def schedule(self, stage):
     """Learning rate as a function of the steps since the stage's start."""
     return optim.make_schedule(stage.schedule, stage.end, stage.start,
                                stage.key)
+
+  def learning_rate(self, index, step):
+    """Of step number `step` (from 0) in stage number `index`."""
+    stage = self.stages[index]
+    return float(self.schedule(stage)(step - stage.start))
 
   def optimizer(self, stage, params=None):
     """The stage's optax transformation."""
@@ -68,13 +73,26 @@ class Assembly:
         ema=self.config.ema_decay > 0)
 
   def init(self):
-    """A fresh TrainState, every array born on the devices that keep it."""
+    """A new TrainState, each array made on the devices that keep it."""
     return jax.jit(self._init, out_shardings=self.shardings)()
 
-  def step(self, index=-1):
-    """The jitted (state, batch) -> (state, metrics) of a stage; -1: the last.
+  def begin_stage(self, index, state):
+    """`state` as a stage needs it: with a new optimizer where it starts.
 
-    The state that is passed in is consumed.
+    The moments of parameters that the stage before did not train would be
+    wrong for many steps.
+    """
+    stage = self.stages[index]
+    if not 0 < stage.start == int(state.step):
+      return state
+    start = jax.jit(self.optimizer(stage).init,
+                    out_shardings=self.shardings.opt_state)
+    return state.replace(opt_state=start(state.params))
+
+  def step(self, index=-1):
+    """The jitted (state, batch) -> (state, metrics) of a stage, by its number.
+
+    It consumes the state that it is given.
     """
     function = train_step.make_train_step(
         self.model, self.objectives[index],
@@ -86,14 +104,19 @@ class Assembly:
                                   sharding.replicated(self.mesh)))
 
   def state_target(self):
-    """`shapes` with their shardings: to restore into, or to compile for."""
+    """`shapes` with their shardings, to restore into or to compile for."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         self.shapes, self.shardings)
 
   def batch_target(self, batch_size):
-    """Shapes and shardings of a global batch like the example."""
+    """Shapes and shardings of a global batch of this size."""
     where = sharding.batch_sharding(self.mesh)
     return {k: jax.ShapeDtypeStruct(
         (batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype),
         sharding=where) for k, x in self._example.items()}
+
+  def trace(self, batch_size):
+    """The last stage's step traced for a batch of this size, to compile."""
+    return self.step().trace(self.state_target(),
+                             self.batch_target(batch_size))

@@ -1,17 +1,17 @@
-"""The processes of a run: how they find each other, and who does what.
+"""Joins the processes of a run, and lets them agree.
 
 Every process runs the same program on its own rows of the batch. Process 0
-alone writes the run's files (config, metrics, pictures, report); checkpoints
-are written by all, each its own shards. WORKDIR and the data are therefore
-paths that every host sees.
+alone writes the run's files (config, metrics, pictures, report); every process
+writes its own shards of the checkpoints. Therefore every host must see WORKDIR
+and the data under the same path.
 
-On TPU pods E2E_VLP_DISTRIBUTED=auto lets jax ask the platform who is there.
-Elsewhere three variables say it (the launch scripts set them):
+On TPU pods set E2E_VLP_DISTRIBUTED=auto, and jax asks the platform for the
+processes. Elsewhere the launch scripts set three variables:
   E2E_VLP_COORDINATOR   host:port of process 0
-  E2E_VLP_PROCESSES     how many there are
-  E2E_VLP_PROCESS       which one this is
-Peers that do not come within E2E_VLP_JOIN_TIMEOUT seconds (300 by default)
-end the run instead of holding the other machines for hours.
+  E2E_VLP_PROCESSES     number of processes
+  E2E_VLP_PROCESS       number of this one
+If one is missing after E2E_VLP_JOIN_TIMEOUT seconds (300 by default), the run
+ends instead of holding the other machines for hours.
 """
 import ipaddress
 import os
@@ -28,19 +28,17 @@ import numpy as np
 from e2e_vlp_jax import errors
 
 _VARIABLES = ('E2E_VLP_COORDINATOR', 'E2E_VLP_PROCESSES', 'E2E_VLP_PROCESS')
-_NAME_BYTES = 64  # of a host's name, in the exchange of names
+_NAME_BYTES = 64  # longest host name that processes tell each other
 
 
 def join():
-  """Joins the other processes, if there are any; before any use of devices.
+  """Joins the other processes, if there are any.
 
-  Prints, on process 0, which hosts were found.
-
-  Ends the process with exit code 2 and one line if somebody does not come in
-  time.
+  Call it before devices are used. Process 0 prints the hosts that joined. If
+  one is late, every process prints a line and ends with exit code 2.
 
   Raises:
-    UserError: variables are missing or senseless.
+    UserError: a variable is missing or not valid.
   """
   automatic = os.environ.get('E2E_VLP_DISTRIBUTED', '')
   found = [os.environ.get(v) for v in _VARIABLES]
@@ -67,8 +65,8 @@ def join():
     print(f'error: E2E_VLP_COORDINATOR: process '
           f'{options.get("process_id", "?")} of '
           f'{options.get("num_processes", "?")} waited {timeout} s at '
-          f'{address}; {_seen(options)}', file=sys.stderr, flush=True)
-    os._exit(2)  # jax holds this process in C++, and would abort it.
+          f'{address}; {_who_joined(options)}', file=sys.stderr, flush=True)
+    os._exit(2)  # jax blocks in C++ meanwhile and would abort with a dump.
   watch = threading.Timer(timeout, give_up)
   watch.daemon = True
   start = time.perf_counter()
@@ -86,10 +84,10 @@ def join():
           flush=True)
 
 
-def _seen(options):
-  """Who is there, as far as this process can tell, in a few words."""
+def _who_joined(options):
+  """What this process can tell about the others, in a few words."""
   if 'coordinator_address' not in options:
-    return 'not all hosts of the platform came'
+    return 'not all hosts of the platform joined'
   host, _, port = options['coordinator_address'].rpartition(':')
   if options['process_id']:
     try:
@@ -103,7 +101,7 @@ def _seen(options):
 
 
 def _connected(host, port):
-  """Addresses connected to our `port`, but for ourselves once; on Linux."""
+  """Addresses of the peers connected to our `port`, from Linux's /proc."""
   found = []
   for path in ('/proc/net/tcp', '/proc/net/tcp6'):
     try:
@@ -119,7 +117,7 @@ def _connected(host, port):
                  for i in range(0, len(address), 8)]
         ip = ipaddress.ip_address(b''.join(words))
         found.append(str(getattr(ip, 'ipv4_mapped', None) or ip))
-  own = socket.gethostbyname(host)
+  own = socket.gethostbyname(host)  # We are connected to ourselves, once.
   for address in found:
     if address == own or ipaddress.ip_address(address).is_loopback:
       found.remove(address)
@@ -128,21 +126,21 @@ def _connected(host, port):
 
 
 def agreed(flag):
-  """Process 0's `flag` on every process: a collective call."""
+  """Process 0's `flag`, on every process; all must call this together."""
   if jax.process_count() == 1:
     return bool(flag)
   return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
 def everywhere(flag):
-  """True if `flag` is true on every process: a collective call."""
+  """Whether `flag` is true on every process; all must call this together."""
   if jax.process_count() == 1:
     return bool(flag)
   return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
 
 
 def wait_for_all(what):
-  """Returns when every process has come here."""
+  """Returns when every process has called this."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 

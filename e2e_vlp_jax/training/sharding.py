@@ -1,9 +1,9 @@
-"""Meshes and where arrays live on them.
+"""Meshes, and how arrays are split over them.
 
-Axes: 'data' replicates parameters, 'fsdp' splits parameters and optimizer
-state, 'tensor' splits single matrices by rule. Batches are split over data
-and fsdp together. Axes are Auto: jax.make_mesh's newer default (Explicit)
-rejects much of Linen.
+'data' replicates parameters, 'fsdp' splits parameters and optimizer state,
+'tensor' splits single matrices by rule. Batches are split over data and fsdp
+together. The axes are of type Auto, because much of Linen does not work with
+jax.make_mesh's newer default (Explicit).
 """
 import re
 
@@ -17,8 +17,8 @@ from e2e_vlp_jax import errors
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
-# Below this many bytes a parameter is replicated: gathering it costs more
-# than it saves. All of them together are 2 % of E2E-VLP `r50`.
+# A smaller parameter is replicated, because gathering it costs more than
+# splitting it saves. All such parameters are 2 % of E2E-VLP `r50`.
 FSDP_MIN_BYTES = 2**16
 
 
@@ -45,10 +45,10 @@ def make_mesh(shape, devices=None):
 
 
 def arrange(sizes, devices):
-  """Devices in the shape (data, fsdp, tensor), near ones near each other.
+  """Devices in the shape (data, fsdp, tensor), neighbours side by side.
 
-  With several TPU slices the outer part of 'data' runs over the slices: of
-  all traffic, only the gradients' sum then crosses the slow network (DCN).
+  With several TPU slices the outer part of 'data' runs over the slices, so
+  that only the sum of the gradients crosses the slow network (DCN).
   """
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
   if slices == 1:
@@ -133,6 +133,34 @@ def fsdp_spec(x, parts):
   return P(*('fsdp' if d == best else None for d in range(x.ndim)))
 
 
+def state_shardings(state, mesh, rules=()):
+  """NamedShardings of a TrainState's tree (arrays or ShapeDtypeStructs).
+
+  Optimizer state and averages are split like the parameter that they belong
+  to; everything else is replicated.
+
+  Args:
+    state: TrainState.
+    mesh, rules: see `parameter_specs`.
+  """
+  def by_path(tree):
+    return {tuple(map(str, path)): x
+            for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  specs = parameter_specs(state.params, mesh, rules)
+  spec_of, parameter_of = by_path(specs), by_path(state.params)
+
+  def find(path, x):
+    # The path of an optimizer's leaf ends in that of its parameter.
+    names = tuple(map(str, path))
+    for i in range(len(names)):
+      parameter = parameter_of.get(names[i:])
+      if parameter is not None and parameter.shape == x.shape:
+        return spec_of[names[i:]]
+    return replicated(mesh)
+  return jax.tree_util.tree_map_with_path(find, state).replace(
+      params=specs, ema_params=None if state.ema_params is None else specs)
+
+
 def path_name(path):
   """jax key path -> 'encoder/layer0/ffn/in/kernel'."""
   return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(
@@ -150,11 +178,11 @@ def batch_sharding(mesh):
 def gather_parameters(params, shardings):
   """Inside jit: undoes the 'fsdp' split of parameters where they are used.
 
-  Without it the compiler is free to bring the activations of all devices to
-  each part of a matrix instead of the matrix to the activations, and does so
-  in the backward pass. The gradients come back whole and are cut by the
-  sharding of the optimizer's state: all-reduce and slice, which XLA turns
-  into a reduce-scatter where the machine has one.
+  Without it the compiler may bring the activations of all devices to each
+  part of a matrix instead of the matrix to the activations, and does so in
+  the backward pass. The gradients come back whole, and the sharding of the
+  optimizer's state cuts them. XLA turns this all-reduce and slice into a
+  reduce-scatter where the machine has one.
 
   Args:
     params: tree of arrays.
@@ -171,8 +199,8 @@ def gather_parameters(params, shardings):
 def constrain_batch(mesh, tree, axis=0):
   """Inside jit: splits dimension `axis` of every array over the batch axes.
 
-  Written with the mesh in hand: constraints by logical names do nothing,
-  silently, where no mesh is set.
+  The mesh is an argument because constraints by logical axis names silently
+  do nothing where no mesh is set.
   """
   sharding = NamedSharding(mesh, P(*(None,) * axis, BATCH_AXES))
   return jax.tree.map(

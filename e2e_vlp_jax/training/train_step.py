@@ -1,7 +1,7 @@
-"""The train state and one jitted optimisation step.
+"""The train state and one optimisation step, to be jitted over a mesh.
 
-Pure functions of (state, batch): global-batch semantics under jit over a
-mesh, so the same config gives the same losses on one device and on many.
+A step is a pure function of state and global batch, so the same config gives
+the same losses on one device and on many.
 """
 from typing import Any
 
@@ -16,7 +16,7 @@ from e2e_vlp_jax.training import sharding
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a run must remember.
+  """Everything that a run keeps from step to step.
 
   Attributes:
     step: int32, optimisation steps done.
@@ -24,7 +24,7 @@ class TrainState:
     model_state: other collections: BN statistics, SOHO's codebook.
     opt_state: of the optimizer.
     ema_params: exponential moving average of params, or None.
-    rng: key of the run; a step folds its number in.
+    rng: key of the run; each step folds its number into it.
     bad_steps: int32, updates in a row skipped for non-finite gradients.
   """
   step: Any
@@ -37,21 +37,21 @@ class TrainState:
 
   @property
   def variables(self):
-    """For evaluation: the averaged parameters where there are any."""
+    """What evaluation uses: averaged parameters if there are any."""
     params = self.params if self.ema_params is None else self.ema_params
     return {'params': params, **self.model_state}
 
 
 def init_state(model, tx, batch, requests, seed, ema):
-  """A fresh state. Trace or jit it; `batch` may hold ShapeDtypeStructs' data.
+  """The state at step 0; to be traced or jitted.
 
   Args:
-    model, tx: the model and the optimizer's *factory* params -> optax
-      transformation.
-    batch: one batch (only shapes matter).
+    model: from `models.build`.
+    tx: function parameters -> optax transformation.
+    batch: one batch; only shapes matter.
     requests: views and heads to create parameters for.
     seed: int.
-    ema: keep an average of the parameters.
+    ema: whether to keep an average of the parameters.
   """
   root = jax.random.key(seed)
   batch = jax.tree.map(jnp.asarray, batch)
@@ -70,31 +70,49 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng,
   """Runs the model once and every objective on it.
 
   Returns:
-    (losses, metrics, model_state): {objective: {name: (sum, weight)}},
-    {name: (sum, weight)} and the updated model_state.
+    losses: {objective: {name: (sum, weight)}}.
+    metrics: {name: (sum, weight)}.
+    model_state: as the model left it.
   """
   outputs, new_state = model.apply(
       {'params': params, **model_state}, batch, requests, train=True,
       rngs={'dropout': rng, 'sample': jax.random.fold_in(rng, 1)},
       mutable=list(model_state))
-  outputs = _constrain_outputs(mesh, outputs, len(batch['image']))
+  outputs = _constrain_outputs(
+      mesh, outputs, getattr(model, 'batchless_outputs', ()),
+      len(batch['image']))
   losses, metrics = {}, {}
   for name, (_, objective) in objectives.items():
-    with jax.named_scope('losses'):  # Names by which `parts` finds them.
+    with jax.named_scope('losses'):  # `profiling.by_module` looks for it.
       losses[name], extra = objective(outputs, batch)
     metrics.update(extra)
   return losses, metrics, {**model_state, **new_state}
 
 
-def _constrain_outputs(mesh, outputs, size):
-  """Keeps what has a row for each example split over the batch axes.
+def _constrain_outputs(mesh, outputs, batchless, size):
+  """Keeps outputs with a row for each example split over the batch axes.
 
   GSPMD spreads this backwards through the model: no device computes rows of
   another one, whatever the parameters' sharding suggests.
+
+  Args:
+    mesh: over which the batch is spread.
+    outputs: {view: {name: array, or tree of arrays}}.
+    batchless: names of outputs without such rows (`Model.batchless_outputs`):
+      an axis that happens to be as long as the batch says nothing.
+    size: of the batch.
   """
-  return jax.tree.map(
-      lambda x: sharding.constrain_batch(mesh, x)
-      if x.ndim and x.shape[0] == size else x, outputs)
+  def constrain(view, name, x):
+    if name in batchless:
+      return x
+    for leaf in jax.tree.leaves(x):
+      if not leaf.ndim or leaf.shape[0] != size:
+        raise ValueError(
+            f'output {name!r} of view {view!r} has shape {leaf.shape} for a '
+            f'batch of {size}: name it in the batchless_outputs of its model')
+    return sharding.constrain_batch(mesh, x)
+  return {view: {name: constrain(view, name, x) for name, x in found.items()}
+          for view, found in outputs.items()}
 
 
 def make_train_step(model, objectives, tx, *, mesh, shardings, accumulate=1,
@@ -109,9 +127,9 @@ def make_train_step(model, objectives, tx, *, mesh, shardings, accumulate=1,
     accumulate: micro-batches a step.
     ema_decay: of the averaged parameters, if the state has any.
 
-  With `accumulate` > 1 the batch is cut in that many micro-batches, scanned
-  over. Their losses are divided by the weights of the *whole* batch, so the
-  result is that of one big step (BatchNorm statistics excepted).
+  With `accumulate` > 1 the batch is cut into that many micro-batches, one
+  after the other. Their losses are divided by the weights of the *whole*
+  batch, so the result is that of one big step (BatchNorm statistics excepted).
 
   Metrics: {name: scalar}: 'loss' (weighted), one an objective and one a loss
   term of it, one a metric, 'grad_norm' and 'skipped' (1 if the update was
@@ -124,108 +142,133 @@ def make_train_step(model, objectives, tx, *, mesh, shardings, accumulate=1,
                       sharding.gather_parameters(params, shardings),
                       model_state, batch, rng, mesh)
 
-  def loss_fn(params, model_state, batch, rng, weights):
+  def loss(params, model_state, batch, rng, weights=None):
+    """The weighted sum of all losses; see `_gradients`."""
     losses, metrics, model_state = terms(params, model_state, batch, rng)
-    if weights is None:
-      weights = {n: {k: w for k, (_, w) in t.items()}
-                 for n, t in losses.items()}
-    values = {n: {k: s / jnp.maximum(weights[n][k], 1e-9)
-                  for k, (s, _) in t.items()} for n, t in losses.items()}
-    total = sum(objectives[n][0] * sum(t.values()) for n, t in values.items())
-    return total, (values, metrics, model_state)
+    values = _divided(losses, weights or _weights(losses))
+    return _total(objectives, values), (values, metrics, model_state)
 
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
-  def accumulated(state, batch, rng):
-    # Micro-batch k takes rows k, k + accumulate, ...: each device then cuts
-    # the rows that it holds, and none moves.
-    split = sharding.constrain_batch(mesh, jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // accumulate, accumulate,
-                            *x.shape[1:]).swapaxes(0, 1), batch), axis=1)
-
-    # Weights depend on the batch alone in most objectives, and XLA then drops
-    # the model from this first pass. Where they do not, they are those of the
-    # second pass: model_state moves here, too.
-    def count(carry, micro):
-      model_state, k = carry
-      losses, _, model_state = terms(state.params, model_state, micro,
-                                     jax.random.fold_in(rng, k))
-      return (model_state, k + 1), {n: {k: w for k, (_, w) in t.items()}
-                                    for n, t in losses.items()}
-    _, weights = jax.lax.scan(count, (state.model_state, 0), split)
-    weights = jax.tree.map(lambda w: w.sum(0), weights)
-
-    def add(carry, micro):
-      grads, model_state, k = carry
-      (_, (values, metrics, model_state)), g = grad_fn(
-          state.params, model_state, micro, jax.random.fold_in(rng, k),
-          weights)
-      return (jax.tree.map(jnp.add, grads, g), model_state, k + 1), (
-          values, metrics)
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (grads, model_state, _), (values, metrics) = jax.lax.scan(
-        add, (zeros, state.model_state, 0), split)
-    total = lambda tree: jax.tree.map(lambda x: x.sum(0), tree)
-    return grads, total(values), total(metrics), model_state
+  gradients = jax.grad(loss, has_aux=True)
 
   def step(state, batch):
     rng = jax.random.fold_in(state.rng, state.step)
     if accumulate == 1:
-      (_, (values, metrics, model_state)), grads = grad_fn(
-          state.params, state.model_state, batch, rng, None)
+      grads, (values, metrics, model_state) = gradients(
+          state.params, state.model_state, batch, rng)
     else:
-      grads, values, metrics, model_state = accumulated(state, batch, rng)
-    total = sum(objectives[n][0] * sum(t.values()) for n, t in values.items())
+      grads, (values, metrics, model_state) = _accumulated(
+          terms, gradients, state, batch, rng, mesh, accumulate)
+    total = _total(objectives, values)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(total)
-    keep = lambda new, old: jax.tree.map(
-        lambda a, b: jnp.where(finite, a, b), new, old)
-    with jax.named_scope('optimizer'):
-      updates, opt_state = tx.update(grads, state.opt_state, state.params)
-      params = optax.apply_updates(state.params, updates)
-      params = keep(params, state.params)
-      opt_state = keep(opt_state, state.opt_state)
-    ema = state.ema_params
-    if ema is not None:
-      ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), ema,
-                         params)
-    logged = {'loss': total, 'grad_norm': norm,
-              'skipped': 1. - finite.astype(jnp.float32)}
-    for n, t in values.items():
-      logged.update(t)
-      logged[n] = sum(t.values())
-    logged.update({k: s / jnp.maximum(w, 1e-9)
-                   for k, (s, w) in metrics.items()})
-    return state.replace(
-        step=state.step + 1, params=params, ema_params=ema,
-        opt_state=opt_state,
-        model_state=keep(model_state, state.model_state),
-        bad_steps=jnp.where(finite, 0, state.bad_steps + 1)), logged
+    state = _updated(state, tx, grads, model_state, finite, ema_decay)
+    return state, {
+        'loss': total, 'grad_norm': norm,
+        'skipped': 1. - finite.astype(jnp.float32),
+        **_scalars(values, metrics)}
   return step
 
 
-def state_shardings(state, mesh, rules=()):
-  """NamedShardings of a TrainState's tree (arrays or ShapeDtypeStructs).
+# --- Losses are sums with weights -------------------------------------------
+def _weights(losses):
+  """{objective: {name: weight}} of what `loss_terms` returns."""
+  return {n: {k: w for k, (_, w) in t.items()} for n, t in losses.items()}
 
-  Optimizer state and averages follow the parameter that they belong to;
-  everything else is replicated.
+
+def _divided(losses, weights):
+  """{objective: {name: sum / weight}}.
+
+  Args:
+    losses: of a (micro-)batch, from `loss_terms`.
+    weights: from `_weights`; those of the whole batch, of which `losses` may
+      be a part.
   """
-  params = sharding.parameter_specs(state.params, mesh, rules)
-  by_path = {
-      tuple(str(k) for k in path): s
-      for path, s in jax.tree_util.tree_flatten_with_path(params)[0]}
-  shapes = {
-      tuple(str(k) for k in path): x.shape
-      for path, x in jax.tree_util.tree_flatten_with_path(state.params)[0]}
+  return {n: {k: s / jnp.maximum(weights[n][k], 1e-9)
+              for k, (s, _) in t.items()} for n, t in losses.items()}
 
-  def find(path, x):
-    # An optimizer's leaf ends in its parameter's path.
-    names = tuple(str(k) for k in path)
-    for i in range(len(names)):
-      if names[i:] in by_path and shapes[names[i:]] == x.shape:
-        return by_path[names[i:]]
-    return sharding.replicated(mesh)
-  everything = jax.tree_util.tree_map_with_path(find, state)
-  return everything.replace(
-      params=params,
-      ema_params=None if state.ema_params is None else params)
+
+def _total(objectives, values):
+  """The loss: objectives weighted by the config, their terms added up."""
+  return sum(objectives[n][0] * sum(t.values()) for n, t in values.items())
+
+
+def _scalars(values, metrics):
+  """{name: scalar} of losses (divided) and metrics (sums and weights)."""
+  out = {}
+  for name, terms in values.items():
+    out.update(terms)
+    out[name] = sum(terms.values())
+  out.update({k: s / jnp.maximum(w, 1e-9) for k, (s, w) in metrics.items()})
+  return out
+
+
+# --- Gradients and update ---------------------------------------------------
+def _accumulated(terms, gradients, state, batch, rng, mesh, count):
+  """What `gradients` returns for the whole batch, from `count` parts of it.
+
+  Args:
+    terms, gradients: see `make_train_step`.
+    state: TrainState.
+    batch: the whole batch.
+    rng: of this step.
+    mesh: over which the batch is spread.
+    count: micro-batches.
+  """
+  # Micro-batch k takes rows k, k + count, ...: each device then cuts the rows
+  # that it holds, and none moves.
+  parts = sharding.constrain_batch(mesh, jax.tree.map(
+      lambda x: x.reshape(x.shape[0] // count, count,
+                          *x.shape[1:]).swapaxes(0, 1), batch), axis=1)
+
+  # Weights depend on the batch alone in most objectives, and XLA then drops
+  # the model from this first pass. Where they do not, they are those of the
+  # second pass, because model_state moves here too.
+  def weigh(carry, part):
+    model_state, k = carry
+    losses, _, model_state = terms(state.params, model_state, part,
+                                   jax.random.fold_in(rng, k))
+    return (model_state, k + 1), _weights(losses)
+  _, weights = jax.lax.scan(weigh, (state.model_state, 0), parts)
+  weights = _sum_of_parts(weights)
+
+  def add(carry, part):
+    grads, model_state, k = carry
+    new, (values, metrics, model_state) = gradients(
+        state.params, model_state, part, jax.random.fold_in(rng, k), weights)
+    return (jax.tree.map(jnp.add, grads, new), model_state, k + 1), (
+        values, metrics)
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  (grads, model_state, _), (values, metrics) = jax.lax.scan(
+      add, (zeros, state.model_state, 0), parts)
+  return grads, (_sum_of_parts(values), _sum_of_parts(metrics), model_state)
+
+
+def _sum_of_parts(tree):
+  return jax.tree.map(lambda x: x.sum(0), tree)
+
+
+def _updated(state, tx, grads, model_state, finite, ema_decay):
+  """The state after one update, or the old one with the skip counted.
+
+  Args:
+    state: TrainState before.
+    tx: optax transformation.
+    grads: of the parameters.
+    model_state: as the model left it.
+    finite: scalar, whether the update is to be made.
+    ema_decay: of the averaged parameters.
+  """
+  def choose(new, old):
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  with jax.named_scope('optimizer'):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = choose(optax.apply_updates(state.params, updates), state.params)
+    opt_state = choose(opt_state, state.opt_state)
+  average = state.ema_params
+  if average is not None:
+    average = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e),
+                           average, params)
+  return state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state,
+      ema_params=average, model_state=choose(model_state, state.model_state),
+      bad_steps=jnp.where(finite, 0, state.bad_steps + 1))

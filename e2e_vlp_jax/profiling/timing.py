@@ -1,0 +1,45 @@
+"""Stopwatches, and what a machine could reach."""
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def seconds(function):
+  """How long one call takes."""
+  start = time.perf_counter()
+  function()
+  return time.perf_counter() - start
+
+
+def percentiles(times):
+  """{'p50', 'p90'} of a list of numbers."""
+  return {'p50': float(np.percentile(times, 50)),
+          'p90': float(np.percentile(times, 90))}
+
+
+def peak_memory():
+  """Bytes on the fullest device so far; on a CPU, of this process."""
+  stats = [d.memory_stats() or {} for d in jax.local_devices()]
+  if all('peak_bytes_in_use' in s for s in stats):
+    return max(s['peak_bytes_in_use'] for s in stats)
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(chip, count, dtype):
+  """(FLOP/s of `count` devices, where the figure is from).
+
+  A device without a data sheet in `chips` (a CPU) is measured by its own
+  matrix product, on all cores, however many devices they pose as.
+  """
+  if chip.flops:
+    return chip.flops * count, 'peak bfloat16 FLOP/s of the data sheet'
+  n = 2048
+  x = jnp.ones((n, n), dtype)
+  product = jax.jit(jnp.matmul)
+  jax.block_until_ready(product(x, x))
+  best = min(seconds(lambda: jax.block_until_ready(product(x, x)))
+             for _ in range(5))
+  return 2 * n**3 / best, f'measured: {n}x{n} matrix product in {dtype}'

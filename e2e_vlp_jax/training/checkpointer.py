@@ -1,0 +1,221 @@
+"""The checkpoints of one run: when they are saved, and restored from.
+
+`Checkpointer` writes WORKDIR/checkpoints/<step>/ in the background and keeps
+some of them; training/checkpoint.py says what is in one.
+"""
+import contextlib
+import logging
+import os
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
+from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import distributed
+
+
+class Checkpointer:
+  """Saves and restores the states of one run; a context manager.
+
+  Args:
+    workdir: the run's folder.
+    meta: JSON-able dict stored with every checkpoint.
+    options: `config.checkpoint`; saves every `every_steps` and every
+      `every_minutes`, whichever comes (0 = never); keeps the newest `keep`,
+      those whose step `keep_every` divides (0 = none), and the one with the
+      highest metric `best` ('eval/<name>/<metric>'; '' = none).
+  """
+
+  def __init__(self, workdir, meta, options):
+    self._meta, self._options = meta, options
+    self._root = os.path.join(os.path.abspath(workdir), files.CHECKPOINTS)
+    kept = [preservation_policy.LatestN(options.keep)]
+    if options.keep_every:
+      kept.append(preservation_policy.EveryNSteps(options.keep_every))
+    if options.best:
+      kept.append(preservation_policy.BestN(
+          get_metric_fn=lambda metrics: metrics[options.best], n=1,
+          keep_checkpoints_without_metrics=False))
+    self._manager = ocp.CheckpointManager(
+        self._root, options=ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                kept), create=True))
+    self._saved_at = time.monotonic()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *unused):
+    """Finishes the saves; an error on its way out is not replaced."""
+    with contextlib.suppress(*[Exception] if kind else []):
+      with self._file_errors():
+        self._manager.close()
+
+  def due(self, step, scores=None, look_at_clock=False):
+    """Whether a checkpoint is to be saved at `step`.
+
+    Args:
+      step: steps done.
+      scores: of an evaluation at this step, which may be the best.
+      look_at_clock: also by time. All hosts must then call this together:
+        process 0's clock decides for them, as they save at the same step.
+    """
+    o = self._options
+    if (o.every_steps and step % o.every_steps == 0) or (o.best and scores):
+      return True
+    return bool(o.every_minutes and look_at_clock) and distributed.agreed(
+        time.monotonic() - self._saved_at >= 60 * o.every_minutes)
+
+  def save(self, step, state, scores=None):
+    """Starts an asynchronous save; `scores` rank it for `best`.
+
+    Raises:
+      UserError: this or the previous save failed (a full disk, say).
+    """
+    self._saved_at = time.monotonic()
+    best = self._options.best
+    if best and scores is not None and best not in scores:
+      raise errors.UserError(f'checkpoint.best: no metric {best!r}'
+                             + errors.nearest(best, scores))
+    with self._file_errors():
+      self._manager.check_for_errors()
+      if step in self._manager.all_steps():
+        return
+      items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+      self._manager.save(
+          step, metrics=scores, args=ocp.args.Composite(
+              **items, meta=ocp.args.JsonSave(self._meta)))
+
+  def check(self):
+    """UserError if a save in the background has failed."""
+    with self._file_errors():
+      self._manager.check_for_errors()
+
+  def wait(self):
+    """Blocks until every save is on disk. UserError if one failed."""
+    with self._file_errors():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  @contextlib.contextmanager
+  def _file_errors(self):
+    """Makes a UserError of what the file system refuses."""
+    try:
+      yield
+    except errors.UserError:
+      raise
+    except Exception as e:  # Orbax and tensorstore have many classes for it.
+      text = ' '.join(str(e).split())
+      known = [t for t in ('No space left on device', 'File too large',
+                           'Disk quota exceeded', 'Read-only file system',
+                           'Permission denied') if t.lower() in text.lower()]
+      if not known and not isinstance(e, OSError):
+        raise
+      raise errors.UserError(
+          f'checkpoint: cannot save in {self._root!r}: '
+          f'{known[0] if known else text[:200]}; the checkpoints before it '
+          'are intact, run the same command again once there is room'
+      ) from e
+
+  def restore(self, state):
+    """The newest readable checkpoint, in the shape and sharding of `state`.
+
+    A checkpoint that cannot be read is set aside (renamed, with a warning)
+    and the one before is used.
+
+    Args:
+      state: TrainState of ShapeDtypeStructs with shardings, or of arrays.
+
+    Returns:
+      a TrainState, or None if there is no checkpoint.
+
+    Raises:
+      UserError: the checkpoint is of another model (first differences), or
+        there are checkpoints and none can be read.
+    """
+    wanted = _items(state)
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      items = self._read(step, wanted)
+      # One host alone may meet the damage, but all must go back together.
+      if distributed.everywhere(items is not None):
+        return _state(step, items, state)
+      self._set_aside(step)
+    if steps:
+      raise errors.UserError(
+          f'checkpoint: none of {len(steps)} in {self._root!r} can be read; '
+          'they were set aside beside it, run again to start from step 0')
+    return None
+
+  def _read(self, step, wanted):
+    """The items of a step like those of `wanted`; None if it is damaged."""
+    try:
+      for name, tree in wanted.items():
+        checkpoint.check_tree(os.path.join(self._root, str(step)), name, tree)
+      return self._manager.restore(step, args=ocp.args.Composite(
+          **{k: ocp.args.StandardRestore(v) for k, v in wanted.items()}))
+    except errors.UserError:
+      raise
+    except Exception as e:  # Whatever a damaged file makes Orbax raise.
+      logging.warning('checkpoint %d cannot be read (%s: %s)', step,
+                      type(e).__name__,
+                      str(e).splitlines()[0] if str(e) else '')
+      return None
+
+  def _set_aside(self, step):
+    """Renames a damaged checkpoint, out of the way of the next save."""
+    aside = os.path.join(os.path.dirname(self._root),
+                         f'damaged_checkpoint_{step}')
+    if jax.process_index() == 0:
+      while os.path.exists(aside):
+        aside += '_again'
+      os.rename(os.path.join(self._root, str(step)), aside)
+      logging.warning('checkpoint %d is set aside as %s', step, aside)
+    distributed.wait_for_all(f'set_aside_{step}')
+    self._manager.reload()
+
+
+# --- What is saved ----------------------------------------------------------
+def _items(state):
+  """A TrainState as a dict of trees, the form in which it is saved."""
+  items = {
+      'params': state.params, 'model_state': dict(state.model_state),
+      'opt_state': {'optimizer': state.opt_state,
+                    'rng': _key_data(state.rng),
+                    'bad_steps': state.bad_steps}}
+  if state.ema_params is not None:
+    items['ema_params'] = state.ema_params
+  # Orbax refuses empty trees.
+  return {k: v for k, v in items.items() if jax.tree.leaves(v)}
+
+
+def _key_data(rng):
+  """The numbers of a typed key, or their shape if `rng` is only a shape."""
+  if not isinstance(rng, jax.ShapeDtypeStruct):
+    return jax.random.key_data(rng)
+  data = jax.eval_shape(jax.random.key_data, rng)
+  return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=rng.sharding)
+
+
+def _state(step, items, like):
+  """The TrainState that `_items` made `items` of.
+
+  Args:
+    step: of the checkpoint.
+    items: as restored.
+    like: the TrainState that was asked for.
+  """
+  step = np.int32(step)
+  if isinstance(like.step, jax.ShapeDtypeStruct):
+    step = jax.device_put(step, like.step.sharding)
+  rest = items['opt_state']
+  return like.replace(
+      step=step, params=items['params'],
+      model_state=items.get('model_state') or {},
+      opt_state=rest['optimizer'], ema_params=items.get('ema_params'),
+      rng=jax.random.wrap_key_data(rest['rng']), bad_steps=rest['bad_steps'])

@@ -1,0 +1,57 @@
+"""SIGTERM and Ctrl-C end a run after the current step instead of at once."""
+import os
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopSignal:
+  """Asks the training loop to stop; a context manager.
+
+  Inside it SIGTERM and the first Ctrl-C are requests, and a second Ctrl-C
+  interrupts as always. On exit the signals go back to their old handlers.
+
+  Several processes may get the signal at different times, or only one of
+  them gets it. There jax's preemption service owns SIGTERM and names a step
+  that all of them reach.
+
+  Attributes:
+    requested: the run should save and end. Changes in `look` and on exit, so
+      that the body of a loop sees one answer.
+    exit_code: of a process that ends so: 0, or 130 after Ctrl-C.
+  """
+
+  def __init__(self):
+    self.requested, self.exit_code = False, 0
+    self._signalled = False
+    self._several = jax.process_count() > 1
+    self._old_handlers = {}
+
+  def __enter__(self):
+    numbers = [signal.SIGINT] + [signal.SIGTERM] * (not self._several)
+    for number in numbers:
+      self._old_handlers[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *unused):
+    for number, handler in self._old_handlers.items():
+      signal.signal(number, handler)
+    self.requested |= self._signalled
+
+  def look(self, step):
+    """Sets `requested` if the run ends after `step`, on all hosts alike."""
+    if self._several:
+      self.requested |= multihost_utils.reached_preemption_sync_point(step)
+    else:
+      self.requested = self._signalled
+
+  def _handle(self, number, frame):
+    if number == signal.SIGINT:
+      if self.exit_code:
+        signal.default_int_handler(number, frame)  # The second Ctrl-C.
+      self.exit_code = 130
+    if self._several:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self._signalled = True
