@@ -97,21 +97,21 @@ def get_config(arg=None):
   config.tensorboard = True
 
   config.objectives = dict(mlm=1., itm=1., detection=1., captioning=1.,
-                           cells=0.)
+                           grid_classes=0.)
   config.objective_options = dict(
       detection=dict(class_weight=1., box_weight=5., giou_weight=2.,
                      attribute_weight=1., no_object=.1, cost_class=1.,
                      cost_box=5., cost_giou=2., aux=True),
-      cells=dict(nothing=.3))
+      grid_classes=dict(background_weight=.3))
 
   config.model = dict(
-      name='e2e_vlp', text=True,
-      backbone=dict(name='resnet', depth=50, frozen_bn=True, frozen_stages=2,
+      name='e2e_vlp', use_text=True, heads={},
+      backbone=dict(name='resnet', depth=50,
                     dilated=False, mask_padding=True, remat='none'),
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225),
-      width=256, heads=8, ffn=options.get('ffn', 2048), encoder_layers=12,
+      width=256, attention_heads=8, ffn=options.get('ffn', 2048), encoder_layers=12,
       decoder_layers=6, dropout=.1, pre_norm=False, act='relu', epsilon=1e-5,
-      num_queries=100, queries='learned', itm_pool='cls', max_text=40,
+      num_queries=100, queries='learned', text_pool='cls', max_text=40,
       text_types=0, remat='none')
 
   # AdamW 1e-4, trunk 1e-5, weight decay 1e-4, 200 epochs, batch 32: as
@@ -128,7 +128,7 @@ def get_config(arg=None):
       groups=(*((p, dict(freeze=True)) for p in frozen),
               (r'backbone/.*', dict(lr=.1)),
               (r'.*', dict())))
-  config.warm_start = dict(steps=0, objectives=dict(cells=1.),
+  config.warm_start = dict(steps=0, objectives=dict(grid_classes=1.),
                            optim=config.optim.to_dict())
   config.log_every_steps = 50
   config.eval_every_steps = 10_000
@@ -208,9 +208,9 @@ def _data(config, data, side, multiple, vocabulary):
 def _tiny(config):
   """About 1M parameters; measured figures are in the README's table."""
   config.model.update(dict(
-      width=128, heads=4, ffn=256, encoder_layers=2, decoder_layers=2,
+      width=128, attention_heads=4, ffn=256, encoder_layers=2, decoder_layers=2,
       dropout=0., pre_norm=True, num_queries=16, queries='reference',
-      itm_pool='mean',
+      text_pool='mean',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.model.backbone = dict(name='patch_cnn', stem=64, width=128, blocks=2)
   config.objectives.update(dict(mlm=2., itm=3., detection=.4))
@@ -240,7 +240,7 @@ def _detr(config):
 
   See docs: 6 encoder layers, no text, detection alone.
   """
-  config.model.update(dict(text=False, encoder_layers=6))
+  config.model.update(dict(use_text=False, encoder_layers=6))
   config.objectives.update(dict(mlm=0., itm=0., captioning=0.))
   config.objective_options.detection.attribute_weight = 0.
   config.data.labels = 'coco'

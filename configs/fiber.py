@@ -66,26 +66,27 @@ def get_config(arg=None):
   config.tensorboard = True
 
   # Plain sum of the three [C].
-  config.objectives = dict(mlm=1., itc=1., itm=1., captioning=0., cells=0.)
+  config.objectives = dict(mlm=1., itc=1., itm=1., captioning=0.,
+                           grid_classes=0.)
   config.objective_options = dict(
       itm=dict(view='hard_negative'), itc=dict(unfilled=False),
-      cells=dict(nothing=.3))
+      grid_classes=dict(background_weight=.3))
 
   side = options.get('side', 384 if size == 'base' else 96)
   config.model = dict(
-      name='fiber',
+      name='fiber', heads={},
       # Swin-Base [C]; the window follows the image [C].
       swin=dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
                 patch=4, window=side // 32, mlp_ratio=4., drop_path=.1,
-                epsilon=1e-5, scratch=False),
+                epsilon=1e-5, from_scratch=False),
       # RoBERTa-base [C].
-      text=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
-                types=1, dropout=.1, epsilon=1e-5, scratch=False),
-      fuse=6, width=768,         # [C]
-      itm_pool='cls',            # of the text: cls [C] | mean
+      roberta=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
+                types=1, dropout=.1, epsilon=1e-5, from_scratch=False),
+      fused_layers=6, width=768, # [C]
+      text_pool='cls',            # of the text: cls [C] | mean
       # Negatives for ITM: 1 = by softmax of the ITC logits [C], 0 = any.
-      hardness=1.,
-      beam_rank='mean',          # of captions [C]
+      negative_hardness=1.,
+      beam_search='released',    # of captions [C]
       queue=options.get('queue', 0), remat='full',
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225))  # [C]
 
@@ -98,7 +99,7 @@ def get_config(arg=None):
       optimizer='adamw_hf', warmup_init=0., decay_steps=(), decay_factor=.1,
       final_fraction=0., b1=.9, b2=.98, eps=1e-8, weight_decay=.01,
       clip_norm=0., momentum=.9, groups=GROUPS)
-  config.warm_start = dict(steps=0, objectives=dict(cells=1.),
+  config.warm_start = dict(steps=0, objectives=dict(grid_classes=1.),
                            optim=config.optim.to_dict())
   config.log_every_steps = 50
   config.eval_every_steps = 10_000
@@ -160,11 +161,11 @@ def _tiny(config):
   config.model.update(dict(
       swin=dict(width=32, depths=(1, 1, 4), heads=(1, 2, 4), patch=4,
                 window=6, mlp_ratio=2., drop_path=0., epsilon=1e-5,
-                scratch=True),
-      text=dict(depth=3, width=128, heads=4, ffn=256,
+                from_scratch=True),
+      roberta=dict(depth=3, width=128, heads=4, ffn=256,
                 positions=config.data.max_text + 2, types=1, dropout=0.,
-                epsilon=1e-5, scratch=True),
-      fuse=2, width=128, itm_pool='mean', hardness=.5, remat='none',
+                epsilon=1e-5, from_scratch=True),
+      fused_layers=2, width=128, text_pool='mean', negative_hardness=.5, remat='none',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.batch_size = 16
   config.data.sentences = 2  # An image's lower blocks serve both.
@@ -186,4 +187,4 @@ def _tiny(config):
   config.eval_every_steps = 2700
   config.checkpoint.every_steps = 450
   config.evals.retrieval.options = dict(texts=1,
-                                        itc_weight=config.model.hardness)
+                                        itc_weight=config.model.negative_hardness)

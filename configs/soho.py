@@ -84,12 +84,13 @@ def get_config(arg=None):
   config.profile = dict(start=0, steps=5)
   config.tensorboard = True
 
-  config.objectives = dict(mlm=1., itm=1., mvm=1., cells=0.)
-  config.objective_options = dict(cells=dict(nothing=.3))
+  config.objectives = dict(mlm=1., itm=1., mvm=1., grid_classes=0.)
+  config.objective_options = dict(
+      grid_classes=dict(background_weight=.3))
 
   config.model = dict(
-      name='soho', text=True,
-      backbone=dict(name='resnet', depth=18, frozen_bn=False, frozen_stages=2,
+      name='soho', heads={}, text=True,
+      backbone=dict(name='resnet', depth=18,
                     dilated=False, mask_padding=True, stem=64, width=64,
                     remat='full'),
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225),
@@ -100,8 +101,8 @@ def get_config(arg=None):
                       count_padding=True),
       # Hidden in `rate` of the pairs: the cells of one word.
       mvm=dict(rate=.015, cell='batch'),
-      width=768, heads=12, ffn=3072, encoder_layers=3, dropout=.1,
-      pre_norm=False, act='gelu', epsilon=1e-12, itm_pool='cls', max_text=512,
+      width=768, attention_heads=12, ffn=3072, encoder_layers=3, dropout=.1,
+      pre_norm=False, act='gelu', epsilon=1e-12, text_pool='cls', max_text=512,
       text_types=2, remat='full')
 
   # Released: AdamW for all but the trunk, which has SGD at 100 times the
@@ -125,7 +126,7 @@ def get_config(arg=None):
   steps = lambda epochs: round(epochs * images / config.batch_size)
   config.total_steps = steps(40)
   config.optim.decay_steps = (steps(25), steps(35))
-  config.warm_start = dict(steps=0, objectives=dict(cells=1.),
+  config.warm_start = dict(steps=0, objectives=dict(grid_classes=1.),
                            optim=config.optim.to_dict())
   config.log_every_steps = 50
   config.eval_every_steps = 2000
@@ -206,8 +207,8 @@ def _r101(config):
 def _tiny(config):
   """About 0.5M parameters; our choice throughout, near e2e_vlp's tiny."""
   config.model.update(dict(
-      width=128, heads=4, ffn=256, encoder_layers=2, dropout=0.,
-      pre_norm=True, epsilon=1e-5, itm_pool='mean', text_types=0, remat='none',
+      width=128, attention_heads=4, ffn=256, encoder_layers=2, dropout=0.,
+      pre_norm=True, epsilon=1e-5, text_pool='mean', text_types=0, remat='none',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.model.backbone = dict(name='patch_cnn', stem=64, width=128, blocks=2)
   config.model.neck.pool = 1     # 8x8 tokens of 12x12 pixels
