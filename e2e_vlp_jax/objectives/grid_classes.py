@@ -1,7 +1,7 @@
-"""Warm start of a trunk: which object covers each grid cell?
+"""Warm start of a trunk: classify the object that covers each grid cell.
 
-Stands in for the ImageNet weights that the papers start from, where a run
-trains from scratch. Our addition; not part of any paper.
+Replaces the ImageNet weights that the papers start from, in runs that train
+from scratch. Our addition; not part of any paper.
 """
 import dataclasses
 from typing import ClassVar
@@ -14,7 +14,7 @@ from e2e_vlp_jax.ops import boxes as box_ops
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Class and attributes of the smallest box over each cell's centre.
+  """Class and attributes of the smallest box over each cell's center.
 
   Attributes:
     background_weight: of cells that no box covers.
