@@ -7,9 +7,10 @@
 Formats: fiber_coarse, soho, hf_detr, hf_resnet, torchvision_resnet, hf_bert,
 hf_roberta, hf_swin, timm_swin (docs/weights.md).
 D serves as `init_from`, and as the checkpoint of evaluate and predict. What
-the file has no tensor for is taken from the checkpoint --onto, else drawn from
-config.seed, and listed; every tensor of the file is either used or listed, in
-D/conversion.json in full.
+the file has no tensor for is taken from the checkpoint --onto, or else randomly
+initialised with config.seed, and listed; every tensor of the file is either
+used or listed, in D/conversion.json in full. A module that the file covers in
+part is an error without --allow_random.
 
 Exports have the names and types of the imported file, equal to the bit; a
 checkpoint that was trained since needs --format and gets the names of the
@@ -39,44 +40,83 @@ from e2e_vlp_jax.weights import files
 from e2e_vlp_jax.weights import mapping
 
 
-def import_weights(format_name, path, config, output, resize=False,
-                   onto=None):
+def import_weights(format_name, path, config, output, *, resize=False,
+                   onto=None, allow_random=False):
   """Writes the checkpoint `output`; returns the record of the conversion.
 
   Args:
     format_name, path: of the weights file.
     config: of the model.
     output: folder.
-    resize: to the windows of `config`.
+    resize: tensors that depend on the input's size, to that of `config`.
     onto: checkpoint of the same model, for what the file lacks.
+    allow_random: let modules that the file covers have random variables, too.
   """
   source = mapping.find(format_name)
   _check_new(output)
   base = _variables(onto)[0] if onto else {}
   vocabularies = vocabularies_lib.Vocabularies.load(config.data)
-  sizes = vocabularies.sizes
   tensors = mapping.spelled(source, files.read(path), path)
+  if resize and not hasattr(source, 'resize'):
+    raise errors.UserError(f'--resize: {format_name} files have nothing that '
+                           'can be resized')
+  facts = _check_model(source, tensors, path, config, vocabularies.sizes,
+                       resize)
+
+  # The model of the config, as training builds it.
+  model = models.build(config, **vocabularies.sizes)
+  batch = synthetic.synthetic_batch(config.data, batch_size=1,
+                                    **vocabularies.sizes)
+  requests = objectives.requests(objectives.build(config))
+  init = lambda b: flax.traverse_util.flatten_dict(
+      model.init(jax.random.key(config.seed), b, requests), sep='/')
+  shapes = jax.eval_shape(init, batch)
+  variables, record = mapping.to_ours(
+      source, tensors, config, {k: x.shape for k, x in shapes.items()}, path,
+      resize)
+  if not variables:
+    raise errors.UserError(f'--input {path!r}: the model of --config has no '
+                           'place for any of its tensors')
+  kept = _kept(record['missing'], base, shapes, onto)
+  missing = [k for k in record['missing'] if k not in base]
+  gaps = mapping.uncovered(source, missing, variables)
+  if gaps and not allow_random:
+    raise errors.UserError(
+        f'--input {path!r} has no tensor for {gaps[0]}'
+        + (f' and {len(gaps) - 1} more variables' if gaps[1:] else '')
+        + ', but for others of the same module; --allow_random initialises '
+        'them randomly, --onto takes them from a checkpoint')
+  variables |= {k: np.asarray(base[k]) for k in kept}
+  if missing:
+    initial = jax.jit(lambda b: {k: init(b)[k] for k in missing})
+    variables |= jax.tree.map(np.asarray, initial(batch))
+  record = {'format': format_name, 'file': os.path.basename(path), **record,
+            'missing': missing, 'kept': kept}
+  _write(output, variables, config, vocabularies, record)
+  used = sum(x.size for k, x in variables.items() if k not in missing + kept)
+  print(f'{format_name}: {path}, {len(tensors)} tensors')
+  print(f'  used     {len(record["tensors"])}, {used:,} values')
+  _report(record, source, facts, config, onto)
+  print(f'written: {output}')
+  return record
+
+
+def _check_model(source, tensors, path, config, sizes, resize):
+  """What the file says about its model; UserError unless it is the config's."""
   facts = {**source.describe({k: x for k, (_, x) in tensors.items()}),
            **source.read_config(files.read_config(path))}
   spaces = {len(label_space.LabelSpace.load(n).classes): n
             for n in label_space.names()}
-  fewer = getattr(source, 'FEWER', ())
   mapping.check_config(facts, config, {
       'classes': ('data.labels', sizes['num_classes'], spaces),
       'vocabulary': ('data.tokenizer.path', sizes['vocab_size'], {})}, path,
-                       resize, fewer)
+                       source, resize)
+  return facts
 
-  # The model of the config, as training builds it.
-  model = models.build(config, **sizes)
-  batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
-  requests = objectives.requests(objectives.build(config))
-  init = lambda b: model.init(jax.random.key(config.seed), b, requests)
-  shapes = flax.traverse_util.flatten_dict(jax.eval_shape(init, batch),
-                                           sep='/')
-  variables, record = mapping.to_ours(
-      source, tensors, config, {k: x.shape for k, x in shapes.items()}, path,
-      resize)
-  kept = [k for k in record['missing'] if k in base]
+
+def _kept(missing, base, shapes, onto):
+  """Variables that the checkpoint `onto` (its variables: `base`) gives."""
+  kept = [k for k in missing if k in base]
   other = [k for k in kept if base[k].shape != shapes[k].shape]
   if other or (onto and not kept):
     raise errors.UserError(
@@ -84,16 +124,11 @@ def import_weights(format_name, path, config, output, resize=False,
             f'{other[0]} is {list(base[other[0]].shape)}, expected '
             f'{list(shapes[other[0]].shape)}' if other else
             'it has nothing that the file lacks'))
-  variables |= {k: np.asarray(base[k]) for k in kept}
-  record['missing'] = [k for k in record['missing'] if k not in base]
-  if record['missing']:
-    def draw(b):
-      every = flax.traverse_util.flatten_dict(init(b), sep='/')
-      return {k: every[k] for k in record['missing']}
-    variables |= jax.tree.map(np.asarray, jax.jit(draw)(batch))
-  record = {'format': format_name, 'file': os.path.basename(path), **record,
-            'kept': kept}
+  return kept
 
+
+def _write(output, variables, config, vocabularies, record):
+  """The checkpoint, and conversion.json in it."""
   tree = flax.traverse_util.unflatten_dict(variables, sep='/')
   params = tree.pop('params')
   checkpoint.write(output, params, tree, {
@@ -101,21 +136,22 @@ def import_weights(format_name, path, config, output, resize=False,
       'converted': record})
   with open(os.path.join(output, 'conversion.json'), 'w') as f:
     json.dump(record, f, indent=1)
-  print(f'{format_name}: {path}, {len(tensors)} tensors')
-  values = sum(x.size for k, x in variables.items()
-               if k not in record['missing'] + kept)
-  print(f'  used     {len(record["tensors"])}, {values:,} values')
+
+
+def _report(record, source, facts, config, onto):
+  """Prints what became of every tensor and where every variable is from."""
+  module = lambda name: '/'.join(name.split('/')[:2])
   _list('copies', record['copies'],
         lambda name: f'equal to {record["copies"][name]}, kept once')
   _list('surplus', record['surplus'], record['surplus'].get)
-  _list('kept', kept, lambda name: f'not in the file; from {onto}',
-        lambda name: '/'.join(name.split('/')[:2]))
+  _list('kept', record['kept'],
+        lambda name: f'not in the file; from {onto}', module)
   _list('missing', record['missing'],
-        lambda name: f'not in the file; drawn from seed {config.seed}',
-        lambda name: '/'.join(name.split('/')[:2]))
+        lambda name: 'not in the file; randomly initialised with seed '
+        f'{config.seed}', module)
   _list('resized', record['resized'],
         lambda name: '{} to {}'.format(*record['resized'][name]))
-  for key in fewer:
+  for key in getattr(source, 'FEWER', ()):
     ours, theirs = mapping.value_of(config, key), facts[key]
     if ours < theirs:
       print(f'  {key}={ours}: the first {ours} of the file\'s {theirs}; '
@@ -125,8 +161,6 @@ def import_weights(format_name, path, config, output, resize=False,
       print(f'  {key}={mapping.value_of(config, key)} is taken from --config: '
             'a weights file does not say, and there is no config.json beside '
             'it')
-  print(f'written: {output}')
-  return record
 
 
 def export_weights(path, output, format_name=None):
@@ -195,8 +229,11 @@ def main(argv=None):
     parser.add_argument('--onto', metavar='DIR',
                         help='a checkpoint that keeps what FILE lacks')
     parser.add_argument('--resize', action='store_true',
-                        help='resize tables of relative positions to '
-                        'model.swin.window, for images of another size')
+                        help='resize what depends on the size of the images '
+                        '(tables of relative positions) to that of --config')
+    parser.add_argument('--allow_random', action='store_true',
+                        help='randomly initialise what FILE lacks of the '
+                        'modules that it covers')
     parser.add_argument('--export', action='store_true',
                         help='from a checkpoint to a weights file')
     args, config = cli.parse(parser, argv)
@@ -218,7 +255,8 @@ def main(argv=None):
               + (f'; valid choices: {", ".join(mapping.formats())}'
                  if name == 'format' else ''))
       import_weights(args.format, args.input, config, args.output,
-                     args.resize, args.onto)
+                     resize=args.resize, onto=args.onto,
+                     allow_random=args.allow_random)
 
 
 if __name__ == '__main__':

@@ -112,7 +112,7 @@ class Detr:
   def config(self):
     config = config_lib.get_config('detr')
     config.model.update(dict(
-        width=self.width, heads=self.heads, ffn=self.ffn,
+        width=self.width, attention_heads=self.heads, ffn=self.ffn,
         encoder_layers=self.encoder, decoder_layers=self.decoder,
         num_queries=self.queries))
     config.model.backbone.depth = self.depth
@@ -185,8 +185,7 @@ def resnet_config(depth):
 
 def build_resnet(depth, **options):
   """(trunk, its variables), BN trained and all stages returned."""
-  trunk = resnet.ResNet(depth, frozen_bn=False, frozen_stages=0,
-                        out_stages=(1, 2, 3, 4), **options)
+  trunk = resnet.ResNet(depth, out_stages=(1, 2, 3, 4), **options)
   shapes = flat(jax.eval_shape(
       lambda: trunk.init(jax.random.key(0), resnet_pixels()[:1])))
   shapes = {'/backbone/'.join(k.split('/', 1)): x.shape
@@ -215,7 +214,8 @@ class Bert:
     config.dtype = 'float32'
     config.model.backbone.depth = 18
     config.model.update(dict(
-        width=self.width, heads=self.heads, ffn=self.ffn, decoder_layers=1,
+        width=self.width, attention_heads=self.heads, ffn=self.ffn,
+        decoder_layers=1,
         encoder_layers=self.layers, max_text=self.positions, act='gelu',
         text_types=self.types, epsilon=1e-12))
     return config

@@ -35,17 +35,17 @@ BASE = str(REPO / 'configs' / 'e2e_vlp.py')
 CONFIG = {  # small models of each kind; 'scenes' has 6 classes
     'detr': {'spec': f'{BASE}:detr,data=scenes,side=64',
              'data.labels': 'scenes', 'model.backbone.depth': 18,
-             'model.width': 32, 'model.heads': 4, 'model.ffn': 48,
+             'model.width': 32, 'model.attention_heads': 4, 'model.ffn': 48,
              'model.encoder_layers': 1, 'model.decoder_layers': 2,
              'model.num_queries': 8},
     'soho': {'spec': f'{REPO}/configs/soho.py:r18,data=scenes,side=64',
              'dtype': 'float32', 'model.backbone.stem': 8,
-             'model.backbone.width': 8, 'model.width': 32, 'model.heads': 4,
+             'model.backbone.width': 8, 'model.width': 32, 'model.attention_heads': 4,
              'model.ffn': 48, 'model.max_text': 24, 'model.remat': 'none',
              'data.tokenizer.path': 'scenes'},
     'bert': {'spec': f'{BASE}:r50,data=scenes,side=64', 'dtype': 'float32',
              'data.tokenizer.path': 'scenes',
-             'model.backbone.depth': 18, 'model.width': 32, 'model.heads': 4,
+             'model.backbone.depth': 18, 'model.width': 32, 'model.attention_heads': 4,
              'model.ffn': 48, 'model.encoder_layers': 2,
              'model.decoder_layers': 1, 'model.num_queries': 8,
              'model.max_text': 24, 'model.text_types': 2, 'model.act': 'gelu',
@@ -332,8 +332,8 @@ def test_of_another_model(files, tmp_path, capsys):
                '--config.model.num_queries=8', '--config.data.labels=scenes'):
     assert part in error
   advice = re.findall(r'--config\.\S+=\S+', error)
-  run(*args, '--config', spec, *advice, '--config.model.heads=4')
-  assert 'model.heads=4 is taken from --config' in capsys.readouterr().out
+  run(*args, '--config', spec, *advice, '--config.model.attention_heads=4')
+  assert 'model.attention_heads=4 is taken from --config' in capsys.readouterr().out
 
 
 def test_of_another_trunk(files, tmp_path, capsys):
@@ -351,7 +351,7 @@ def test_heads_come_from_the_config_json_beside(files, tmp_path, capsys):
       'encoder_attention_heads': 8, 'decoder_attention_heads': 8,
       'activation_function': 'relu', 'dilation': True}))
   error = refused(capsys, *args)
-  assert 'model.heads is 4, the file has 8' in error
+  assert 'model.attention_heads is 4, the file has 8' in error
   assert '--config.model.backbone.dilated=True' in error
   beside.write_text('{"encoder_attention_heads": 8, '
                     '"decoder_attention_heads": 4}')
@@ -518,7 +518,7 @@ def test_transformers_files(torch_extra, tmp_path, capsys):
   from tests import parity_torch  # pylint: disable=import-outside-toplevel
   import transformers  # pylint: disable=import-outside-toplevel
   c = CONFIG['detr']
-  case = parity.Detr(18, c['model.width'], c['model.heads'], c['model.ffn'],
+  case = parity.Detr(18, c['model.width'], c['model.attention_heads'], c['model.ffn'],
                      1, 2, 8, 6, (64, 64), ((64, 64),), (1,))
   model = parity_torch.detr(case)
   model.save_pretrained(tmp_path / 'hf')

@@ -28,11 +28,11 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 SPEC = f'{REPO}/configs/fiber.py:base,data=scenes,side='
 # FIBER's reference arrays are of these sizes.
 ORIGINAL = {'model.swin.width': 8, 'model.swin.heads': '(1,2,4,8)',
-            'model.text.width': 40, 'model.text.heads': 4,
-            'model.text.ffn': 160, 'model.text.positions': 24,
+            'model.roberta.width': 40, 'model.roberta.heads': 4,
+            'model.roberta.ffn': 160, 'model.roberta.positions': 24,
             'model.width': 40, 'model.remat': 'none', 'dtype': 'float32'}
 SMALL = {**ORIGINAL, 'model.swin.depths': '(1,2)', 'model.swin.heads': '(1,2)',
-         'model.text.depth': 2, 'model.fuse': 1}
+         'model.roberta.depth': 2, 'model.fused_layers': 1}
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +122,7 @@ def test_there_and_back_is_equal_to_the_bit(files, converted, tmp_path, name):
   kind, _, file = files[name]
   ckpt, out = converted(name)
   assert 'unknown' not in out
-  assert ('model.text.heads=4 is taken from' in out) == ('swin' not in kind)
+  assert ('model.roberta.heads=4 is taken from' in out) == ('swin' not in kind)
   run('--export', '--input', ckpt, '--output', tmp_path / 'back.safetensors')
   a = safetensors.numpy.load_file(file)
   b = safetensors.numpy.load_file(tmp_path / 'back.safetensors')
@@ -249,11 +249,11 @@ def test_resized_windows_are_the_originals(files, vocabulary, shared,
 
 @pytest.mark.parametrize('changes, fits', [
     ({'model.swin.depths': '(2,2,6,2)'}, 'model.swin.depths=(2,2,18,2)'),
-    ({'model.text.depth': 8}, 'model.text.depth=12'),
-    ({'model.fuse': 4}, 'model.fuse=6'),
+    ({'model.roberta.depth': 8}, 'model.roberta.depth=12'),
+    ({'model.fused_layers': 4}, 'model.fused_layers=6'),
     ({'model.swin.heads': '(2,2,4,8)'}, 'model.swin.heads=(1,2,4,8)'),
     ({'model.swin.window': 6}, 'model.swin.window=3'),
-    ({'model.text.positions': 30}, 'model.text.positions=24'),
+    ({'model.roberta.positions': 30}, 'model.roberta.positions=24'),
     ({'model.width': 48}, 'model.width=40')])
 def test_of_another_variant(files, vocabulary, tmp_path, capsys, changes,
                             fits):
@@ -372,7 +372,7 @@ def test_roberta_equals_transformers(torch_extra, small, tmp_path,
   import torch
   import transformers
   torch.manual_seed(0)
-  c = small.model.text
+  c = small.model.roberta
   theirs = transformers.RobertaModel(transformers.RobertaConfig(
       vocab_size=120, hidden_size=c.width, num_hidden_layers=c.depth,
       num_attention_heads=c.heads, intermediate_size=c.ffn,

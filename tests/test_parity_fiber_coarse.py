@@ -49,7 +49,7 @@ def reference_config(window=3, queue=0, dtype='float32'):
   config.dtype = dtype
   config.model.remat = 'none'
   config.model.swin.update(dict(width=8, heads=(1, 2, 4, 8), window=window))
-  config.model.text.update(dict(width=40, heads=4, ffn=160, positions=24))
+  config.model.roberta.update(dict(width=40, heads=4, ffn=160, positions=24))
   # Its images are normalised already.
   config.model.update(dict(width=40, image_mean=(0., 0., 0.),
                            image_std=(1 / 255,) * 3))
@@ -104,8 +104,8 @@ def batch_of(inputs, image='image', rows=slice(None)):
 
 # Which call of a module belongs to which view, when all run at once: below
 # the pairs and in them, of the image and of the text trunk.
-CALLS = {'dual': (0, 0, 0, 1), 'caption': (0, 0, 1, 0),
-         'fused': (0, 1, 0, 2), 'fused_mlm': (0, 2, 2, 3)}
+CALLS = {'dual': (0, 0, 1, 1), 'caption': (0, 0, 0, 0),
+         'fused': (0, 1, 1, 2), 'fused_mlm': (0, 2, 2, 3)}
 VIEWS = {'image_only': ('itc', 'captioning'), 'text_only': ('itc',),
          'joint': ('itm',), 'joint_masked': ('mlm',)}
 
@@ -235,7 +235,7 @@ def test_fused_features(record_property, reference, plain, seen):
     pairs |= {f'{view} text': (text, want[f'{view}.text_feats']),
               f'{view} image': (image, want[f'{view}.image_feats'])}
     if view == 'fused':
-      pairs['pair'] = (model.apply(variables, text, image, None, method='pair'),
+      pairs['pair'] = (model.apply(variables, text, image, None, method='pool'),
                        want['fused.cls_feats'])
   compare(record_property, 'fusion encoder: every block and layer, '
           'projections, pooled pair', pairs, FEATURES)
@@ -450,28 +450,25 @@ def test_random_negatives(record_property, reference, plain, all_pairs):
       'loss': (loss, want['itm_random.loss'])}, LOGITS)
 
 
-def test_answers(record_property, reference, plain, look, seen):
-  """VQA and NLVR2: our pooled pairs, their heads, which stand here alone."""
+def test_answers(record_property, reference):
+  """VQA and NLVR2: the released heads by config, on pooled pairs."""
   want, inputs = reference('losses_heads'), reference('inputs')
-  model, variables, _ = plain
   tensors = reference('params')
-
-  def pair(seen):
-    return np.asarray(model.apply(
-        variables, seen['text_projection'][1], seen['image_projection'][0],
-        None, method='pair')).reshape(4, -1)
-
-  def head(name, x):
-    get = lambda k: tensors[f'{name}_classifier.{k}']
-    x = x @ get('0.weight').T + get('0.bias')
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
-        x.var(-1, keepdims=True) + 1e-5)
-    x = jax.nn.gelu(x * get('1.weight') + get('1.bias'), approximate=False)
-    return np.asarray(x) @ get('3.weight').T + get('3.bias')
-  first = pair(seen[1])
-  second = pair(look(batch_of(inputs, 'image_1'))[1])
-  vqa = head('vqa', first)
-  two = head('nlvr2', np.concatenate([first, second], -1))
+  config = reference_config()
+  head = lambda name, **more: dict(
+      hidden=len(tensors[f'{name}_classifier.0.bias']), norm=True, act='gelu',
+      outputs=len(tensors[f'{name}_classifier.3.bias']), init='bert', **more)
+  config.model.heads = {'answer': head('vqa'),
+                        'reason': head('nlvr2', views=('pair',))}
+  model = build(config)
+  batch = batch_of(inputs)
+  second = batch_of(inputs, 'image_1')
+  batch |= {f'second_{k}': second[k] for k in ('image', 'image_mask')}
+  out = jax.jit(lambda v: model.apply(v, batch, {
+      'joint': ('answer',), 'pair': ('reason',)}))(
+          variables_of(config, tensors))
+  vqa = np.asarray(out['joint']['answer_logits'])[:, 0]
+  two = np.asarray(out['pair']['reason_logits'])[:, 0]
   logp = np.asarray(jax.nn.log_softmax(two))
   targets = inputs['vqa_targets']
   compare(record_property, 'VQA and NLVR2: logits, losses, score', {
@@ -650,7 +647,7 @@ def test_double_precision(record_property, reference):
         'features/fused.text_feats': text[1],
         'features/fused.image_feats': image,
         'features/fused.cls_feats': model.apply(variables, text[1], image,
-                                                None, method='pair'),
+                                                None, method='pool'),
         'features/caption.text_feats': text[0]}
     for name, o in (('mle', out), ('head_mle', run(head)[0][1][0])):
       got |= {f'captioning/{name}.logits': o['image_only']['caption_logits'],
@@ -702,7 +699,7 @@ def test_beam_search(record_property, reference, plain, captioner):
   model = plain[0]
   search = jax.jit(lambda v, b: beam_search.generate(
       model, v, b, cls_id=0, sep_id=2, pad_id=1, max_length=16, beams=5,
-      forbidden=(119,), rank='mean')[0])
+      mask_id=119)[0])
   other = 0
   for image, name in (('image', 'beam'), ('image_1', 'beam_image_1')):
     tokens = np.asarray(search(captioner, batch_of(inputs, image)))[:, 1:]
@@ -750,7 +747,7 @@ def test_resolution_change(record_property, reference):
       'fused text': (text, want['fused128.text_feats']),
       'fused image': (image, want['fused128.image_feats']),
       'fused pair': (model.apply({'params': params}, text, image,
-                                 None, method='pair'), want['fused128.cls_feats']),
+                                 None, method='pool'), want['fused128.cls_feats']),
       'dual': (out['image_only']['image_embedding'],
                want['dual128.image_cls']),
       'stage 0': (get('swin/merges_0'), want['dual128.stage0_out'])},

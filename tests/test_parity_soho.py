@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from configs import soho as config_lib
+from e2e_vlp_jax import models
 from e2e_vlp_jax import objectives as objectives_lib
 from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.models import necks
@@ -76,7 +77,7 @@ def reference_config(**model):
   config = config_lib.get_config('r18')
   config.dtype = 'float32'
   config.model.update(dict(
-      width=32, heads=4, ffn=64, max_text=24, dropout=0., remat='none',
+      width=32, attention_heads=4, ffn=64, max_text=24, dropout=0., remat='none',
       # The pack's images are normalised: 255 times what we divide by 255.
       image_mean=(0., 0., 0.), image_std=(1 / 255.,) * 3))
   config.model.backbone.update(dict(stem=8, width=8, mask_padding=False,
@@ -91,11 +92,12 @@ def recorded(config, cell, keep):
   """The model, which draws what torch drew: cell (1,), keep (4,)."""
   class Recorded(soho.Model):
 
-    def draw(self, mask, texts):
+    def choose_cells(self, mask, texts):
       shape = mask.shape[0], texts
       return (jnp.broadcast_to(jnp.asarray(cell), shape),
               jnp.asarray(keep, bool).reshape(shape))
-  return Recorded(config.model, 120, 6, 13)
+  return Recorded(config.model, 120, 6, 13,
+                  frozen=models.frozen_groups(config))
 
 
 def batch_of(inputs):
@@ -465,12 +467,12 @@ def test_necks(pack, note, variant):
   def look(variables, features, mask, draws):
     """The neck's output, tokens and labels for each of the draws."""
     out = neck.apply(variables, features, mask)
-    hidden = [necks.same_word_mask(
-        out['words'], out['mask'], jnp.broadcast_to(cell, keep.shape), keep)
+    hidden = [necks.same_code_mask(
+        out['codes'], out['mask'], jnp.broadcast_to(cell, keep.shape), keep)
               for cell, keep in draws]
     return out, [neck.apply(variables, out['cells'], out['pos'], h,
                             method='tokens') for h in hidden or [None]], [
-                                jnp.where(h, out['words'], -100)
+                                jnp.where(h, out['codes'], -100)
                                 for h in hidden]
   exact, close = [], []
   for case in CASES:
@@ -486,7 +488,7 @@ def test_necks(pack, note, variant):
     if variant == 'vqa':
       close.append((tokens[0], at('tokens')))
       continue
-    exact.append((out['words'], at('indices')))
+    exact.append((out['codes'], at('indices')))
     exact += [(x, at(f'draw{i}/mvm_labels')) for i, x in enumerate(labels)]
     close += [(x, at(f'draw{i}/tokens')) for i, x in enumerate(tokens)]
   exact = [(np.asarray(a, np.int64), np.asarray(b, np.int64))
@@ -525,59 +527,58 @@ def test_grid_masks_and_positions(pack, note):
        EVAL)
 
 
-# --- The VQA model: trunk, neck, encoder ------------------------------------
+# --- The VQA model: trunk, neck, encoder, head ------------------------------
 def test_vqa_model(pack, note):
-  """Its head, three lines long, stands in this test: no task asks for it."""
-  state = pack('vqa', 'state/')
-  inputs = pack('vqa', 'in/')
+  """The released head by config, on the state of [CLS]."""
+  state, inputs = pack('vqa', 'state/'), pack('vqa', 'in/')
   batch = batch_of(inputs)
+  batch |= {k: batch[f'masked_{k}'] for k in ('text', 'text_mask')}
   config = reference_config()
   config.model.dictionary.size = 0
-  model = soho.Model(config.model, 120, 6, 13)
+  config.model.heads = {'answer': dict(
+      outputs=len(state['head.vqa.3.bias']), act='relu', dropout=0.,
+      hidden=len(state['head.vqa.0.bias']), init='kaiming')}
+  model = models.build(config, vocab_size=120, num_classes=6,
+                       num_attributes=13)
   variables = parity.nested({
       e.ours: mapping.FORMS[e.form][0](state[e.theirs])
       for e in SOURCE.entries(config) if e.theirs in state})
-  head = {k: jnp.asarray(state[f'head.vqa.{k}']) for k in (
-      '0.weight', '0.bias', '3.weight', '3.bias')}
   labels = inputs['vqa_labels'][:, 0]
 
-  def run(params, head, train=False):
-    def f(m):
-      image = m.encode_image(batch['image'], batch['image_mask'],
-                             train=train)
-      text = m.encode_text(batch['masked_text'], batch['masked_text_mask'],
-                           train)
-      words, cells = m.fuse(image, text, all_states=True, train=train)
-      tokens = m.neck.tokens(image['cells'], image['pos'])
-      return image, tokens, jnp.concatenate([words, cells], 2)[:, 0]
-    (image, tokens, states), _ = model.apply(
-        {'params': params, 'batch_stats': variables['batch_stats']},
-        method=f, mutable=['batch_stats'], rngs={'dropout':
-                                                 jax.random.key(0)})
-    x = jax.nn.relu(states[:, 0] @ head['0.weight'].T + head['0.bias'])
-    logits = x @ head['3.weight'].T + head['3.bias']
+  def run(params, train=False):
+    out, seen = model.apply(
+        {'params': params, 'batch_stats': variables['batch_stats']}, batch,
+        {'joint': ('answer',)}, train=train, capture_intermediates=True,
+        mutable=['batch_stats', 'intermediates'],
+        rngs={'dropout': jax.random.key(0)})
+    logits = out['joint']['answer_logits'][:, 0]
     loss = (jnp.logaddexp(0., logits) - labels * logits).mean() * 23
-    return loss, (image, tokens, states, logits)
-  loss, (image, tokens, states, logits) = jax.jit(run)(variables['params'],
-                                                       head)
+    return loss, (logits, seen['intermediates'])
+  loss, (logits, seen) = jax.jit(run)(variables['params'])
   want = pack('vqa', 'out/')
   score = np.take_along_axis(labels, np.asarray(logits).argmax(-1)[:, None],
                              1)[:, 0]
-  note('vqa: valid cells', np.asarray(image['mask'], int),
-       want['neck.1'], 0)
+  # The joint view computes the states of the text alone: those of the image
+  # are asked for by name.
+  def fuse(m):
+    image = m.encode_image(batch)
+    text = m.encode_text(batch['text'], batch['text_mask'])
+    return image['mask'], m.fuse(image, text)
+  mask, fused = jax.jit(lambda v: model.apply(v, method=fuse))(variables)
+  states = jnp.concatenate([fused.text, fused.image], 2)[:, 0]
+  of = lambda tree: tree['__call__'][0]
+  note('vqa: valid cells', np.asarray(mask, int), want['neck.1'], 0)
   note('vqa: trunk, tokens, states, logits, loss, score',
-       [np.moveaxis(np.asarray(image['features']), -1, 1), tokens, states,
-        logits, loss, score],
+       [np.moveaxis(np.asarray(of(seen['backbone'])[0]), -1, 1),
+        of(seen['neck']['token_norm']), states, logits, loss, score],
        [want[k] for k in ('backbone.0', 'neck.0', 'fusion_feature',
                           'vqa_logits', 'loss_dict.loss_cls',
                           'loss_dict.score')], EVAL)
   assert len(want) == 7
 
-  (loss, _), (grads, head_grads) = jax.jit(jax.value_and_grad(
-      functools.partial(run, train=True), (0, 1), has_aux=True))(
-          variables['params'], head)
+  (loss, _), grads = jax.jit(jax.value_and_grad(
+      functools.partial(run, train=True), has_aux=True))(variables['params'])
   got = parity.theirs('soho', config, parity.flat({'params': grads}))
-  got |= {f'head.vqa.{k}': v for k, v in head_grads.items()}
   want = pack('vqa', 'train/grad/')
   assert len(want) == 7
   note('vqa, train mode: loss', loss,
@@ -597,9 +598,9 @@ def test_bottleneck_trunks(pack, note, depth):
   variables = parity.nested({
       e.ours.replace('/backbone/', '/'): mapping.FORMS[e.form][0](
           state[e.theirs]) for e in resnet_names.entries(config)})
-  trunk = resnet.ResNet(depth, frozen_bn=False, frozen_stages=2, stem=8,
-                        width=4, out_stages=(1, 2, 3, 4),
-                        mask_padding=False)
+  frozen = ((r'(conv1|bn1|layer1_\d+)/.*', True),)
+  trunk = resnet.ResNet(depth, frozen=frozen, stem=8, width=4,
+                        out_stages=(1, 2, 3, 4), mask_padding=False)
   pixels = jnp.moveaxis(every['img_f16'], 1, -1)
 
   @jax.jit

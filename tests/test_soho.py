@@ -46,7 +46,7 @@ def resnet_config(**changes):
   config.update_from_flattened_dict({
       'dtype': 'float32', 'data.buckets': ((64, 128), (128, 192)),
       'data.sentences': 2, 'data.max_text': 12, 'model.width': 32,
-      'model.heads': 4, 'model.ffn': 48, 'model.encoder_layers': 1,
+      'model.attention_heads': 4, 'model.ffn': 48, 'model.encoder_layers': 1,
       'model.remat': 'none', 'model.max_text': 16,
       'model.dictionary.size': 12, 'model.backbone.stem': 8,
       'model.backbone.width': 8, 'model.backbone.remat': 'none', **changes})
@@ -172,7 +172,7 @@ def test_usage():
 def test_all_cells_of_the_drawn_word_are_hidden():
   words = jnp.array([[3, 1, 3, 2, 3]])
   mask = jnp.array([[True, True, True, True, False]])
-  hide = lambda cell, keep=True: np.asarray(necks.same_word_mask(
+  hide = lambda cell, keep=True: np.asarray(necks.same_code_mask(
       words, mask, jnp.array([cell]), jnp.array([keep])))[0].tolist()
   assert hide(0) == [True, False, True, False, False]
   assert hide(1) == [False, True, False, False, False]
@@ -186,7 +186,7 @@ def test_draws_of_cells(cell):
   config = small_config(**{'model.mvm.cell': cell, 'model.mvm.rate': .5})
   model = models.build(config, **SIZES)
   mask = jnp.arange(20) < jnp.array([[20]] * 32 + [[7]] * 32)
-  found, keep = model.apply({}, mask, 4, method='draw',
+  found, keep = model.apply({}, mask, 4, method='choose_cells',
                             rngs={'sample': jax.random.key(1)})
   found = np.asarray(found)
   assert found.shape == keep.shape == (64, 4)
@@ -330,7 +330,7 @@ def test_train_evaluate_and_match(tiny_scenes, tmp_path):
            (tmp_path / 'w' / 'metrics.jsonl').read_text().splitlines()]
   logged = {k for line in lines for k in line}
   assert {'train/codebook_perplexity', 'train/codebook_dead', 'train/mvm',
-          'train/cells'} <= logged
+          'train/grid_classes'} <= logged
   scores = json.loads((tmp_path / 'w' / 'eval.json').read_text())
   assert {'eval/itm/accuracy', 'eval/mlm/image_gain',
           'eval/mlm_unseen/accuracy'} <= set(scores)
@@ -367,7 +367,7 @@ def convert_state(tmp_path):
     safetensors.numpy.save_file(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
     options = {'data.tokenizer.path': vocabulary, 'model.width': 32,
-               'model.heads': 4, 'model.ffn': 64, 'model.max_text': 24,
+               'model.attention_heads': 4, 'model.ffn': 64, 'model.max_text': 24,
                'model.dictionary.size': 16, 'model.backbone.stem': 8,
                'model.backbone.width': 8, **changes}
     convert.main(['--format', kind, '--input', str(path), '--config',
@@ -444,7 +444,7 @@ def test_missing_and_extra_tensors(state, convert_state, capsys):
   assert 'head.extra (unknown to this format)' in capsys.readouterr().out
   with pytest.raises(SystemExit):  # of the VQA fine-tuning
     convert_state({k: v for k, v in state.items() if 'neck.vq' not in k})
-  assert "no tensor 'neck.vq.embed'" in capsys.readouterr().err
+  assert '--config.model.dictionary.size=0' in capsys.readouterr().err
 
 
 # --- Bad input --------------------------------------------------------------
@@ -452,9 +452,9 @@ def test_missing_and_extra_tensors(state, convert_state, capsys):
     ('model.dictionary.update', 'momentun', "did you mean 'momentum'"),
     ('model.neck.mix', 'gates', "did you mean 'gate'"),
     ('model.mvm.cell', 'image', 'valid choices: batch, pair'),
-    ('model.heads', 5, 'width 32 of encoder/layer0.*such as 4'),
+    ('model.attention_heads', 5, 'width 32 of encoder/layer0.*such as 4'),
     ('model.act', 'gelo', "did you mean 'gelu'"),
-    ('model.itm_pool', 'cla', "did you mean 'cls'"),
+    ('model.text_pool', 'cla', "did you mean 'cls'"),
     ('model.dictionary.size', -1, 'model.dictionary.size: -1'),
     ('model.dictionary.decay', 1.2, 'decay: 1.2; expected 0 to 1'),
     ('model.backbone.depth', 19, 'depth 19; valid choices: 18, 34'),

@@ -132,9 +132,8 @@ class Predictor:
     t = self.tokenizer
     tokens, scores = beam_search.generate(
         self.model, variables, batch, cls_id=t.cls_id, sep_id=t.sep_id,
-        pad_id=t.pad_id, max_length=self.config.data.max_text, beams=beams,
-        rank='mean' if self.config.model.get('beam_search') == 'released'
-        else 'sum')
+        pad_id=t.pad_id, mask_id=t.mask_id,
+        max_length=self.config.data.max_text, beams=beams)
     return {'tokens': tokens, 'scores': scores}
 
   def match(self, variables, batch):

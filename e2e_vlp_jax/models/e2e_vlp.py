@@ -5,62 +5,71 @@ CNN on raw pixels -> 1x1 projection -> grid tokens. One encoder fuses
 was never released: this is a reimplementation from the paper; where the text
 is silent, DETR (Carion et al., ECCV 2020) decides and the config says so.
 
-With `vocab_size=0` there is no text side and the model is DETR.
+Without a text side (`model.use_text=False`, or an empty vocabulary) the model
+is DETR.
 """
-from typing import Any, Dict, Mapping, Sequence
-
 import flax.linen as nn
 import jax.numpy as jnp
 
-from e2e_vlp_jax import models
+from e2e_vlp_jax.models import contract
 from e2e_vlp_jax.models import decoder as decoder_lib
 from e2e_vlp_jax.models import heads as heads_lib
 from e2e_vlp_jax.models import layers
 
 
-class Model(nn.Module):
-  """E2E-VLP.
+class Model(contract.BaseModel):
+  """E2E-VLP; see contract.BaseModel. Its config is configs/e2e_vlp.py."""
 
-  Attributes:
-    config: the `model` part of a config (configs/e2e_vlp.py).
-    vocab_size, num_classes, num_attributes: of tokenizer and label space.
-    dtype: of the computation; parameters stay float32.
-  """
-  config: Any
-  vocab_size: int
-  num_classes: int
-  num_attributes: int
-  dtype: Any = jnp.float32
-  batchless_outputs = ()
+  HEADS = {'grid_classes': contract.Head(('grid',), 'grid_outputs'),
+           'detection': contract.Head(('queries',), 'detection_outputs'),
+           'captioning': contract.Head(('caption',), 'caption_outputs'),
+           'mlm': contract.Head(('text',), 'mlm_outputs'),
+           'itm': contract.Head(('pooled',), 'itm_outputs')}
 
   @property
-  def views(self):
-    """Every view with the heads that may be asked of it."""
-    if not self.vocab_size:
-      return {'grid': ('cells',), 'image_only': ('detection',)}
-    return {'grid': ('cells',), 'image_only': ('detection', 'captioning'),
-            'joint': ('mlm', 'itm'), 'joint_masked': ('mlm', 'itm')}
+  def has_text(self):
+    return bool(self.vocab_size and self.config.use_text)
 
   @property
-  def heads(self):
-    """Names of all heads."""
-    return tuple(sorted({h for hs in self.views.values() for h in hs}))
+  def table(self):
+    view = contract.View
+    views = {'grid': view('grid_states', ('image',), ('grid_classes',),
+                          ('grid',))}
+    if not self.has_text:
+      return {**views, 'image_only': view(
+          'image_only_states', ('image',), ('detection',), ('queries',))}
+    heads = 'mlm', 'itm'
+    return {
+        **views,
+        'image_only': view('image_only_states', ('image', 'text'),
+                           ('detection', 'captioning'), ('queries',)),
+        'joint': view(inputs=('image', 'text'), heads=heads,
+                      **contract.FUSED_VIEW),
+        'joint_masked': view(inputs=('image', 'masked_text'), heads=heads,
+                             **contract.FUSED_VIEW)}
+
+  @property
+  def pieces(self):
+    return {**super().pieces,
+            'features': lambda p: self.run_backbone(p.batch, p.train),
+            'image': lambda p: self.grid_tokens(p['features'])}
 
   def setup(self):
     c = self.config
-    self.backbone = models.build_backbone(c.backbone, self.dtype)
+    self.backbone = self.make_backbone()
     self.project = nn.Dense(c.width, dtype=self.dtype)
-    stack = dict(width=c.width, heads=c.heads, ffn=c.ffn, dropout=c.dropout,
-                 pre_norm=c.pre_norm, act=c.act, epsilon=c.epsilon,
-                 remat=c.remat, dtype=self.dtype)
+    stack = dict(width=c.width, heads=c.attention_heads, ffn=c.ffn,
+                 dropout=c.dropout, pre_norm=c.pre_norm, act=c.act,
+                 epsilon=c.epsilon, remat=c.remat, dtype=self.dtype)
     self.encoder = layers.Encoder(c.encoder_layers, **stack)
     self.decoder = decoder_lib.Decoder(
         c.decoder_layers, num_queries=c.num_queries, queries=c.queries,
         **stack)
     self.detection_head = heads_lib.Detection(self.num_classes,
                                               self.num_attributes)
-    self.cells_head = heads_lib.Cells(self.num_classes, self.num_attributes)
-    if self.vocab_size:
+    self.cells_head = heads_lib.GridClasses(self.num_classes,
+                                            self.num_attributes)
+    if self.has_text:
       self.text_embedding = layers.TextEmbedding(
           self.vocab_size, c.width, c.max_text, c.text_types, c.dropout,
           dtype=self.dtype)
@@ -69,133 +78,131 @@ class Model(nn.Module):
       self.itm_head = heads_lib.Matching(c.width, dtype=self.dtype)
       self.caption_bias = self.param('caption_bias', nn.initializers.zeros,
                                      (self.vocab_size,))
+    self.setup_heads()
 
-  def encode_image(self, image, image_mask, train=False) -> Dict:
-    """Pixels -> grid tokens.
+  # --- Features ---------------------------------------------------------------
 
-    Args:
-      image: [B, H, W, 3] uint8, padded bottom and right.
-      image_mask: [B, H, W] True on real pixels.
-      train: BN statistics and dropout.
-
-    Returns:
-      dict: tokens [B, N, D], pos [B, N, D], mask [B, N], xy [B, N, 2],
-      features [B, N, C] (before the projection).
-    """
+  def run_backbone(self, batch, train=False):
+    """Pixels -> dict: features [B, N, C] of the CNN, grid [B, h, w] mask."""
     c = self.config
+    image, image_mask = batch['image'], batch['image_mask']
     layers.check_canvas(image, self.backbone.multiple)
-    pixels = image.astype(jnp.float32) / 255.
-    pixels = (pixels - jnp.asarray(c.image_mean)) / jnp.asarray(c.image_std)
-    # Padding is zero after normalisation (DETR), whatever its bytes were.
-    pixels = pixels * image_mask[..., None]
-    features = self.backbone(pixels.astype(self.dtype), train,
-                             image_mask)[-1]
-    b, h, w, _ = features.shape
-    mask = layers.downsample_mask(image_mask, h, w)
-    flat = lambda x: x.reshape(b, h * w, -1)
-    features = flat(features)
-    return {
-        'tokens': self.project(features),
-        'pos': flat(layers.sine_position_2d(mask, c.width)).astype(
-            self.dtype),
-        'mask': mask.reshape(b, h * w), 'xy': flat(layers.cell_centers(mask)),
-        'features': features}
+    pixels = layers.normalise(image, image_mask, c.image_mean, c.image_std,
+                              self.dtype)
+    features = self.backbone(pixels, train, image_mask)[-1]
+    b, h, w, d = features.shape
+    return {'features': features.reshape(b, h * w, d),
+            'grid': layers.downsample_mask(image_mask, h, w)}
 
-  def encode_text(self, ids, mask, train=False) -> Dict:
+  def grid_tokens(self, found):
+    """From `run_backbone`: dict of tokens, pos [B, N, D], mask [B, N] and xy
+    [B, N, 2], the cells' centers."""
+    mask = found['grid']
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+    return {'tokens': self.project(found['features']),
+            'pos': flat(layers.sine_position_2d(mask, self.config.width)
+                        ).astype(self.dtype),
+            'mask': flat(mask), 'xy': flat(layers.cell_centers(mask))}
+
+  def encode_image(self, batch, train=False):
+    """image, image_mask -> see `grid_tokens`."""
+    return self.grid_tokens(self.run_backbone(batch, train))
+
+  def encode_text(self, ids, mask, train=False):
     """[B, S, L] ids -> dict: tokens [B, S, L, D], mask [B, S, L]."""
     return {'tokens': self.text_embedding(ids, train), 'mask': mask}
 
-  def fuse(self, image, text=None, train=False):
-    """Encoder over the grid alone, or over [grid ; text] for each sentence.
-
-    Returns:
-      The grid's states [B, N, D]; with text, the text's [B, S, L, D].
-    """
-    if text is None:
-      return self.encoder(image['tokens'], image['pos'], image['mask'], train)
+  def fuse(self, image, text, train=False, want=contract.FUSED):
+    """The encoder over [grid ; text] for each sentence."""
     b, s, l, d = text['tokens'].shape
+    n = image['mask'].shape[1]
     tile = lambda x: jnp.repeat(x, s, axis=0)
-    words = text['tokens'].reshape(b * s, l, d)
+    tokens = text['tokens'].reshape(b * s, l, d)
     # Text positions are in the embedding; queries and keys get none (MDETR).
+    # The last layer computes the image's states only where they are wanted.
     x = self.encoder(
-        jnp.concatenate([tile(image['tokens']), words], 1),
-        jnp.concatenate([tile(image['pos']), jnp.zeros_like(words)], 1),
-        jnp.concatenate([tile(image['mask']),
-                         text['mask'].reshape(b * s, l)], 1), train, last=l)
-    return x.reshape(b, s, l, d)
+        jnp.concatenate([tile(image['tokens']), tokens], 1),
+        jnp.concatenate([tile(image['pos']), jnp.zeros_like(tokens)], 1),
+        jnp.concatenate([tile(image['mask']), text['mask'].reshape(b * s, l)],
+                        1), train, last=0 if 'image' in want else l)
+    x = x.reshape(b, s, -1, d)
+    states = x[:, :, -l:]
+    return contract.Fused(
+        states, x[:, :, :n] if 'image' in want else None,
+        layers.pool(states, text['mask'], self.config.text_pool)
+        if 'pooled' in want else None)
 
-  def decode(self, image, memory, text=None, detect=True, train=False):
-    """Decoder over object queries and/or caption tokens; see Decoder."""
-    return self.decoder(
-        memory, image['pos'], image['mask'], image['xy'],
+  def memory(self, image, train=False):
+    """The encoder over the grid alone: [B, N, D]."""
+    return self.encoder(image['tokens'], image['pos'], image['mask'], train)
+
+  # --- States of views --------------------------------------------------------
+
+  def grid_states(self, pieces, view, want):
+    del view, want
+    image = pieces['image']
+    return {'grid': pieces['features']['features'], 'xy': image['xy'],
+            'mask': image['mask']}
+
+  def image_only_states(self, pieces, view, want):
+    """One pass of the decoder over the object queries and the captions."""
+    del view
+    return self._decode(
+        pieces['image'], pieces['text'] if 'caption' in want else None,
+        'queries' in want, pieces.train)
+
+  def _decode(self, image, text, detect, train=False):
+    """States of the queries, their boxes, and the captions' states."""
+    queries, boxes, caption = self.decoder(
+        self.memory(image, train), image['pos'], image['mask'], image['xy'],
         None if text is None else text['tokens'],
         None if text is None else text['mask'], detect, train)
+    found = {'every_layer': queries, 'boxes': boxes, 'caption': caption}
+    return {**found, 'queries': queries[-1]} if detect else found
+
+  # --- Heads ------------------------------------------------------------------
+
+  def grid_outputs(self, states):
+    return {**self.cells_head(states['grid']), 'grid_xy': states['xy'],
+            'grid_mask': states['mask']}
+
+  def detection_outputs(self, states):
+    """As DETR: of the last layer, and of each one before it."""
+    stacked = {**self.detection_head(states['every_layer']),
+               'pred_boxes': states['boxes']}
+    per_layer = [{k: v[i] for k, v in stacked.items()}
+                 for i in range(self.config.decoder_layers)]
+    return {**per_layer[-1], 'aux_outputs': per_layer[:-1]}
+
+  def caption_outputs(self, states):
+    return {'caption_logits': self.caption_logits(states['caption'])}
 
   def caption_logits(self, states):
     """[..., D] decoder states -> [..., V], tied to the word embeddings."""
     return self.text_embedding.attend(states) + self.caption_bias
 
-  def __call__(self, batch: Mapping[str, Any],
-               requests: Mapping[str, Sequence[str]],
-               train: bool = False) -> Dict[str, Dict[str, Any]]:
-    """Runs the views that `requests` names, the CNN once.
+  def mlm_outputs(self, states):
+    return {'mlm_logits': self.mlm_head(states['text'],
+                                        self.text_embedding.attend)}
 
-    Args:
-      batch: see data/pipeline.py; only what the views read is needed.
-      requests: view -> heads: 'grid': cells; 'image_only': detection,
-        captioning; 'joint' (batch['text']) and 'joint_masked'
-        (batch['masked_text']): mlm, itm.
-      train: dropout and BN statistics.
+  def itm_outputs(self, states):
+    return {'itm_logits': self.itm_head(states['pooled'])}
 
-    Returns:
-      view -> dict of outputs, names as in DETR where DETR has them.
-    """
-    image = self.encode_image(batch['image'], batch['image_mask'], train)
-    out = {}
-    for view, wanted in sorted(requests.items()):
-      if view == 'grid':
-        out[view] = {**self.cells_head(image['features']),
-                     'cell_xy': image['xy'], 'cell_mask': image['mask']}
-      elif view == 'image_only':
-        memory = self.fuse(image, train=train)
-        out[view] = self._image_only(image, memory, batch, wanted, train)
-      else:
-        prefix = {'joint': 'text', 'joint_masked': 'masked_text'}[view]
-        text = self.encode_text(batch[prefix], batch[prefix + '_mask'], train)
-        text = self.fuse(image, text, train)
-        out[view] = {}
-        if 'mlm' in wanted:
-          out[view]['mlm_logits'] = self.mlm_head(text,
-                                                  self.text_embedding.attend)
-        if 'itm' in wanted:
-          out[view]['itm_logits'] = self.itm_head(
-              layers.pool(text, batch[prefix + '_mask'],
-                          self.config.itm_pool))
-    return out
+  # --- Detection and captions from image features -----------------------------
 
-  def _image_only(self, image, memory, batch, wanted, train):
-    """Detection and captioning from a memory that never saw the text."""
-    detect, text, out = 'detection' in wanted, None, {}
-    if 'captioning' in wanted:
-      text = self.encode_text(batch['text'], batch['text_mask'], train)
-    states, boxes, tokens = self.decode(image, memory, text, detect, train)
-    if detect:
-      stacked = {**self.detection_head(states), 'pred_boxes': boxes}
-      per_layer = [{k: v[i] for k, v in stacked.items()}
-                   for i in range(boxes.shape[0])]
-      out = {**per_layer[-1], 'aux_outputs': per_layer[:-1]}
-    if text is not None:
-      out['caption_logits'] = self.caption_logits(tokens)
-    return out
+  def detect(self, image, text=None, train=False):
+    """Objects of the image; a text does not change them."""
+    del text
+    return self.detection_outputs(self._decode(image, None, True, train))
 
-  def init_caption(self, batch):
-    """What caption generation keeps of the image: dict for `step_caption`."""
-    image = self.encode_image(batch['image'], batch['image_mask'])
-    memory = self.fuse(image)
-    return {k: image[k] for k in ('pos', 'mask', 'xy')} | {'memory': memory}
+  def decode_start(self, image, length=None):
+    length = length or self.config.max_text
+    cache = self.decoder.start(self.memory(image), image['pos'],
+                               image['mask'], length)
+    return {**cache, 'position': jnp.zeros(len(image['mask']), jnp.int32)}
 
-  def step_caption(self, cache, ids):
-    """ids [B, L] -> logits [B, L, V] of the next token after each one."""
-    text = self.encode_text(ids[:, None], jnp.ones_like(ids[:, None], bool))
-    _, _, states = self.decode(cache, cache['memory'], text, detect=False)
-    return self.caption_logits(states[:, 0])
+  def decode_step(self, cache, ids):
+    position = cache['position']
+    x = self.text_embedding(ids[:, None], False, position[:, None])
+    x, cache = self.decoder.step(cache, x, position)
+    return self.caption_logits(x[:, 0]), {**cache, 'position': position + 1}

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 
 
 class Queue(nn.Module):
-  """Remembers the last `size` examples of whatever it is given.
+  """Keeps the last `size` examples of the arrays that it is given.
 
   Features (floating-point arrays [B, E]) start as normal noise, as in FIBER's
-  code, where the loss sees them from the first step; everything else as 0.
+  code, where the loss sees them from the first step; other arrays start as 0.
   """
   size: int
 
   @nn.compact
   def __call__(self, new, update):
-    """What the queue holds, before `new` enters it.
+    """The examples in the queue, before `new` is added.
 
     Args:
       new: {name: [B, ...]}, always of the same names and shapes.
-      update: whether `new` enters (in training).
+      update: whether `new` is added (in training).
 
     Returns:
       ({name: [size, ...]}, [size] True where filled).
@@ -32,14 +32,14 @@ class Queue(nn.Module):
         return nn.initializers.normal(1.)(self.make_rng('params'), shape,
                                           x.dtype)
       return jnp.zeros(shape, x.dtype)
-    held = {k: self.variable('queue', k, start, x) for k, x in new.items()}
+    kept = {k: self.variable('queue', k, start, x) for k, x in new.items()}
     count = self.variable('queue', 'count', jnp.zeros, (), jnp.int32)
-    out = ({k: v.value for k, v in held.items()},
+    out = ({k: v.value for k, v in kept.items()},
            jnp.arange(self.size) < count.value)
     if update and not self.is_initializing():
       rows = next(iter(new.values())).shape[0]
       at = (count.value + jnp.arange(rows)) % self.size
-      for k, v in held.items():
+      for k, v in kept.items():
         v.value = v.value.at[at].set(new[k].astype(v.value.dtype))
       count.value += rows
     return out

@@ -1,92 +1,95 @@
 """FIBER's coarse stage (Dou et al., NeurIPS 2022): assembly.
 
-Swin and RoBERTa with gated cross-attention inside their top `fuse` pairs of
-layers. The same weights are a dual encoder (views `image_only`, `text_only`:
+The same weights are a dual encoder (views `image_only`, `text_only`:
 cross-attention skipped), a fusion encoder (`joint`, `joint_masked`,
 `hard_negative`) and, with a causal text, a captioner. Names and numbers as
-the public code (microsoft/FIBER, coarse_grained); docs/fiber.md says where we
-differ.
+the public code (microsoft/FIBER, coarse_grained); docs/fiber.md lists the
+differences.
 
-What lies below the first pair is the same in every view: it runs once per
-image and step. (The original runs all of Swin five times. In training our
-views therefore share the draws of stochastic depth and dropout down there.)
+The part below the first pair of layers (fiber_trunk.py) is the same in every
+view, so it runs once per image and step. (The original runs all of Swin five
+times. In training our views therefore share the random numbers of stochastic
+depth and dropout in that part.)
 """
-from typing import Any, Dict, Mapping, Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.models import fusion
+from e2e_vlp_jax.models import contract
+from e2e_vlp_jax.models import feature_queue
+from e2e_vlp_jax.models import fiber_trunk
 from e2e_vlp_jax.models import heads as heads_lib
 from e2e_vlp_jax.models import layers
-from e2e_vlp_jax.models import feature_queue
 from e2e_vlp_jax.models import swin as swin_lib
-from e2e_vlp_jax.models import roberta
 
 _TEMPERATURE = .07
-_LEAST_WEIGHT = 1e-9  # of a negative's chance to be drawn
+_MIN_WEIGHT = 1e-9  # of a candidate in the choice of a negative
 
 
-class Model(nn.Module):
-  """FIBER.
+class Model(fiber_trunk.Trunk):
+  """FIBER; see contract.BaseModel. Its config is configs/fiber.py."""
 
-  Attributes:
-    config: the `model` part of a config (configs/fiber.py).
-    vocab_size, num_classes, num_attributes: of tokenizer and label space.
-    dtype: of the computation; parameters stay float32.
-  """
-  config: Any
-  vocab_size: int
-  num_classes: int
-  num_attributes: int
-  dtype: Any = jnp.float32
-  # Outputs without a row for each example.
+  HEADS = {'grid_classes': contract.Head(('grid',), 'grid_outputs'),
+           'itc': contract.Head(('embedding',), 'itc_outputs'),
+           'captioning': contract.Head(('caption',), 'caption_outputs'),
+           'mlm': contract.Head(('text',), 'mlm_outputs'),
+           'itm': contract.Head(('pooled',), 'itm_outputs')}
   batchless_outputs = ('itc_scale', 'image_queue', 'text_queue',
                        'queue_filled')
 
   @property
-  def views(self):
-    """Every view with the heads that may be asked of it."""
-    return {'grid': ('cells',), 'image_only': ('itc', 'captioning'),
-            'text_only': ('itc',), 'joint': ('mlm', 'itm'),
-            'joint_masked': ('mlm', 'itm'), 'hard_negative': ('itm',)}
+  def table(self):
+    view, heads = contract.View, ('mlm', 'itm')
+    return {
+        'grid': view('grid_states', ('image',), ('grid_classes',), ('grid',)),
+        'image_only': view('image_only_states', ('image', 'text'),
+                           ('itc', 'captioning')),
+        'text_only': view('text_only_states', ('text',), ('itc',)),
+        'joint': view(inputs=('image', 'text'), heads=heads,
+                      **contract.FUSED_VIEW),
+        'joint_masked': view(inputs=('image', 'masked_text'), heads=heads,
+                             **contract.FUSED_VIEW),
+        'hard_negative': view('hard_negative_states', ('image', 'text'),
+                              ('itm',))}
 
   @property
-  def heads(self):
-    """Names of all heads."""
-    return tuple(sorted({h for hs in self.views.values() for h in hs}))
+  def pieces(self):
+    return {
+        **super().pieces,
+        'upper_image': lambda p: self.upper_image(p['image'], p.train),
+        'image_embedding': lambda p: self.embed_image(p['upper_image']),
+        'text_embedding': lambda p: self.embed_text(p['text'], p.train),
+        'past': lambda p: self.past_examples(
+            p['image_embedding'], p['text_embedding'], p.batch, p.train)}
+
+  @property
+  def keeps_past_examples(self):
+    return self.config.queue > 0
 
   def setup(self):
+    self.setup_trunk()
     c = self.config
-    self.swin = swin_lib.Swin(**c.swin, remat=c.remat, dtype=self.dtype)
-    self.text = roberta.TextEncoder(
-        self.vocab_size, **c.text, remat=c.remat, dtype=self.dtype)
-    if not 0 < c.fuse <= min(sum(c.swin.depths), c.text.depth):
-      raise errors.UserError(
-          f'model.fuse: {c.fuse}; expected 1 to '
-          f'{min(sum(c.swin.depths), c.text.depth)}, the number of blocks of '
-          'the shorter trunk')
     dense = lambda n: nn.Dense(n, dtype=self.dtype,
-                               kernel_init=fusion.TEXT_INIT)
+                               kernel_init=fiber_trunk.INIT)
     # The fusion encoder and the dual encoder have their own projections.
     for name in ('image', 'text', 'itc_image', 'itc_text'):
       setattr(self, f'{name}_projection', dense(c.width))
       setattr(self, f'{name}_pooler', dense(c.width))
-    # Captions read the last image tokens in every pair.
+    # Captions attend to the last image tokens in every pair.
     widths = [self.swin.width_at(i) for i in range(self.swin.depth)]
     self.caption_projections = {
-        f'layer{c.text.depth - k}': dense(widths[-k])
-        for k in range(c.fuse, 0, -1) if widths[-k] != widths[-1]}
-    self.itm_head = nn.Dense(2, kernel_init=fusion.TEXT_INIT)
+        f'layer{c.roberta.depth - k}': dense(widths[-k])
+        for k in range(c.fused_layers, 0, -1) if widths[-k] != widths[-1]}
+    self.itm_head = nn.Dense(2, kernel_init=fiber_trunk.INIT)
     self.mlm_head = heads_lib.MaskedLM(self.vocab_size, c.width,
                                        dtype=self.dtype,
-                                       kernel_init=fusion.TEXT_INIT)
-    self.mlm_decoder = self.param('mlm_decoder', fusion.TEXT_INIT,
+                                       kernel_init=fiber_trunk.INIT)
+    self.mlm_decoder = self.param('mlm_decoder', fiber_trunk.INIT,
                                   (c.width, self.vocab_size))
     self.cells_norm = layers.LayerNorm()
-    self.cells_head = heads_lib.Cells(self.num_classes, self.num_attributes)
+    self.cells_head = heads_lib.GridClasses(self.num_classes,
+                                            self.num_attributes)
     if c.queue < 0:
       raise errors.UserError(f'model.queue: {c.queue}; expected 0 (none) or '
                              'a number of past examples')
@@ -97,84 +100,248 @@ class Model(nn.Module):
     else:
       self.logit_scale = self.param(
           'logit_scale', nn.initializers.constant(-jnp.log(_TEMPERATURE)), ())
+    self.setup_heads()
 
-  # --- The trunks -------------------------------------------------------------
+  def complete(self, pieces):
+    """Creates both trunks whole, even if this stage's objectives use one."""
+    fused = 'joint', 'joint_masked', 'hard_negative'
+    if not set(fused) & set(pieces.requests):
+      self.fuse(pieces['image'], pieces['text'])
 
-  def encode_image(self, image, image_mask, train=False):
-    """Pixels -> tokens below the first pair.
+  # --- Features ---------------------------------------------------------------
 
-    Args:
-      image: [B, H, W, 3] uint8, padded bottom and right.
-      image_mask: [B, H, W] True on real pixels.
-      train: stochastic depth.
-
-    Returns:
-      [B, h, w, C]. Padding has the mean colour and is seen, as nothing in
-      Swin masks tokens; FIBER resizes to squares, so that there is none.
-    """
-    c = self.config
-    wide = jnp.promote_types(self.dtype, jnp.float32)
-    pixels = image.astype(wide) / 255.
-    pixels = ((pixels - jnp.asarray(c.image_mean, wide))
-              / jnp.asarray(c.image_std, wide))
-    pixels = pixels * image_mask[..., None]
-    x = self.swin.embed(pixels.astype(self.dtype))
-    return self.swin.run(x, 0, self.swin.depth - c.fuse, train)
+  def encode_image(self, batch, train=False):
+    """image, image_mask -> tokens below the first pair [B, h, w, C]."""
+    return self.lower_image(batch['image'], batch['image_mask'], train)
 
   def encode_text(self, ids, mask, train=False):
-    """[B, S, L] ids and mask -> states below the first pair [B, S, L, D]."""
+    """[B, S, L] -> dict: tokens below the first pair [B, S, L, D], mask."""
     b, s, l = ids.shape
-    flat = mask.reshape(b * s, l)
-    x = self.text.embed(ids.reshape(b * s, l), flat, train)
-    x = self.text.run(x, _key_bias(flat), 0,
-                      self.text.depth - self.config.fuse, train)
-    return x.reshape(b, s, l, -1)
+    x = self.lower_text(ids.reshape(b * s, l), mask.reshape(b * s, l), train)
+    return {'tokens': x.reshape(b, s, l, -1), 'mask': mask}
 
-  def finish_image(self, x, train=False):
-    """Upper blocks without text: [B, h, w, C] -> [B, N, C'], no last norm."""
-    depth = self.swin.depth
-    return _flat(self.swin.run(x, depth - self.config.fuse, depth, train))
+  def fuse(self, image, text, train=False, want=contract.FUSED):
+    """The pairs of layers, and projections of their last tokens."""
+    return self._fuse(fiber_trunk.for_each(image, text['mask'].shape[1]), text,
+                      train, want)
 
-  def finish_text(self, x, mask, train=False):
-    """Upper layers without image: [B, S, L, D] -> the same."""
-    b, s, l, d = x.shape
-    depth = self.text.depth
-    y = self.text.run(x.reshape(b * s, l, d), _key_bias(mask.reshape(-1, l)),
-                      depth - self.config.fuse, depth, train)
-    return y.reshape(b, s, l, d)
+  def _fuse(self, image, text, train, want):
+    """`fuse` of images [B, P, h, w, C], one for each text."""
+    b, p, l = text['mask'].shape
+    y, x = self.fused_pairs(
+        image.reshape(b * p, *image.shape[2:]),
+        text['tokens'].reshape(b * p, l, -1), text['mask'].reshape(b * p, l),
+        train)
+    x = self.image_projection(fiber_trunk.flatten(x))
+    y = self.text_projection(y).reshape(b, p, l, -1)
+    x = x.reshape(b, p, *x.shape[1:])
+    return contract.Fused(
+        y, x, self.pool(y, x, text['mask']) if 'pooled' in want else None)
 
-  def fuse(self, image, text, mask, train=False):
-    """The pairs, with cross-attention.
+  def pool(self, text, image, mask):
+    """Projected tokens, text mask -> both pooled [..., 2E], text first."""
+    text = layers.pool(text, mask, self.config.text_pool)
+    return jnp.concatenate([
+        jnp.tanh(self.text_pooler(text)),
+        jnp.tanh(self.image_pooler(image.mean(-2)))], -1)
+
+  def embed_image(self, image):
+    """[B, N, C] of `upper_image` -> unit vectors [B, E], float32."""
+    x = self.itc_image_projection(self.swin.norm(image)).mean(1)
+    return _unit(jnp.tanh(self.itc_image_pooler(x)))
+
+  def embed_text(self, text, train=False):
+    """Text features -> unit vectors [B, S, E], float32."""
+    b, s, l, d = text['tokens'].shape
+    x = self.upper_text(text['tokens'].reshape(b * s, l, d),
+                        text['mask'].reshape(b * s, l), train)
+    x = self.itc_text_projection(x.reshape(b, s, l, d)[:, :, 0])
+    return _unit(jnp.tanh(self.itc_text_pooler(x)))
+
+  def itc_scale(self):
+    """Logit scale (inverse temperature) of the cosine similarities."""
+    if not self.config.queue:
+      return jnp.exp(self.logit_scale)
+    # The original clamps the parameter in place before each use; the gradient
+    # passes there too.
+    t = self.temperature
+    return 1 / (t + jax.lax.stop_gradient(jnp.clip(t, .001, 1.) - t))
+
+  def past_examples(self, image, text, batch, train):
+    """({name: [Q, ...]}, filled [Q]) of the queue, which then takes these.
 
     Args:
-      image: [B, P, h, w, C] of `encode_image`, an image for each text.
-      text: [B, P, L, D] of `encode_text`.
-      mask: [B, P, L].
-      train: dropout and stochastic depth.
+      image, text: embeddings [B, E], [B, 1, E].
+      batch: their images and texts.
+      train: whether they are put into the queue.
+    """
+    if text.shape[1] != 1:
+      raise errors.UserError(
+          f'data.sentences: {text.shape[1]}; model.queue keeps pairs of one '
+          'image and one text, expected data.sentences=1')
+    return self.queue({
+        'image_features': jax.lax.stop_gradient(image),
+        'text_features': jax.lax.stop_gradient(text[:, 0]),
+        'image': batch['image'], 'image_mask': batch['image_mask'],
+        'text': batch['text'][:, 0], 'text_mask': batch['text_mask'][:, 0],
+    }, train)
+
+  # --- States of views --------------------------------------------------------
+
+  def grid_states(self, pieces, view, want):
+    """The tokens that the first pair reads, to warm-start both trunks.
+
+    Not the last ones: the text never attends to those, and would have to wait
+    until cross-attention learns what an image token holds.
+    """
+    del view, want
+    x = self.swin.enter(self.first_block, pieces['image'])
+    mask = layers.downsample_mask(pieces.batch['image_mask'], *x.shape[1:3])
+    return {'grid': self.cells_norm(fiber_trunk.flatten(x)),
+            'mask': mask.reshape(len(mask), -1),
+            'xy': layers.cell_centers(mask).reshape(len(mask), -1, 2)}
+
+  def image_only_states(self, pieces, view, want):
+    del view
+    states = {}
+    if 'caption' in want:
+      states['caption'] = self.decode(
+          pieces['upper_image'], pieces.batch['text'],
+          pieces.batch['text_mask'], pieces.train)
+    if 'embedding' in want:
+      states['embedding'] = self._embedding(pieces, 'image')
+    return states
+
+  def text_only_states(self, pieces, view, want):
+    del view, want
+    return {'embedding': self._embedding(pieces, 'text')}
+
+  def _embedding(self, pieces, side):
+    """Outputs of ITC of one side; with past ones where both sides run."""
+    found = {f'{side}_embedding': pieces[f'{side}_embedding']}
+    if self.config.queue and ('hard_negative' in pieces.requests or all(
+        'itc' in pieces.requests.get(v, ()) for v in ('image_only',
+                                                      'text_only'))):
+      past, filled = pieces['past']
+      found |= {f'{side}_queue': past[f'{side}_features'],
+                'queue_filled': filled}
+    return found
+
+  def hard_negative_states(self, pieces, view, want):
+    """Each pair, each image with a hard text, each text with a hard image.
+
+    Negatives are chosen by the rng stream 'sample', by ITC's similarities of
+    the batch's pairs and, with a queue, of past ones.
+    """
+    del view
+    batch, image, text = pieces.batch, pieces['image'], pieces['text']
+    mask = text['mask']
+    b, s, _ = mask.shape
+    past, filled = pieces['past'] if self.config.queue else (None, None)
+    image_at, image_found, text_at, text_found = self._choose(
+        pieces['image_embedding'], pieces['text_embedding'], mask.any(-1),
+        past, filled)
+    if past:
+      every = lambda k: jnp.concatenate(
+          [batch[k].reshape(-1, *past[k].shape[1:]), past[k]])
+      hard_image = self.lower_image(
+          every('image')[image_at[:, 0]], every('image_mask')[image_at[:, 0]],
+          pieces.train)[:, None]
+      hard_text = self.encode_text(every('text')[text_at],
+                                   every('text_mask')[text_at], pieces.train)
+    else:
+      hard_image = image[image_at]
+      hard_text = jax.tree.map(
+          lambda x: x.reshape(b * s, *x.shape[2:])[text_at], text)
+    stack = lambda *xs: jnp.concatenate(xs, 1)
+    own = fiber_trunk.for_each(image, s)
+    fused = self._fuse(stack(own, own, hard_image),
+                       jax.tree.map(stack, text, hard_text, text),
+                       pieces.train, want)
+    label = lambda ok, value: jnp.where(ok & mask.any(-1), value, -1)
+    return {**fused._asdict(),
+            'labels': stack(label(True, 1), label(text_found, 0),
+                            label(image_found, 0))}
+
+  def _choose(self, image, text, valid, past, filled):
+    """A hard image for each text, and a hard text for each image and text.
+
+    Args:
+      image, text: embeddings [B, E], [B, S, E].
+      valid: [B, S] False where a row has no text; it takes no part.
+      past, filled: of the queue, or None.
 
     Returns:
-      projected text [B, P, L, E] and image tokens [B, P, N, E]. Neither
-      trunk's last LayerNorm is applied, as in the original.
+      (indices of images [B, S], whether there is one, indices of texts, ...)
+      into the batch's images or texts, followed by those of the queue.
     """
-    b, p, l = mask.shape
-    x = image.reshape(b * p, *image.shape[2:])
-    y = text.reshape(b * p, l, -1)
-    bias = _key_bias(mask.reshape(b * p, l))
-    for k in range(self.config.fuse, 0, -1):
-      i, j = self.swin.depth - k, self.text.depth - k
-      x = self.swin.enter(i, x)
-      seen = _flat(x)  # Both read what the other was before the pair.
-      x = self.swin.block(i, x, y, bias, train)
-      y = self.text.layer(j, y, bias, seen, train, k > 1)
-    x = self.image_projection(_flat(x))
-    return (self.text_projection(y).reshape(b, p, l, -1),
-            x.reshape(b, p, *x.shape[1:]))
+    b, s, _ = text.shape
+    images, texts = image, text.reshape(b * s, -1)
+    has_image, has_text = valid.any(1), valid.reshape(-1)
+    if past:
+      images = jnp.concatenate([images, past['image_features']])
+      texts = jnp.concatenate([texts, past['text_features']])
+      has_image = jnp.concatenate([has_image, filled])
+      has_text = jnp.concatenate([has_text, filled])
+    own = jnp.arange(b)[:, None]
+    scale = self.config.negative_hardness * self.itc_scale()
+    of_text = self._sample(
+        scale * jnp.einsum('bse,ne->bsn', text, images), has_image,
+        (jnp.arange(len(images)) == own)[:, None])
+    of_image = self._sample(
+        scale * jnp.repeat(jnp.einsum('be,ne->bn', image, texts)[:, None], s,
+                           1), has_text,
+        (jnp.arange(len(texts)) // s == own)[:, None]
+        & (jnp.arange(len(texts)) < b * s))
+    return *of_text, *of_image
+
+  def _sample(self, similarity, allowed, own):
+    """[B, S] index of a negative and whether there is one; see `negatives`."""
+    logits = negatives(jax.lax.stop_gradient(similarity), allowed, own)
+    if self.has_rng('sample'):
+      index = jax.random.categorical(self.make_rng('sample'), logits)
+    else:
+      index = jnp.argmax(logits, -1)
+    return index, jnp.isfinite(logits).any(-1)
+
+  # --- Heads ------------------------------------------------------------------
+
+  def grid_outputs(self, states):
+    return {**self.cells_head(states['grid']), 'grid_xy': states['xy'],
+            'grid_mask': states['mask']}
+
+  def itc_outputs(self, states):
+    """image_embedding [B, E] or text_embedding [B, S, E], itc_scale, and of
+    the queue image_queue or text_queue [Q, E], queue_filled [Q]."""
+    return {**states['embedding'], 'itc_scale': self.itc_scale()}
+
+  def itm_outputs(self, states):
+    """itm_logits [B, P, 2] (1 = they belong together), and itm_labels [B, P]
+    (-1 = no such pair) of a view that makes its own pairs."""
+    x = states['pooled']
+    out = {'itm_logits': self.itm_head(x.astype(layers.wide(x)))}
+    return out | ({'itm_labels': states['labels']} if 'labels' in states
+                  else {})
+
+  def mlm_outputs(self, states):
+    return {'mlm_logits': self.mlm_logits(states['text'])}
+
+  def caption_outputs(self, states):
+    return {'caption_logits': self.mlm_logits(states['caption'])}
+
+  def mlm_logits(self, text):
+    """[..., E] projected text -> [..., V]."""
+    return self.mlm_head(text, lambda x: jnp.einsum(
+        '...d,dv->...v', x, self.mlm_decoder.astype(x.dtype),
+        preferred_element_type=layers.wide(x)))
+
+  # --- Captions ---------------------------------------------------------------
 
   def decode(self, image, ids, mask, train=False):
     """Causal text over an image.
 
     Args:
-      image: [B, N, C] of `finish_image`; it never sees the text.
+      image: [B, N, C] of `upper_image`; it never sees the text.
       ids, mask: [B, S, L].
       train: dropout on.
 
@@ -187,272 +354,64 @@ class Model(nn.Module):
     y = self.text.embed(ids.reshape(b * s, l), mask, train)
     bias = layers.mask_bias(jnp.tril(jnp.ones((l, l), bool)) & mask[:, None])
     for j in range(self.text.depth):
-      project = self.caption_projections.get(f'layer{j}', lambda x: x)
       y = self.text.layer(
-          j, y, bias[:, None],
-          project(image) if j >= self.text.depth - self.config.fuse else None,
-          train)
+          j, y, bias[:, None], self._caption_image(image, j)
+          if j >= self.first_layer else None, train)
     return self.text_projection(y).reshape(b, s, l, -1)
 
-  # --- Heads ------------------------------------------------------------------
+  def _caption_image(self, image, j):
+    """The image's tokens as captions attend to them in layer j."""
+    name = f'layer{j}'
+    return (self.caption_projections[name](image)
+            if name in self.caption_projections else image)
 
-  def embed_image(self, image):
-    """[B, N, C] of `finish_image` -> unit vectors [B, E], float32."""
-    x = self.itc_image_projection(self.swin.norm(image)).mean(1)
-    return _unit(jnp.tanh(self.itc_image_pooler(x)))
+  def decode_start(self, image, length=None):
+    c = self.config.roberta
+    length = length or self.text.longest
+    image = self.upper_image(image)
+    kept = {str(j): self.text.layers[j].project_image(
+        self._caption_image(image, j))
+            for j in range(self.first_layer, self.text.depth)}
+    empty = layers.empty_cache(len(image), length, c.heads, c.width,
+                               self.dtype)
+    return {'image': kept, 'text': [empty] * self.text.depth,
+            'position': jnp.zeros(len(image), jnp.int32)}
 
-  def embed_text(self, text):
-    """[B, S, L, D] of `finish_text` -> unit vectors [B, S, E], float32."""
-    x = self.itc_text_projection(text[:, :, 0])
-    return _unit(jnp.tanh(self.itc_text_pooler(x)))
-
-  def itc_scale(self):
-    """What cosines are multiplied with."""
-    if not self.config.queue:
-      return jnp.exp(self.logit_scale)
-    # The original clamps the parameter in place before each use; the gradient
-    # passes there too.
-    t = self.temperature
-    return 1 / (t + jax.lax.stop_gradient(jnp.clip(t, .001, 1.) - t))
-
-  def pair(self, text, image, mask):
-    """Projected tokens, text mask -> both pooled [..., 2E], text first."""
-    text = layers.pool(text, mask, self.config.itm_pool)
-    return jnp.concatenate([
-        jnp.tanh(self.text_pooler(text)),
-        jnp.tanh(self.image_pooler(image.mean(-2)))], -1)
-
-  def itm_logits(self, text, image, mask):
-    """Projected tokens [B, P, ., E] -> [B, P, 2]; 1 = they belong together."""
-    x = self.pair(text, image, mask)
-    return self.itm_head(x.astype(layers.wide(x)))
-
-  def mlm_logits(self, text):
-    """[..., E] projected text -> [..., V]."""
-    return self.mlm_head(text, lambda x: jnp.einsum(
-        '...d,dv->...v', x, self.mlm_decoder.astype(x.dtype),
-        preferred_element_type=layers.wide(x)))
-
-  # --- Views ------------------------------------------------------------------
-
-  def __call__(self, batch: Mapping[str, Any],
-               requests: Mapping[str, Sequence[str]],
-               train: bool = False) -> Dict[str, Dict[str, Any]]:
-    """Runs the views that `requests` names.
-
-    Args:
-      batch: see data/pipeline.py; only what the views read is needed.
-      requests: view -> heads, see `views`. Negatives are drawn from the rng
-        stream 'sample'; without it the most similar ones are taken.
-      train: dropout, stochastic depth, and the queue moves on.
-
-    Returns:
-      view -> dict of outputs:
-      'grid': cells. 'image_only', 'text_only': image_embedding [B, E],
-      text_embedding [B, S, E], itc_scale; both with a queue: image_queue,
-      text_queue [Q, E], queue_filled [Q]. 'image_only': caption_logits
-      [B, S, L, V]. 'joint', 'joint_masked': mlm_logits [B, S, L, V],
-      itm_logits [B, S, 2]. 'hard_negative': itm_logits [B, 3S, 2],
-      itm_labels [B, 3S] (-1 = no such pair).
-    """
-    out = {view: {} for view in requests}
-    hard = 'hard_negative' in requests
-    low = words = dual = None
-    if set(requests) - {'text_only'} or self.is_initializing():
-      low = self.encode_image(batch['image'], batch['image_mask'], train)
-    if {'text_only', 'joint'} & set(requests) or hard:
-      words = self.encode_text(batch['text'], batch['text_mask'], train)
-
-    if 'image_only' in requests or hard:
-      dual = self.finish_image(low, train)
-    if 'grid' in requests:
-      out['grid'] = self._grid(low, batch)
-    if 'captioning' in requests.get('image_only', ()):
-      states = self.decode(dual, batch['text'], batch['text_mask'], train)
-      out['image_only']['caption_logits'] = self.mlm_logits(states)
-
-    image = text = held = None
-    if 'itc' in requests.get('image_only', ()) or hard:
-      image = self.embed_image(dual)
-    if 'text_only' in requests or hard:
-      text = self.embed_text(self.finish_text(words, batch['text_mask'],
-                                              train))
-    if self.config.queue and image is not None and text is not None:
-      held = self._queue(image, text, batch, train)
-    for view, name, x in (('image_only', 'image', image),
-                          ('text_only', 'text', text)):
-      if view in requests and x is not None:
-        out[view] |= {f'{name}_embedding': x, 'itc_scale': self.itc_scale()}
-        if held:
-          out[view] |= {f'{name}_queue': held[0][f'{name}_features'],
-                        'queue_filled': held[1]}
-
-    for view, prefix in (('joint', 'text'), ('joint_masked', 'masked_text')):
-      if view in requests:
-        mask = batch[prefix + '_mask']
-        below = words if view == 'joint' else self.encode_text(
-            batch[prefix], mask, train)
-        fused = self.fuse(_for_each(low, mask.shape[1]), below, mask, train)
-        if 'mlm' in requests[view]:
-          out[view]['mlm_logits'] = self.mlm_logits(fused[0])
-        if 'itm' in requests[view]:
-          out[view]['itm_logits'] = self.itm_logits(*fused, mask)
-    if hard:
-      out['hard_negative'] = self._hard_negative(
-          low, words, image, text, held, batch, train)
-    elif self.is_initializing() and not any(v.startswith('joint')
-                                            for v in requests):
-      # One trunk's weights are made as a whole, whatever is trained first.
-      s = batch['text'].shape[1]
-      if words is None:
-        words = self.encode_text(batch['text'], batch['text_mask'])
-      self.fuse(_for_each(low, s), words, batch['text_mask'])
-    return out
-
-  def _grid(self, low, batch):
-    """Labels of the tokens that the first pair reads, to warm-start both.
-
-    Not of the last ones: the text never sees those, and would have to wait
-    until cross-attention finds out what an image token holds.
-    """
-    x = self.swin.enter(self.swin.depth - self.config.fuse, low)
-    mask = layers.downsample_mask(batch['image_mask'], *x.shape[1:3])
-    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
-    return {**self.cells_head(self.cells_norm(_flat(x))),
-            'cell_xy': flat(layers.cell_centers(mask)),
-            'cell_mask': mask.reshape(mask.shape[0], -1)}
-
-  def _queue(self, image, text, batch, train):
-    """Past features and inputs: ({name: [Q, ...]}, filled [Q])."""
-    if text.shape[1] != 1:
-      raise errors.UserError(
-          f'data.sentences: {text.shape[1]}; model.queue keeps pairs of one '
-          'image and one text, expected data.sentences=1')
-    return self.queue({
-        'image_features': jax.lax.stop_gradient(image),
-        'text_features': jax.lax.stop_gradient(text[:, 0]),
-        'image': batch['image'], 'image_mask': batch['image_mask'],
-        'text': batch['text'][:, 0], 'text_mask': batch['text_mask'][:, 0],
-    }, train)
-
-  def _hard_negative(self, low, words, image, text, held, batch, train):
-    """Each pair, each image with a hard text, each text with a hard image."""
-    mask = batch['text_mask']
-    b, s, _ = mask.shape
-    there = mask.any(-1)  # A row without text takes no part.
-    images, texts = image, text.reshape(b * s, -1)
-    has_image, has_text = there.any(1), there.reshape(-1)
-    if held:
-      images = jnp.concatenate([images, held[0]['image_features']])
-      texts = jnp.concatenate([texts, held[0]['text_features']])
-      has_image = jnp.concatenate([has_image, held[1]])
-      has_text = jnp.concatenate([has_text, held[1]])
-    own = jnp.arange(b)[:, None]
-    scale = self.config.hardness * self.itc_scale()
-    # [B, S] each: indices into images and texts.
-    image_at, image_found = self._draw(
-        scale * jnp.einsum('bse,ne->bsn', text, images), has_image,
-        (jnp.arange(len(images)) == own)[:, None])
-    text_at, text_found = self._draw(
-        scale * jnp.repeat(jnp.einsum('be,ne->bn', image, texts)[:, None], s,
-                           1), has_text,
-        (jnp.arange(len(texts)) // s == own)[:, None]
-        & (jnp.arange(len(texts)) < b * s))
-
-    if held:
-      every = lambda k, x: jnp.concatenate([x, held[0][k]])
-      pick = lambda k, at: every(k, batch[k].reshape(
-          -1, *held[0][k].shape[1:]))[at]
-      hard_image = self.encode_image(
-          pick('image', image_at[:, 0]), pick('image_mask', image_at[:, 0]),
-          train)[:, None]
-      hard_mask = pick('text_mask', text_at)
-      hard_text = self.encode_text(pick('text', text_at), hard_mask, train)
-    else:
-      hard_image = low[image_at]
-      pick = lambda x: x.reshape(b * s, *x.shape[2:])[text_at]
-      hard_text, hard_mask = pick(words), pick(mask)
-
-    stack = lambda *xs: jnp.concatenate(xs, 1)
-    true = _for_each(low, s)
-    masks = stack(mask, hard_mask, mask)
-    fused = self.fuse(stack(true, true, hard_image),
-                      stack(words, hard_text, words), masks, train)
-    label = lambda ok, value: jnp.where(ok & there, value, -1)
-    return {'itm_logits': self.itm_logits(*fused, masks),
-            'itm_labels': stack(label(True, 1), label(text_found, 0),
-                                label(image_found, 0))}
-
-  def _draw(self, similarity, allowed, own):
-    """[B, S] index of a negative and whether there is one; see `negatives`."""
-    logits = negatives(jax.lax.stop_gradient(similarity), allowed, own)
-    if self.has_rng('sample'):
-      index = jax.random.categorical(self.make_rng('sample'), logits)
-    else:
-      index = jnp.argmax(logits, -1)
-    return index, jnp.isfinite(logits).any(-1)
-
-  # --- Captions ---------------------------------------------------------------
-
-  def init_caption(self, batch):
-    """What caption generation keeps of the image: dict for `step_caption`."""
-    low = self.encode_image(batch['image'], batch['image_mask'])
-    return {'tokens': self.finish_image(low)}
-
-  def step_caption(self, cache, ids):
-    """ids [B, L] -> logits [B, L, V] of the next token after each one."""
-    ids = ids[:, None]
-    states = self.decode(cache['tokens'], ids, jnp.ones_like(ids, bool))
-    return self.mlm_logits(states)[:, 0]
+  def decode_step(self, cache, ids):
+    position, text = cache['position'], list(cache['text'])
+    y = self.text.embed_one(ids, position)
+    for j, layer in enumerate(self.text.layers):
+      y, text[j] = layer.step(y, position, text[j],
+                              cache['image'].get(str(j)))
+    logits = self.mlm_logits(self.text_projection(y[:, 0]))
+    return logits, {**cache, 'text': text, 'position': position + 1}
 
   # --- Checkpoints of another image side --------------------------------------
 
-  def adapt(self, params, shapes):
-    """`params` with relative position tables resized to those of `shapes`.
-
-    Args:
-      params, shapes: nested dicts of arrays, and of what they should be.
-
-    Returns:
-      `params`, with other tables where the windows have another size.
-    """
+  def adapt(self, loaded, params):
+    """`loaded` with relative position tables resized to those of `params`."""
     def fit(path, x):
-      want = shapes
+      want = params
       for key in path:
         want = want.get(key.key) if hasattr(want, 'get') else None
       if (want is None or path[-1].key != 'relative_bias'
           or want.shape == x.shape):
         return x
       return swin_lib.resize_relative_bias(x, want.shape[0])
-    return jax.tree_util.tree_map_with_path(fit, params)
+    return jax.tree_util.tree_map_with_path(fit, loaded)
 
 
 def negatives(similarity, allowed, own):
-  """Log-weights by which negatives are drawn: softmax of the similarities.
+  """Log-weights with which negatives are sampled: softmax of similarities.
 
   Args:
-    similarity: [..., n], tempered.
+    similarity: [..., n], divided by the temperature.
     allowed: [n] candidates that exist.
-    own: broadcasts to [..., n], those of the same pair; never drawn. (The
+    own: broadcasts to [..., n], those of the same pair; never sampled. (The
       original leaves them a weight of 1e-9, as it adds to all.)
   """
   weight = jax.nn.softmax(jnp.where(allowed, similarity, layers.MASKED))
-  return jnp.where(allowed & ~own, jnp.log(weight + _LEAST_WEIGHT), -jnp.inf)
-
-
-def _key_bias(mask):
-  """[B, L] True on tokens -> [B, 1, 1, L]."""
-  return layers.mask_bias(mask)[:, None, None]
-
-
-def _flat(x):
-  """[B, h, w, C] -> [B, N, C]."""
-  return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _for_each(x, s):
-  """[B, ...] -> [B, S, ...], the same for each of S texts."""
-  return jnp.broadcast_to(x[:, None], (x.shape[0], s, *x.shape[1:]))
+  return jnp.where(allowed & ~own, jnp.log(weight + _MIN_WEIGHT), -jnp.inf)
 
 
 def _unit(x):

@@ -1,9 +1,9 @@
 """Gated cross-attention inside two trunks (FIBER, Dou et al., NeurIPS 2022).
 
-The last layers of an image and of a text trunk are paired. Both members of a
-pair read the other's tokens as they were before the pair, and add what they
-find to the branch of their self-attention, times a learned gate that starts
-at 0: at first the trunks compute what they would alone.
+The last layers of an image and of a text trunk are paired. Each layer of a
+pair attends to the other trunk's tokens as they were before the pair, and
+adds the result, times a learned gate, to the output of its self-attention.
+The gates start at 0, so that the trunks first compute what they would alone.
 """
 from typing import Any
 
@@ -12,24 +12,24 @@ import jax.numpy as jnp
 
 from e2e_vlp_jax.models import layers
 
-# Swin's and BERT's own, which FIBER's new weights share. The third is for
-# narrow trunks that train from scratch; the gates are then open from the
-# start, as there is nothing that they could spoil.
+# Swin's and BERT's initialisations, which FIBER's new weights share. The third
+# one is for narrow trunks that train from scratch; their gates start open, as
+# there are no pre-trained features to protect.
 IMAGE_INIT = nn.initializers.truncated_normal(.02, lower=-100, upper=100)
 TEXT_INIT = nn.initializers.normal(.02)
-_SCRATCH_INIT = nn.initializers.lecun_normal()
+_FROM_SCRATCH_INIT = nn.initializers.lecun_normal()
 
 
-def image_init(scratch):
-  return _SCRATCH_INIT if scratch else IMAGE_INIT
+def image_init(from_scratch):
+  return _FROM_SCRATCH_INIT if from_scratch else IMAGE_INIT
 
 
-def text_init(scratch):
-  return _SCRATCH_INIT if scratch else TEXT_INIT
+def text_init(from_scratch):
+  return _FROM_SCRATCH_INIT if from_scratch else TEXT_INIT
 
 
-def _gate_init(scratch):
-  return nn.initializers.constant(float(scratch))
+def _gate_init(from_scratch):
+  return nn.initializers.constant(float(from_scratch))
 
 
 class ImageFromText(nn.Module):
@@ -37,7 +37,7 @@ class ImageFromText(nn.Module):
   heads: int
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  scratch: bool = False
+  from_scratch: bool = False
 
   @nn.compact
   def __call__(self, x, text, bias):
@@ -46,8 +46,8 @@ class ImageFromText(nn.Module):
     split = lambda y: y.reshape(*y.shape[:2], -1, self.heads,
                                 c // self.heads)
     dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
-                                     kernel_init=image_init(self.scratch))
-    gate = self.param('gate', _gate_init(self.scratch), (1,))
+                                     kernel_init=image_init(self.from_scratch))
+    gate = self.param('gate', _gate_init(self.from_scratch), (1,))
     query = dense(c, 'query')(layers.LayerNorm(self.epsilon, name='norm')(x))
     both = split(dense(2 * c, 'key_value')(text))
     y = layers.attention(split(query)[:, :, 0], both[:, :, 0], both[:, :, 1],
@@ -57,17 +57,29 @@ class ImageFromText(nn.Module):
 
 class TextFromImage(nn.Module):
   """What a text layer adds to the output of its self-attention."""
+  width: int
   heads: int
   dropout: float = 0.
   dtype: Any = jnp.float32
-  scratch: bool = False
+  from_scratch: bool = False
 
-  @nn.compact
+  def setup(self):
+    self.gate = self.param('gate', _gate_init(self.from_scratch), (1,))
+    self.attention = layers.MultiHeadAttention(
+        self.width, self.heads, self.dropout, self.dtype,
+        text_init(self.from_scratch))
+    # The name decides the random numbers, which earlier runs depend on.
+    self.drop = nn.Dropout(self.dropout, name='Dropout_0')
+
   def __call__(self, x, image, train=False):
     """[B, L, D], [B, N, C] -> [B, L, D]."""
-    gate = self.param('gate', _gate_init(self.scratch), (1,))
-    y = layers.MultiHeadAttention(
-        x.shape[-1], self.heads, self.dropout, self.dtype,
-        text_init(self.scratch), name='attention')(x, image, image, train=train)
-    y = nn.Dropout(self.dropout, deterministic=not train)(y)
-    return y * gate.astype(x.dtype)
+    y = self.attention(x, image, image, train=train)
+    return self.drop(y, deterministic=not train) * self.gate.astype(x.dtype)
+
+  def keys_values(self, image):
+    """[B, N, C] -> KeysValues, for `attend`."""
+    return self.attention.keys_values(image, image)
+
+  def attend(self, x, image):
+    """`__call__` without dropout, on what `keys_values` returned."""
+    return self.attention.attend(x, image) * self.gate.astype(x.dtype)

@@ -4,7 +4,13 @@ from typing import Any, Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
+from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import layers
+
+# Of a classifier's weights: flax's own; Kaiming's (SOHO's heads); BERT's.
+INITS = {'lecun': nn.initializers.lecun_normal(),
+         'kaiming': nn.initializers.variance_scaling(2., 'fan_in', 'normal'),
+         'bert': nn.initializers.normal(.02)}
 
 
 class Detection(nn.Module):
@@ -56,17 +62,64 @@ class Matching(nn.Module):
     return nn.Dense(2, name='classifier')(x.astype(jnp.float32))
 
 
-class Cells(nn.Module):
-  """Dense labels of grid cells, to warm-start a trunk (our addition)."""
+class GridClasses(nn.Module):
+  """Object class of each grid cell, to warm-start a trunk (our addition)."""
   num_classes: int
   num_attributes: int
 
   @nn.compact
   def __call__(self, x):
-    """[B, N, C] -> dict of [B, N, C+1] (last = nothing) and [B, N, A]."""
+    """[B, N, C] -> dict of [B, N, K+1] (last = background) and [B, N, A]."""
     x = x.astype(jnp.float32)
-    out = {'cell_logits': nn.Dense(self.num_classes + 1, name='classes')(x)}
+    out = {'grid_logits': nn.Dense(self.num_classes + 1, name='classes')(x)}
     if self.num_attributes:
-      out['cell_attributes'] = nn.Dense(self.num_attributes,
+      out['grid_attributes'] = nn.Dense(self.num_attributes,
                                         name='attributes')(x)
     return out
+
+
+class Classifier(nn.Module):
+  """Dense -> LayerNorm -> activation -> dropout -> dense.
+
+  Of `config.model.heads`, kind 'classifier'. SOHO's released VQA head is
+  hidden=3072, act='relu', dropout=.5; FIBER's are hidden=1536, norm=True,
+  act='gelu'.
+
+  Attributes:
+    outputs: number of classes.
+    hidden: width of the hidden layer; 0 = no hidden layer.
+    act: activation after the hidden layer.
+    norm: LayerNorm between hidden layer and activation.
+    dropout: before the output layer.
+    epsilon: of the LayerNorm.
+    init: key of `INITS`.
+  """
+  outputs: int
+  hidden: int = 0
+  act: str = 'relu'
+  norm: bool = False
+  dropout: float = 0.
+  epsilon: float = 1e-5
+  init: str = 'lecun'
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    """[..., D] -> logits [..., outputs]."""
+    if self.init not in INITS:
+      raise errors.UserError(f'model.heads: init={self.init!r}'
+                             + errors.nearest(self.init, INITS))
+    init = INITS[self.init]
+    if self.hidden:
+      x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init,
+                   name='hidden')(x)
+      if self.norm:
+        x = layers.LayerNorm(self.epsilon, name='norm')(x)
+      x = layers.activation(self.act)(x)
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return nn.Dense(self.outputs, kernel_init=init, name='out')(
+        x.astype(layers.wide(x)))
+
+
+# What `config.model.heads` can name.
+KINDS = {'classifier': Classifier}

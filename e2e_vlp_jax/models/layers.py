@@ -4,7 +4,8 @@ Masks are True where valid. Softmax and LayerNorm run in float32; matrix
 products run in `dtype`; parameters are float32.
 """
 import math
-from typing import Any, Callable, Optional
+import re
+from typing import Any, Callable, NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -42,7 +43,7 @@ def check_heads(heads, width, where):
 
 
 def pool(states: Array, mask: Array, how: str) -> Array:
-  """One vector a text, `model.itm_pool`: its first token, or their mean.
+  """One vector a text, by `model.text_pool`: its first token, or their mean.
 
   Args:
     states: [..., L, D].
@@ -50,14 +51,43 @@ def pool(states: Array, mask: Array, how: str) -> Array:
     how: one of `POOLS`.
   """
   if how not in POOLS:
-    raise errors.UserError(f'model.itm_pool: {how!r}'
+    raise errors.UserError(f'model.text_pool: {how!r}'
                            + errors.nearest(how, POOLS))
   return states[..., 0, :] if how == 'cls' else masked_mean(states, mask)
 
 
 def wide(x: Array) -> Any:
-  """The type in which to sum what is of x's type: at least float32."""
+  """Accumulation dtype for x: at least float32."""
   return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def is_frozen(groups, path):
+  """Whether `config.optim.groups` freeze a parameter.
+
+  Args:
+    groups: ((regex, bool), ...); the first regex that matches the whole path
+      decides, as in the optimizer. () = nothing is frozen.
+    path: of the parameter, such as 'backbone/bn1/scale'.
+  """
+  return next((frozen for pattern, frozen in groups
+               if re.fullmatch(pattern, path)), False)
+
+
+def normalise(image, image_mask, mean, std, dtype):
+  """Pixels [B, H, W, 3] in 0..255 -> (pixels / 255 - mean) / std.
+
+  Padding becomes zero after normalisation (DETR), whatever its bytes were.
+
+  Args:
+    image: [B, H, W, 3].
+    image_mask: [B, H, W] True on real pixels.
+    mean, std: three values each.
+    dtype: of the result; the arithmetic is in float32 at least.
+  """
+  full = jnp.promote_types(dtype, jnp.float32)
+  pixels = image.astype(full) / 255.
+  pixels = (pixels - jnp.asarray(mean, full)) / jnp.asarray(std, full)
+  return (pixels * image_mask[..., None]).astype(dtype)
 
 
 def remat(module, policy, static_argnums=()):
@@ -120,6 +150,12 @@ def mask_bias(mask: Array) -> Array:
   return jnp.where(mask, 0., MASKED).astype(jnp.float32)
 
 
+class KeysValues(NamedTuple):
+  """Projected keys and values, each [B, N, H, D/H]."""
+  key: Array
+  value: Array
+
+
 class MultiHeadAttention(nn.Module):
   """Multi-head attention with separate query, key and value inputs.
 
@@ -131,21 +167,55 @@ class MultiHeadAttention(nn.Module):
   dtype: Any = jnp.float32
   kernel_init: Callable[..., Array] = nn.initializers.xavier_uniform()
 
-  @nn.compact
+  def setup(self):
+    check_heads(self.heads, self.width, self.path)
+    for name in ('query', 'key', 'value', 'out'):
+      setattr(self, name, nn.Dense(self.width, dtype=self.dtype,
+                                   kernel_init=self.kernel_init))
+    # The name decides the random numbers, which earlier runs depend on.
+    self.drop = nn.Dropout(self.dropout, name='Dropout_0')
+
   def __call__(self, query, key, value, bias=None, train=False):
     """[B, T, D], [B, N, D], [B, N, D], bias to [B, H, T, N] -> [B, T, D]."""
-    check_heads(self.heads, self.width, self.path)
+    return self.attend(query, self.keys_values(key, value), bias, train)
 
-    def project(name, x):
-      x = nn.Dense(self.width, dtype=self.dtype, name=name,
-                   kernel_init=self.kernel_init)(x)
-      return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
-    drop = nn.Dropout(self.dropout, deterministic=not train)
-    y = attention(project('query', query), project('key', key),
-                  project('value', value), bias, drop)
-    return nn.Dense(self.width, dtype=self.dtype, name='out',
-                    kernel_init=self.kernel_init)(
-                        y.reshape(*y.shape[:2], self.width))
+  def keys_values(self, key, value):
+    """[B, N, D], [B, N, D] -> KeysValues, which a decoder may keep."""
+    return KeysValues(self._split(self.key(key)),
+                      self._split(self.value(value)))
+
+  def attend(self, query, kept, bias=None, train=False):
+    """[B, T, D], KeysValues, bias to [B, H, T, N] -> [B, T, D]."""
+    y = attention(self._split(self.query(query)), kept.key, kept.value, bias,
+                  lambda x: self.drop(x, deterministic=not train))
+    return self.out(y.reshape(*y.shape[:2], self.width))
+
+  def _split(self, x):
+    return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+
+
+def empty_cache(rows, length, heads, width, dtype):
+  """KeysValues [rows, length, heads, width / heads] for `extend` to fill."""
+  zeros = jnp.zeros((rows, length, heads, width // heads), dtype)
+  return KeysValues(zeros, zeros)
+
+
+def extend(cache, new, position):
+  """Writes one token's keys and values into a cache.
+
+  Args:
+    cache: KeysValues [B, L, H, D/H].
+    new: KeysValues [B, 1, H, D/H].
+    position: [B] int, where each row's token goes.
+
+  Returns:
+    (cache, bias [B, 1, 1, L] that hides the positions after it).
+  """
+  rows = jnp.arange(len(position))
+  cache = KeysValues(*(old.at[rows, position].set(x[:, 0].astype(old.dtype))
+                       for old, x in zip(cache, new)))
+  seen = jnp.arange(cache.key.shape[1]) <= position[:, None]
+  return cache, mask_bias(seen)[:, None, None]
 
 
 class FeedForward(nn.Module):
@@ -187,7 +257,7 @@ class EncoderLayer(nn.Module):
       x, pos: [B, T, D]; pos may be None.
       bias: broadcasts to [B, H, T, T], equal for all queries if `last`.
       train: dropout on.
-      last: return only so many tokens, the last; 0 = all.
+      last: if > 0, return only the last `last` tokens.
 
     Returns:
       [B, T or last, D].
@@ -294,7 +364,7 @@ def sine_position_2d(mask: Array, width: int) -> Array:
 
 
 def cell_centers(mask: Array) -> Array:
-  """[B, h, w] mask -> [B, h, w, 2] (x, y) of cell centres in [0, 1].
+  """[B, h, w] mask -> [B, h, w, 2] (x, y) of cell centers in [0, 1].
 
   Relative to the valid part of the map, hence comparable with boxes, which
   are relative to the unpadded image.

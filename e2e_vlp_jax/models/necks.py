@@ -1,8 +1,8 @@
 """From a trunk's features to visual tokens (SOHO).
 
-The order of the released code: max-pool, 1x1 convolution, BatchNorm, words of
-the visual dictionary, a learned mixture of both; then the mask of masked
-visual modelling, positions and LayerNorm. Without a dictionary it is the neck
+The order of the released code: max-pool, 1x1 convolution, BatchNorm, codes of
+the visual dictionary, a learned mixture of features and codes; then the mask of
+masked visual modelling, positions and LayerNorm. Without a dictionary it is the neck
 of the released VQA fine-tuning.
 """
 from typing import Any
@@ -41,22 +41,22 @@ def grid_mask(mask, height, width, square=False):
   return wide[:, rows][:, :, columns]
 
 
-def same_word_mask(words, mask, cell, keep):
-  """What masked visual modelling hides: all cells with the drawn cell's word.
+def same_code_mask(codes, mask, cell, keep):
+  """What masked visual modelling hides: all cells with the chosen cell's code.
 
-  A neighbour with the same word would give it away (section 3.3).
+  A neighbor with the same code would reveal it (section 3.3).
 
   Args:
-    words: [..., N] index of each cell's word.
+    codes: [..., N] index of each cell's code in the dictionary.
     mask: [..., N] True where a cell is valid.
-    cell: [...] the drawn cell; if it is not valid, nothing is hidden.
+    cell: [...] the chosen cell; if it is not valid, nothing is hidden.
     keep: [...] bool, False = hide nothing.
 
   Returns:
     [..., N] bool.
   """
   at = lambda x: jnp.take_along_axis(x, cell[..., None], -1)
-  return (words == at(words)) & at(mask) & mask & keep[..., None]
+  return (codes == at(codes)) & at(mask) & mask & keep[..., None]
 
 
 class Neck(nn.Module):
@@ -65,13 +65,14 @@ class Neck(nn.Module):
   Attributes:
     width: D of the tokens.
     dictionary: fields of `VisualDictionary`, size 0 = none, and
-      count_padding: whether padded cells move the words (released code).
+      count_padding: whether padded cells update the codes (released code).
     pool: side of the max-pool; odd rows and columns at the end are dropped.
     mix: 'gate': two weights a cell from a softmax; 'add': the sum.
     begin_align, pos_align: a dense layer before and after the look-up.
     norm: BatchNorm after a convolution without bias; else one with bias.
     act: 'none' or an activation after the convolution.
     square_mask: see `grid_mask`.
+    frozen: groups of `layers.is_frozen`.
   """
   width: int
   dictionary: Any
@@ -82,6 +83,7 @@ class Neck(nn.Module):
   norm: bool = True
   act: str = 'none'
   square_mask: bool = False
+  frozen: Any = ()
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -95,12 +97,13 @@ class Neck(nn.Module):
     align = lambda: nn.Dense(self.width, dtype=self.dtype, kernel_init=torch)
     self.conv = project(self.width)
     if self.norm:
-      self.conv_norm = resnet.BatchNorm(frozen=False)
+      self.conv_norm = resnet.BatchNorm(self.frozen)
     self.token_norm = layers.LayerNorm(1e-5)
     options = dict(self.dictionary)
     self.count_padding = options.pop('count_padding')
     if not options['size']:
       return
+    # Named 'words' in checkpoints.
     self.words = visual_dictionary.VisualDictionary(width=self.width,
                                                     **options)
     self.mask_token = self.param('mask_token', nn.initializers.normal(1.),
@@ -112,53 +115,53 @@ class Neck(nn.Module):
     if self.mix == 'gate':
       self.gate = project(2)
       if self.norm:
-        self.gate_norm = resnet.BatchNorm(frozen=False)
+        self.gate_norm = resnet.BatchNorm(self.frozen)
 
-  def __call__(self, features, image_mask, copies=1, train=False):
-    """Cells before they are masked and given positions.
+  def __call__(self, features, image_mask, repeats=1, train=False):
+    """Cells before masking and before their positions are added.
 
     Args:
       features: [B, h, w, C].
       image_mask: [B, H, W] of the pixels.
-      copies: in training, each image counts so often in the dictionary and
-        in BatchNorm's unbiased variance: the released code repeats it for
-        each of its texts before the neck.
-      train: batch statistics; the dictionary moves.
+      repeats: in training, each image counts this many times in the
+        dictionary and in BatchNorm's unbiased variance: the released code
+        repeats it for each of its texts before the neck.
+      train: batch statistics; the dictionary is updated.
 
     Returns:
       dict: cells [B, N, D], pos [B, N, D], mask [B, N] and, with a
-      dictionary, words [B, N].
+      dictionary, codes [B, N].
     """
     side = self.pool
     x = nn.max_pool(features, (side, side), (side, side))
     b, h, w, _ = x.shape
     x = self.conv(x)
     if self.norm:
-      x = self.conv_norm(x, train, copies)
+      x = self.conv_norm(x, train, repeats)
     x = self._activate(x)
     mask = grid_mask(image_mask, h, w, self.square_mask)
     flat = lambda y: y.reshape(b, h * w, *y.shape[3:])
     out = {'mask': flat(mask),
            'pos': flat(layers.sine_position_2d(mask, self.width))}
     if self.dictionary['size']:
-      weight = jnp.full(mask.shape, float(copies))
+      weight = jnp.full(mask.shape, float(repeats))
       if not self.count_padding:
         weight = weight * mask
-      quantised, words = self.words(
+      quantised, codes = self.words(
           self.begin(x) if self.begin_align else x, weight, train)
       quantised = quantised.astype(self.dtype)
       if self.pos_align:
         quantised = self.after(quantised)
-      x = self._mixed(quantised, x, copies, train)
-      out['words'] = flat(words)
+      x = self._mixed(quantised, x, repeats, train)
+      out['codes'] = flat(codes)
     return {**out, 'cells': flat(x)}
 
-  def _mixed(self, quantised, x, copies, train):
+  def _mixed(self, quantised, x, repeats, train):
     if self.mix == 'add':
       return quantised + x
     score = self.gate(jnp.concatenate([quantised, x], -1))
     if self.norm:
-      score = self.gate_norm(score, train, copies)
+      score = self.gate_norm(score, train, repeats)
     score = jax.nn.softmax(self._activate(score).astype(jnp.float32)).astype(
         x.dtype)
     return score[..., :1] * quantised + score[..., 1:] * x

@@ -43,10 +43,12 @@ class PatchCNN(nn.Module):
     width: channels of the cells.
     blocks: number of residual bottlenecks at stride 12.
     multiple: what the sides of a canvas must be multiples of.
+    frozen: unused; there is no BatchNorm, and the optimizer freezes the rest.
   """
   stem: int = 64
   width: int = 128
   blocks: int = 2
+  frozen: Any = ()
   dtype: Any = jnp.float32
 
   multiple = STRIDE
@@ -89,3 +91,6 @@ class PatchCNN(nn.Module):
       x = x + dense(self.width, f'block{i}_out',
                     kernel_init=nn.initializers.normal(.02))(y)
     return [norm('norm')(x)]
+
+
+BACKBONE = PatchCNN

@@ -19,30 +19,43 @@ BOTTLENECK = {18: False, 34: False, 50: True, 101: True, 152: True}
 
 
 class BatchNorm(nn.Module):
-  """BatchNorm over B, H, W; frozen (constants) or trained.
+  """BatchNorm over B, H, W; trained, or constants where its scale is frozen.
 
   Running statistics live in the 'batch_stats' collection. As in torch, the
   running variance is the unbiased one, momentum 0.1, eps 1e-5. Under jit over
   a sharded batch the statistics are those of the global batch (SyncBN).
+
+  Attributes:
+    frozen: groups of `layers.is_frozen`. A frozen BatchNorm normalises with
+      its running statistics in training, too, and passes no gradient to its
+      scale and bias.
+    zero_init: the scale starts at 0 unless it is frozen.
   """
-  frozen: bool = True
+  frozen: Any = ()
   zero_init: bool = False
   momentum: float = 0.1
   epsilon: float = 1e-5
 
   @nn.compact
-  def __call__(self, x, train=False, copies=1):
-    """x [B, H, W, C]; `copies`: the batch is counted as so many of itself."""
+  def __call__(self, x, train=False, repeats=1):
+    """Normalises x [B, H, W, C].
+
+    Args:
+      x: features.
+      train: use and update the batch's statistics, unless frozen.
+      repeats: the unbiased variance counts each row this many times.
+    """
     c = x.shape[-1]
-    init = (nn.initializers.zeros if self.zero_init and not self.frozen
+    frozen = layers.is_frozen(self.frozen, '/'.join((*self.path, 'scale')))
+    init = (nn.initializers.zeros if self.zero_init and not frozen
             else nn.initializers.ones)
     scale = self.param('scale', init, (c,))
     bias = self.param('bias', nn.initializers.zeros, (c,))
     mean = self.variable('batch_stats', 'mean', jnp.zeros, (c,))
     var = self.variable('batch_stats', 'var', jnp.ones, (c,))
-    if self.frozen:
+    if frozen:
       scale, bias = jax.lax.stop_gradient((scale, bias))
-    if self.frozen or not train:
+    if frozen or not train:
       factor = scale * jax.lax.rsqrt(var.value + self.epsilon)
       shift = bias - mean.value * factor
       return x * factor.astype(x.dtype) + shift.astype(x.dtype)
@@ -50,7 +63,7 @@ class BatchNorm(nn.Module):
     m, v = y.mean((0, 1, 2)), y.var((0, 1, 2))
     if not self.is_initializing() and self.is_mutable_collection(
         'batch_stats'):
-      n = copies * x.size // c
+      n = repeats * x.size // c
       a = self.momentum
       mean.value = (1 - a) * mean.value + a * m
       var.value = (1 - a) * var.value + a * v * (n / max(n - 1, 1))
@@ -74,7 +87,7 @@ class Block(nn.Module):
   bottleneck: bool
   stride: int = 1
   dilation: int = 1
-  frozen_bn: bool = True
+  frozen: Any = ()
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -90,14 +103,14 @@ class Block(nn.Module):
       if kernel > 1:
         y = layers.hide_padding(y, mask)
       y = conv(features, kernel, stride, dilation, self.dtype, f'conv{i}')(y)
-      y = BatchNorm(self.frozen_bn, zero_init=i == len(plan),
+      y = BatchNorm(self.frozen, zero_init=i == len(plan),
                     name=f'bn{i}')(y, train)
       if i < len(plan):
         y = jax.nn.relu(y)
     if x.shape[-1] != out or self.stride != 1:
       x = conv(out, 1, self.stride, dtype=self.dtype,
                name='downsample_conv')(x)
-      x = BatchNorm(self.frozen_bn, name='downsample_bn')(x, train)
+      x = BatchNorm(self.frozen, name='downsample_bn')(x, train)
     return jax.nn.relu(x + y)
 
 
@@ -106,9 +119,10 @@ class ResNet(nn.Module):
 
   Attributes:
     depth: 18, 34, 50, 101 or 152.
-    frozen_bn: BatchNorm as constants (DETR, E2E-VLP) or trained (SOHO).
-    frozen_stages: 0 trains all; 1 freezes the stem; 2 also layer1 (DETR); ...
-      A frozen part passes no gradient and keeps its BN statistics.
+    frozen: groups of `layers.is_frozen`: which parameters the optimizer
+      freezes. A frozen BatchNorm keeps its statistics; no gradient is
+      computed for a stage whose parameters are all frozen, nor for what lies
+      below it.
     dilated: stride 1 and dilation 2 in the last stage (DC5).
     out_stages: which of the stages 1..4 are returned.
     mask_padding: zero the padded cells before every convolution that would
@@ -119,8 +133,7 @@ class ResNet(nn.Module):
     remat: of each block; see `layers.remat`.
   """
   depth: int = 50
-  frozen_bn: bool = True
-  frozen_stages: int = 2
+  frozen: Any = ()
   dilated: bool = False
   out_stages: Tuple[int, ...] = (4,)
   mask_padding: bool = True
@@ -148,14 +161,14 @@ class ResNet(nn.Module):
           f'model.backbone.depth: no ResNet of depth {self.depth}; valid '
           f'choices: {", ".join(map(str, BLOCKS))}')
     mask = mask if self.mask_padding else None
-    frozen = lambda stage: stage < self.frozen_stages
+    frozen_stages = self._frozen_stages()
     stop = lambda y, stage: (jax.lax.stop_gradient(y)
-                             if stage == self.frozen_stages - 1 else y)
+                             if stage == frozen_stages - 1 else y)
     x = nn.Conv(self.stem, (7, 7), (2, 2), [(3, 3)] * 2, use_bias=False,
                 dtype=self.dtype, name='conv1',
                 kernel_init=nn.initializers.variance_scaling(
                     2., 'fan_out', 'normal'))(x.astype(self.dtype))
-    x = BatchNorm(self.frozen_bn or frozen(0), name='bn1')(x, train)
+    x = BatchNorm(self.frozen, name='bn1')(x, train)
     # After the ReLU, zero is what an empty border counts in a maximum.
     x = layers.hide_padding(jax.nn.relu(x), mask)
     x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2)
@@ -169,7 +182,7 @@ class ResNet(nn.Module):
         # torchvision dilates a dilated stage's blocks after the first one.
         dilation = 2 if last_dilated and i > 0 else 1
         x = block(self.width * 2**(stage - 1), BOTTLENECK[self.depth], stride,
-                  dilation, self.frozen_bn or frozen(stage), self.dtype,
+                  dilation, self.frozen, self.dtype,
                   name=f'layer{stage}_{i}')(x, train, mask)
       x = stop(x, stage)
       if stage in self.out_stages:
@@ -177,3 +190,24 @@ class ResNet(nn.Module):
       if stage == max(self.out_stages):
         break
     return maps
+
+  def _frozen_stages(self):
+    """How many stages, the stem first, have none but frozen parameters."""
+    norm = lambda name: (f'{name}/scale', f'{name}/bias')
+    frozen = lambda names: all(layers.is_frozen(
+        self.frozen, '/'.join((*self.path, name))) for name in names)
+    if not frozen(('conv1/kernel', *norm('bn1'))):
+      return 0
+    convs = 3 if BOTTLENECK[self.depth] else 2
+    for stage, count in enumerate(BLOCKS[self.depth], 1):
+      for i in range(count):
+        names = [n for k in range(1, convs + 1)
+                 for n in (f'conv{k}/kernel', *norm(f'bn{k}'))]
+        if i == 0:
+          names += ['downsample_conv/kernel', *norm('downsample_bn')]
+        if not frozen(f'layer{stage}_{i}/{n}' for n in names):
+          return stage
+    return 1 + len(BLOCKS[self.depth])
+
+
+BACKBONE = ResNet

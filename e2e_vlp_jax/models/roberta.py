@@ -1,7 +1,7 @@
 """RoBERTa (Liu et al. 2019), layer by layer.
 
-Post-norm as BERT; positions count the valid tokens from 2 on, padding has
-position 1. A layer can read an image too (models/fusion.py).
+Post-norm as BERT; valid tokens have the positions 2, 3, ..., padding has
+position 1. A layer can attend to an image, too (models/fusion.py).
 """
 from typing import Any
 
@@ -19,13 +19,25 @@ class Layer(nn.Module):
   """Self-attention, optionally gated cross-attention, feed-forward."""
   width: int
   heads: int
-  ffn: int
+  ffn_width: int
   dropout: float = .1
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  scratch: bool = False
+  from_scratch: bool = False
 
-  @nn.compact
+  def setup(self):
+    init = fusion.text_init(self.from_scratch)
+    self.self_attention = layers.MultiHeadAttention(
+        self.width, self.heads, self.dropout, self.dtype, init)
+    self.cross = fusion.TextFromImage(self.width, self.heads, self.dropout,
+                                      self.dtype, self.from_scratch)
+    self.ffn = layers.FeedForward(self.width, self.ffn_width, act='gelu',
+                                  dtype=self.dtype, kernel_init=init)
+    self.norm1 = layers.LayerNorm(self.epsilon)
+    self.norm2 = layers.LayerNorm(self.epsilon)
+    # The name decides the random numbers, which earlier runs depend on.
+    self.drop = nn.Dropout(self.dropout, name='Dropout_0')
+
   def __call__(self, x, bias, image=None, train=False, last_norm=True):
     """One layer.
 
@@ -39,23 +51,39 @@ class Layer(nn.Module):
     Returns:
       [B, L, D].
     """
-    drop = nn.Dropout(self.dropout, deterministic=not train)
-    norm = lambda name: layers.LayerNorm(self.epsilon, name=name)
-    attend = layers.MultiHeadAttention(
-        self.width, self.heads, self.dropout, self.dtype,
-        fusion.text_init(self.scratch), name='self_attention')
-    feed = layers.FeedForward(
-        self.width, self.ffn, act='gelu', dtype=self.dtype,
-        kernel_init=fusion.text_init(self.scratch), name='ffn')
-    y = drop(attend(x, x, x, bias, train))
+    drop = lambda y: self.drop(y, deterministic=not train)
+    y = drop(self.self_attention(x, x, x, bias, train))
     if image is not None:
-      y = y + fusion.TextFromImage(
-          self.heads, self.dropout, self.dtype, self.scratch, name='cross')(y, image, train)
-    x = norm('norm1')(x + y)
-    x = x + drop(feed(x))
-    # The norm exists in any case: the last layer has it in other views.
-    normed = norm('norm2')(x)
+      y = y + self.cross(x=y, image=image, train=train)
+    x = self.norm1(x + y)
+    x = x + drop(self.ffn(x))
+    # Always create the norm, so that all views have the same parameters.
+    normed = self.norm2(x)
     return normed if last_norm else x
+
+  def step(self, x, position, cache, image=None):
+    """One more token, without dropout.
+
+    Args:
+      x: [B, 1, D].
+      position: [B] of the token.
+      cache: KeysValues of the tokens before it.
+      image: KeysValues from `cross.keys_values`, or None.
+
+    Returns:
+      ([B, 1, D], cache).
+    """
+    cache, bias = layers.extend(
+        cache, self.self_attention.keys_values(x, x), position)
+    y = self.self_attention.attend(x, cache, bias)
+    if image is not None:
+      y = y + self.cross.attend(y, image)
+    x = self.norm1(x + y)
+    return self.norm2(x + self.ffn(x)), cache
+
+  def project_image(self, image):
+    """[B, N, C] -> KeysValues of the cross-attention, for `step`."""
+    return self.cross.keys_values(image)
 
 
 class TextEncoder(nn.Module):
@@ -64,7 +92,7 @@ class TextEncoder(nn.Module):
   Attributes:
     positions: rows of the position table, two more than the longest text.
     types: rows of the token-type table; texts are of type 0 throughout.
-    scratch: initial weights by fan-in instead of 0.02, gates open (ours).
+    from_scratch: initial weights by fan-in instead of 0.02, gates open (ours).
     remat: of each layer; see `layers.remat`.
   """
   vocab_size: int
@@ -76,7 +104,7 @@ class TextEncoder(nn.Module):
   types: int = 1
   dropout: float = .1
   epsilon: float = 1e-5
-  scratch: bool = False
+  from_scratch: bool = False
   remat: str = 'none'
   dtype: Any = jnp.float32
 
@@ -86,8 +114,13 @@ class TextEncoder(nn.Module):
         self.vocab_size, self.width, self.positions, self.types, self.dropout,
         self.epsilon, self.dtype)
     self.layers = [layer(self.width, self.heads, self.ffn, self.dropout,
-                         self.epsilon, self.dtype, self.scratch)
+                         self.epsilon, self.dtype, self.from_scratch)
                    for _ in range(self.depth)]
+
+  @property
+  def longest(self):
+    """Tokens of the longest text."""
+    return self.positions - _FIRST_POSITION
 
   def embed(self, ids, mask, train=False):
     """[B, L] ids, [B, L] True on tokens -> [B, L, D].
@@ -95,14 +128,18 @@ class TextEncoder(nn.Module):
     Raises:
       UserError: more tokens than positions.
     """
-    longest = self.positions - _FIRST_POSITION
-    if ids.shape[-1] > longest:
+    if ids.shape[-1] > self.longest:
       raise errors.UserError(
-          f'data.max_text: {ids.shape[-1]} tokens, but model.text.positions='
-          f'{self.positions} hold {longest}; lower data.max_text')
+          f'data.max_text: {ids.shape[-1]} tokens, but model.roberta.positions='
+          f'{self.positions} hold {self.longest}; lower data.max_text')
     positions = jnp.where(mask, jnp.cumsum(mask, -1) + _FIRST_POSITION - 1,
                           _FIRST_POSITION - 1)
     return self.embedding(ids, train, positions)
+
+  def embed_one(self, ids, position):
+    """[B] ids of the position-th valid tokens (0, 1, ...) -> [B, 1, D]."""
+    return self.embedding(ids[:, None], False,
+                          position[:, None] + _FIRST_POSITION)
 
   def layer(self, i, x, bias, image=None, train=False, last_norm=True):
     """Layer i; see Layer."""

@@ -3,19 +3,17 @@
 CNN on raw pixels -> neck with the visual dictionary -> visual tokens, once an
 image. One Transformer fuses [visual tokens ; text] for each of the image's
 texts. Equal to the released code (github.com/researchmm/soho) where the
-config asks for it; docs/soho.md lists what differs and why.
+config asks for it; docs/soho.md lists the differences and their reasons.
 
 Without a dictionary (`dictionary.size=0`) it is the trunk of the released VQA
 fine-tuning.
 """
-from typing import Any, Dict, Mapping, Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import models
+from e2e_vlp_jax.models import contract
 from e2e_vlp_jax.models import heads as heads_lib
 from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.models import necks
@@ -23,35 +21,42 @@ from e2e_vlp_jax.models import necks
 CELLS = ('batch', 'pair')
 
 
-class Model(nn.Module):
-  """SOHO.
+class Model(contract.BaseModel):
+  """SOHO; see contract.BaseModel. Its config is configs/soho.py.
 
-  Attributes:
-    config: the `model` part of a config (configs/soho.py).
-    vocab_size, num_classes, num_attributes: of tokenizer and label space; the
-      latter two serve the warm start of a trunk alone.
-    dtype: of the computation; parameters and dictionary stay float32.
+  The label space serves the warm start of the trunk alone.
   """
-  config: Any
-  vocab_size: int
-  num_classes: int
-  num_attributes: int
-  dtype: Any = jnp.float32
-  # Outputs without a row for each example.
+
+  HEADS = {'grid_classes': contract.Head(('grid',), 'grid_outputs'),
+           'mlm': contract.Head(('text',), 'mlm_outputs'),
+           'itm': contract.Head(('pooled',), 'itm_outputs'),
+           'mvm': contract.Head(('image', 'codes'), 'mvm_outputs')}
   batchless_outputs = ('codebook_perplexity', 'codebook_dead')
 
   @property
-  def views(self):
-    """Every view with the heads that may be asked of it."""
-    masked = ('mlm', 'itm') + (
-        ('mvm',) if self.config.dictionary.size else ())
-    return {'grid': ('cells',), 'joint': ('itm', 'mlm'),
-            'joint_masked': masked}
+  def table(self):
+    view, heads = contract.View, ('itm', 'mlm')
+    masked = heads + (('mvm',) if self.config.dictionary.size else ())
+    return {
+        'grid': view('grid_states', ('image',), ('grid_classes',), ('grid',)),
+        'joint': view(inputs=('image', 'text'), heads=heads,
+                      **contract.FUSED_VIEW),
+        'joint_masked': view('masked_states', ('image', 'masked_text'),
+                             masked, contract.FUSED)}
 
   @property
-  def heads(self):
-    """Names of all heads."""
-    return tuple(sorted({h for hs in self.views.values() for h in hs}))
+  def pieces(self):
+    return {**super().pieces,
+            'features': lambda p: self.run_backbone(p.batch, p.train),
+            'image': lambda p: self.neck(
+                p['features'], p.batch['image_mask'], self._texts(p), p.train)}
+
+  def _texts(self, pieces):
+    """The number of texts with which the requested views fuse an image."""
+    return max((pieces.batch[view.inputs[-1]].shape[1]
+                for name, view in self.views.items()
+                if name in pieces.requests and len(view.inputs) > 1),
+               default=1)
 
   def setup(self):
     c = self.config
@@ -60,65 +65,60 @@ class Model(nn.Module):
                              + errors.nearest(c.mvm.cell, CELLS))
     if c.dictionary.size < 0:
       raise errors.UserError(f'model.dictionary.size: {c.dictionary.size}; '
-                             'expected 0 (none) or a number of words')
+                             'expected 0 (none) or a number of codes')
     if not 0 <= c.dictionary.decay <= 1:
       raise errors.UserError(f'model.dictionary.decay: {c.dictionary.decay}; '
-                             'expected 0 to 1, the share of a word that stays')
-    self.backbone = models.build_backbone(c.backbone, self.dtype)
+                             'expected 0 to 1, the share of a code that stays')
+    self.backbone = self.make_backbone()
     self.neck = necks.Neck(c.width, dict(c.dictionary), dtype=self.dtype,
-                           **c.neck)
+                           frozen=self.frozen, **c.neck)
     self.text_embedding = layers.TextEmbedding(
         self.vocab_size, c.width, c.max_text, c.text_types, c.dropout,
         dtype=self.dtype)
     self.encoder = layers.Encoder(
-        c.encoder_layers, c.width, c.heads, c.ffn, c.dropout, c.pre_norm,
-        c.act, c.epsilon, c.remat, self.dtype, inner_dropout=0.)
+        c.encoder_layers, c.width, c.attention_heads, c.ffn, c.dropout,
+        c.pre_norm, c.act, c.epsilon, c.remat, self.dtype, inner_dropout=0.)
     self.itm_head = nn.Dense(
         2, use_bias=False, kernel_init=nn.initializers.variance_scaling(
             2., 'fan_in', 'normal'))
-    self.cells_head = heads_lib.Cells(self.num_classes, self.num_attributes)
+    self.cells_head = heads_lib.GridClasses(self.num_classes,
+                                            self.num_attributes)
+    self.setup_heads()
 
-  def encode_image(self, image, image_mask, copies=1, train=False) -> Dict:
-    """Pixels -> cells, which `fuse` makes visual tokens of.
+  # --- Features ---------------------------------------------------------------
+
+  def run_backbone(self, batch, train=False):
+    """image, image_mask -> features [B, h, w, C] of the CNN."""
+    c = self.config
+    image, image_mask = batch['image'], batch['image_mask']
+    layers.check_canvas(image, self.backbone.multiple)
+    pixels = layers.normalise(image, image_mask, c.image_mean, c.image_std,
+                              self.dtype)
+    return self.backbone(pixels, train, image_mask)[-1]
+
+  def encode_image(self, batch, train=False, texts=1):
+    """image, image_mask -> dict: cells, pos [B, N, D], mask [B, N] and, with
+    a dictionary, codes [B, N]; see `necks.Neck`.
 
     Args:
-      image: [B, H, W, 3] uint8, padded bottom and right.
-      image_mask: [B, H, W] True on real pixels.
-      copies: texts that each image is fused with; 0 = none, and no neck.
-      train: BN statistics; the dictionary moves.
-
-    Returns:
-      dict: features [B, h, w, C] and, with copies, cells, pos [B, N, D],
-      mask [B, N], words [B, N] (see `Neck`).
+      batch: image, image_mask.
+      train: BatchNorm statistics; the dictionary is updated.
+      texts: with how many texts each image will be fused, which the training
+        of the dictionary takes into account.
     """
-    c = self.config
-    layers.check_canvas(image, self.backbone.multiple)
-    pixels = image.astype(jnp.float32) / 255.
-    pixels = (pixels - jnp.asarray(c.image_mean)) / jnp.asarray(c.image_std)
-    # Padding is zero after normalisation, whatever its bytes were.
-    pixels = pixels * image_mask[..., None]
-    features = self.backbone(pixels.astype(self.dtype), train, image_mask)[-1]
-    out = {'features': features}
-    if copies:
-      out.update(self.neck(features, image_mask, copies, train))
-    return out
+    return self.neck(self.run_backbone(batch, train), batch['image_mask'],
+                     texts, train)
 
-  def encode_text(self, ids, mask, train=False) -> Dict:
+  def encode_text(self, ids, mask, train=False):
     """[B, S, L] ids -> dict: tokens [B, S, L, D], mask [B, S, L]."""
     return {'tokens': self.text_embedding(ids, train), 'mask': mask}
 
-  def fuse(self, image, text, hidden=None, all_states=False, train=False):
+  def fuse(self, image, text, train=False, want=contract.FUSED, hidden=None):
     """The encoder over [visual tokens ; text], for each text.
 
     Args:
-      image: from `encode_image`.
-      text: from `encode_text`.
+      image, text, train, want: see contract.py.
       hidden: [B, S, N] cells that masked visual modelling hides, or None.
-      all_states: also return what became of the visual tokens.
-      train: dropout.
-
-    Returns:
-      [B, S, L, D] and, with all_states, [B, S, N, D] (else None).
     """
     b, s, l, d = text['tokens'].shape
     n = image['mask'].shape[1]
@@ -130,15 +130,44 @@ class Model(nn.Module):
                                 image['pos'][:, None], hidden)
     both = lambda x, y: jnp.concatenate([x, y], 2).reshape(
         b * s, n + l, *y.shape[3:])
-    # The released code has the text first, which is all the same to
-    # attention; the last layer can compute the last tokens alone.
-    states = self.encoder(both(visual, text['tokens']), None,
-                          both(spread(image['mask']), text['mask']), train,
-                          last=0 if all_states else l)
-    states = states.reshape(b, s, -1, d)
-    return states[:, :, -l:], states[:, :, :n] if all_states else None
+    # The released code has the text first. Attention does not depend on the
+    # order; this one lets the last layer compute the text's states alone.
+    x = self.encoder(both(visual, text['tokens']), None,
+                     both(spread(image['mask']), text['mask']), train,
+                     last=0 if 'image' in want else l).reshape(b, s, -1, d)
+    states = x[:, :, -l:]
+    return contract.Fused(
+        states, x[:, :, :n] if 'image' in want else None,
+        layers.pool(states, text['mask'], self.config.text_pool)
+        if 'pooled' in want else None)
 
-  def draw(self, mask, texts):
+  # --- States of views --------------------------------------------------------
+
+  def grid_states(self, pieces, view, want):
+    """The trunk's features, without the neck."""
+    del view, want
+    features = pieces['features']
+    mask = layers.downsample_mask(pieces.batch['image_mask'],
+                                  *features.shape[1:3])
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+    return {'grid': flat(features), 'mask': flat(mask),
+            'xy': flat(layers.cell_centers(mask))}
+
+  def masked_states(self, pieces, view, want):
+    """As `fused_states`; where mvm is asked for, cells are hidden from the
+    view's other heads, too."""
+    if 'codes' not in want:
+      return self.fused_states(pieces, view, want)
+    image, text = (pieces[name] for name in view.inputs)
+    s = text['mask'].shape[1]
+    spread = lambda x: jnp.broadcast_to(x[:, None], (len(x), s, x.shape[1]))
+    codes, mask = spread(image['codes']), spread(image['mask'])
+    cell, keep = self.choose_cells(image['mask'], s)
+    hidden = necks.same_code_mask(codes, mask, cell, keep)
+    fused = self.fuse(image, text, pieces.train, want, hidden)
+    return {**fused._asdict(), 'codes': jnp.where(hidden, codes, -1)}
+
+  def choose_cells(self, mask, texts):
     """The random choices of masked visual modelling.
 
     Args:
@@ -161,63 +190,20 @@ class Model(nn.Module):
       cell = jax.random.categorical(key, layers.mask_bias(valid))
     return cell, jax.random.bernoulli(other, c.rate, shape)
 
-  def __call__(self, batch: Mapping[str, Any],
-               requests: Mapping[str, Sequence[str]],
-               train: bool = False) -> Dict[str, Dict[str, Any]]:
-    """Runs the views that `requests` names, the CNN and the neck once.
+  # --- Heads ------------------------------------------------------------------
 
-    Args:
-      batch: see data/pipeline.py; only what the views read is needed.
-      requests: view -> heads: 'grid': cells; 'joint' (batch['text']): itm,
-        mlm; 'joint_masked' (batch['masked_text']): mlm, itm, mvm. Where mvm
-        is asked for, cells are hidden from the view's other heads, too.
-      train: dropout, BN statistics, the dictionary moves.
+  def grid_outputs(self, states):
+    return {**self.cells_head(states['grid']), 'grid_xy': states['xy'],
+            'grid_mask': states['mask']}
 
-    Returns:
-      view -> dict: mlm_logits [B, S, L, V], itm_logits [B, S, 2], mvm_logits
-      [B, S, N, K], mvm_labels [B, S, N] (-1 where nothing is hidden) and the
-      dictionary's usage.
-    """
-    texts = {view: {'joint': 'text', 'joint_masked': 'masked_text'}[view]
-             for view in sorted(requests) if view != 'grid'}
-    copies = max([batch[name].shape[1] for name in texts.values()], default=0)
-    image = self.encode_image(batch['image'], batch['image_mask'], copies,
-                              train)
-    out = {view: self._joint(image, batch[name], batch[f'{name}_mask'],
-                             requests[view], train)
-           for view, name in texts.items()}
-    if 'grid' in requests:
-      out['grid'] = self._grid(image['features'], batch['image_mask'])
-    return out
+  def mlm_outputs(self, states):
+    return {'mlm_logits': self.text_embedding.attend(states['text'])}
 
-  def _grid(self, features, image_mask):
-    """The warm start's head on the trunk's cells."""
-    b, h, w, _ = features.shape
-    mask = layers.downsample_mask(image_mask, h, w)
-    flat = lambda x: x.reshape(b, h * w, -1)
-    return {**self.cells_head(flat(features)),
-            'cell_xy': flat(layers.cell_centers(mask)),
-            'cell_mask': mask.reshape(b, h * w)}
+  def itm_outputs(self, states):
+    return {'itm_logits': self.itm_head(states['pooled'].astype(jnp.float32))}
 
-  def _joint(self, image, ids, valid, wanted, train):
-    """The heads of one joint view."""
-    s, hidden, out = ids.shape[1], None, {}
-    mvm = 'mvm' in wanted
-    if mvm:
-      spread = lambda x: jnp.broadcast_to(
-          x[:, None], (x.shape[0], s, x.shape[1]))
-      words, mask = spread(image['words']), spread(image['mask'])
-      cell, keep = self.draw(image['mask'], s)
-      hidden = necks.same_word_mask(words, mask, cell, keep)
-      out['mvm_labels'] = jnp.where(hidden, words, -1)
-    text = self.encode_text(ids, valid, train)
-    states, visual = self.fuse(image, text, hidden, mvm, train)
-    if mvm:
-      out['mvm_logits'] = self.neck.words.similarity(visual)
-      out.update(self.neck.words.usage())
-    if 'mlm' in wanted:
-      out['mlm_logits'] = self.text_embedding.attend(states)
-    if 'itm' in wanted:
-      state = layers.pool(states, valid, self.config.itm_pool)
-      out['itm_logits'] = self.itm_head(state.astype(jnp.float32))
-    return out
+  def mvm_outputs(self, states):
+    """mvm_logits [B, S, N, K], mvm_labels [B, S, N] (-1 where nothing is
+    hidden), and the dictionary's usage."""
+    return {'mvm_logits': self.neck.words.similarity(states['image']),
+            'mvm_labels': states['codes'], **self.neck.words.usage()}

@@ -1,8 +1,8 @@
 """Swin Transformer (Liu et al., ICCV 2021), block by block.
 
-Whoever fuses text into it needs the tokens between two blocks, so the trunk
-is a list of blocks that is called one at a time: `embed`, then for i in
-range(depth): `enter(i)`, `block(i)`. Numerically as the public code and
+Fusion with a text happens between blocks, so the trunk is a list of blocks
+that are called one at a time: `embed`, then for i in range(depth):
+`enter(i)`, `block(i)`. Numerically as the public code and
 timm's swin_*: qkv in one layer, relative positions as a table of one value a
 head and offset, shifted windows with a mask.
 
@@ -110,7 +110,7 @@ class WindowAttention(nn.Module):
   """Self-attention within windows."""
   heads: int
   dtype: Any = jnp.float32
-  scratch: bool = False
+  from_scratch: bool = False
 
   @nn.compact
   def __call__(self, x, window, bias=None):
@@ -118,7 +118,7 @@ class WindowAttention(nn.Module):
     c = x.shape[-1]
     layers.check_heads(self.heads, c, self.path)
     dense = functools.partial(nn.Dense, dtype=self.dtype,
-                              kernel_init=fusion.image_init(self.scratch))
+                              kernel_init=fusion.image_init(self.from_scratch))
     qkv = dense(3 * c, name='qkv')(x)
     q, k, v = jnp.moveaxis(
         qkv.reshape(*x.shape[:-1], 3, self.heads, c // self.heads), -3, 0)
@@ -147,7 +147,7 @@ class Block(nn.Module):
   drop_path: float = 0.
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  scratch: bool = False
+  from_scratch: bool = False
 
   @nn.compact
   def __call__(self, x, text=None, text_bias=None, train=False):
@@ -183,12 +183,12 @@ class Block(nn.Module):
       y = jnp.roll(y, (-shift, -shift), (1, 2))
       bias = shift_bias(grid, window, (shift, shift))
     y = WindowAttention(
-        self.heads, self.dtype, self.scratch, name='attention')(
+        self.heads, self.dtype, self.from_scratch, name='attention')(
             partition(y, window), window, bias)
     if text is not None:
       # Every window attends to the whole text: no need to tell them apart.
       cross = fusion.ImageFromText(self.heads, self.epsilon, self.dtype,
-                                   self.scratch, name='cross')
+                                   self.from_scratch, name='cross')
       tokens = y.reshape(y.shape[0], -1, c)
       y = (tokens + cross(tokens, text, text_bias)).reshape(y.shape)
     y = unpartition(y, window, grid)
@@ -197,7 +197,7 @@ class Block(nn.Module):
     x = x + drop(y)
     feed = layers.FeedForward(c, int(c * self.mlp_ratio), act='gelu',
                               dtype=self.dtype, name='ffn',
-                              kernel_init=fusion.image_init(self.scratch))
+                              kernel_init=fusion.image_init(self.from_scratch))
     return x + drop(feed(norm('norm2')(x)))
 
 
@@ -205,7 +205,7 @@ class Merge(nn.Module):
   """Patch merging: 2x2 tokens become one of twice the width."""
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  scratch: bool = False
+  from_scratch: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -219,7 +219,7 @@ class Merge(nn.Module):
                         -1)
     x = layers.LayerNorm(self.epsilon, name='norm')(x)
     return nn.Dense(x.shape[-1] // 2, use_bias=False, dtype=self.dtype,
-                    kernel_init=fusion.image_init(self.scratch),
+                    kernel_init=fusion.image_init(self.from_scratch),
                     name='reduce')(x)
 
 
@@ -232,7 +232,7 @@ class Swin(nn.Module):
     window: side of the windows; odd blocks of a stage shift by half of it.
     patch: pixels a token, along each axis.
     drop_path: of the last block; rises linearly from 0 at the first.
-    scratch: initial weights by fan-in instead of 0.02, gates open (ours).
+    from_scratch: initial weights by fan-in instead of 0.02, gates open (ours).
     remat: of each block; see `layers.remat`.
   """
   depths: Sequence[int]
@@ -243,7 +243,7 @@ class Swin(nn.Module):
   mlp_ratio: float = 4.
   drop_path: float = 0.
   epsilon: float = 1e-5
-  scratch: bool = False
+  from_scratch: bool = False
   remat: str = 'none'
   dtype: Any = jnp.float32
 
@@ -261,9 +261,9 @@ class Swin(nn.Module):
     self.blocks = [[
         block(self.heads[s], self.window, self.window // 2 * (k % 2),
               self.mlp_ratio, float(rates[self.first(s) + k]), self.epsilon,
-              self.dtype, self.scratch)
+              self.dtype, self.from_scratch)
         for k in range(depth)] for s, depth in enumerate(self.depths)]
-    self.merges = [Merge(self.epsilon, self.dtype, self.scratch)
+    self.merges = [Merge(self.epsilon, self.dtype, self.from_scratch)
                    for _ in self.depths[1:]]
     self.norm = layers.LayerNorm(self.epsilon)
 
@@ -285,6 +285,10 @@ class Swin(nn.Module):
     """Width of the tokens that block i reads."""
     return self.width * 2**self.stage(i)
 
+  def ends_stage(self, i):
+    """Whether block i is the last one of its stage."""
+    return i + 1 == self.first(self.stage(i) + 1)
+
   def embed(self, pixels):
     """[B, H, W, 3] normalised pixels -> tokens [B, h, w, width]."""
     if pixels.shape[1] % self.patch or pixels.shape[2] % self.patch:
@@ -303,8 +307,17 @@ class Swin(nn.Module):
     s = self.stage(i)
     return self.blocks[s][i - self.first(s)](x, text, text_bias, train)
 
-  def run(self, x, start, stop, train=False):
-    """Blocks start .. stop - 1 without text."""
+  def run(self, x, start, stop, train=False, stages=None):
+    """Blocks start .. stop - 1 without text.
+
+    Args:
+      x: tokens that block `start` reads, before `enter`.
+      start, stop: blocks.
+      train: stochastic depth.
+      stages: a list, to which the output of each stage is appended.
+    """
     for i in range(start, stop):
       x = self.block(i, self.enter(i, x), train=train)
+      if stages is not None and self.ends_stage(i):
+        stages.append(x)
     return x

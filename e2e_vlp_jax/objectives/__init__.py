@@ -7,10 +7,10 @@ fields are `config.objective_options.<name>`):
   A loss is sum / weight over the global batch; losses add up. Metrics are
   only logged. A weight should depend on the batch alone: one that depends on
   the model's outputs costs accumulation a second forward pass;
-- `check(config)`, if there is anything to refuse before the run starts.
+- `check(config, model)`, if it needs more than these heads of the model or
+  has demands on the config.
 """
-import importlib
-
+from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 
 
@@ -32,60 +32,53 @@ def build(config, mesh=None, batch_axes=(), weights=None):
   for name, weight in dict(weights or config.objectives).items():
     if not weight:
       continue
-    try:
-      module = importlib.import_module(
-          f'e2e_vlp_jax.objectives.{name.replace("grid_classes", "cells")}')
-    except ModuleNotFoundError as e:
-      raise errors.UserError(
-          f'objectives.{name}: no such objective'
-          + errors.nearest(name, ['mlm', 'itm', 'itc', 'mvm', 'detection',
-                                  'captioning', 'cells'])) from e
+    objective = discovery.load(__name__, name, 'Objective',
+                               f'objectives.{name}')
     options = dict(config.objective_options.get(name, {}))
-    fields = module.Objective.__dataclass_fields__
+    fields = objective.__dataclass_fields__
     for key in options:
       if key not in fields:
         raise errors.UserError(f'objective_options.{name}.{key}: no such '
                                f'option{errors.nearest(key, fields)}')
     if 'mesh' in fields:
       options.update(mesh=mesh, batch_axes=tuple(batch_axes))
-    objective = module.Objective(**options)
-    if hasattr(objective, 'check'):
-      objective.check(config)
-    out[name] = (weight, objective)
+    out[name] = (weight, objective(**options))
   if not out:
     raise errors.UserError('objectives: every weight is 0, nothing to train')
   return out
 
 
-def check_rivals(config, name):
-  """UserError if a (micro-)batch has one image and there is no queue."""
-  rows = config.batch_size // config.accumulate
-  if rows < 2 and not config.model.get('queue', 0):
-    raise errors.UserError(
-        f'batch_size: {config.batch_size} in {config.accumulate} part(s), but '
-        f'objective {name} sets the images of a part against each other: '
-        f'expected at least {2 * config.accumulate}')
-
-
-def check_requests(objectives, views, name):
-  """UserError if an objective asks what the model does not have.
+def check(objectives, model, config):
+  """UserError if an objective does not fit the model or the config.
 
   Args:
     objectives: from `build`.
-    views: `Model.views`.
-    name: of the model.
+    model: from `models.build`.
+    config: whole config.
   """
-  for objective_name, (_, objective) in objectives.items():
+  for name, (_, objective) in objectives.items():
     for view, heads in objective.requests.items():
-      lacking = [h for h in heads if h not in views.get(view, ())]
-      if lacking:
-        having = [v for v in views if lacking[0] in views[v]]
-        raise errors.UserError(
-            f'objectives.{objective_name}: needs the head {lacking[0]!r} of '
-            f'the view {view!r}, which model {name!r} with these options does '
-            'not have'
-            + (errors.nearest(view, having) if having else
-               f'; set objectives.{objective_name}=0'))
+      for head in heads:
+        if not model.offers(view, head):
+          having = [v for v, row in model.views.items() if head in row.heads]
+          raise errors.UserError(
+              f'objectives.{name}: needs the head {head!r} of the view '
+              f'{view!r}, which model {config.model.name!r} with these '
+              'options does not have'
+              + (errors.nearest(view, having) if having else
+                 f'; set objectives.{name}=0'))
+    if hasattr(objective, 'check'):
+      objective.check(config, model)
+
+
+def check_negatives(config, model, name):
+  """UserError if a (micro-)batch has one image and there are no past ones."""
+  rows = config.batch_size // config.accumulate
+  if rows < 2 and not model.keeps_past_examples:
+    raise errors.UserError(
+        f'batch_size: {config.batch_size} in {config.accumulate} part(s), but '
+        f'objective {name} contrasts the images of a part with each other: '
+        f'expected at least {2 * config.accumulate}')
 
 
 def requests(objectives):

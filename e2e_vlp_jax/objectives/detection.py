@@ -4,6 +4,13 @@ Carion et al., ECCV 2020 for matching and losses; E2E-VLP adds the attribute
 term. Attribute targets are spread evenly over an object's attributes, which
 is the paper's negative log-likelihood when there is one. Objects without
 attribute labels (COCO) take no part in that term.
+
+Crowds (COCO's `iscrowd`, one box around many objects) are no targets. DETR
+drops them when it reads its training data, so that a query which finds a
+member of a crowd is taught "no object"; that is the default here, too. Where
+the batch has `crowd_boxes` and `crowd_mask` (pp `boxes(crowds=C)`), an
+unmatched query that lies on a crowd is left out of the class loss, as COCO's
+evaluation leaves its detection out.
 """
 import dataclasses
 from typing import Any, ClassVar, Tuple
@@ -14,10 +21,14 @@ import jax.numpy as jnp
 from e2e_vlp_jax.ops import boxes as box_ops
 from e2e_vlp_jax.ops import matching
 
+# Share of a query's box on a crowd from which on it is the crowd's; COCO's
+# evaluation uses its IoU thresholds, of which this is the lowest.
+_ON_CROWD = .5
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Hungarian matching on the device, then the losses of matched slots.
+  """Hungarian matching on the device, then the losses of matched queries.
 
   Attributes:
     class_weight, box_weight, giou_weight, attribute_weight: of the losses.
@@ -92,6 +103,11 @@ class Objective:
     nll = -jnp.take_along_axis(logp, target[..., None], -1)[..., 0]
     weight = jnp.where(target == k - 1, self.no_object, 1.)
     weight = weight * batch['task_mask/detection'][:, None, None]
+    if 'crowd_boxes' in batch:
+      # The sum of weights below still counts these queries, so that it
+      # depends on the batch alone.
+      weight = weight * ~(_on_crowd(outputs['pred_boxes'], batch)
+                          & (target == k - 1))
 
     def matched(x):  # [B, layers, Q, D] -> [B, layers, M, D]
       return jnp.take_along_axis(x, index[..., None], 2)
@@ -130,3 +146,15 @@ class Objective:
       losses['attributes'] = (self.attribute_weight * jnp.sum(nll),
                               labelled)
     return losses, metrics
+
+
+def _on_crowd(boxes, batch):
+  """[B, layers, Q, 4] cxcywh -> [B, layers, Q] whether a box lies on a crowd.
+
+  As in COCO's evaluation, what counts is the share of the box's own area.
+  """
+  boxes = box_ops.to_xyxy(boxes)
+  crowds = box_ops.to_xyxy(batch['crowd_boxes'])[:, None, None]
+  shared = box_ops.intersection(boxes[:, :, :, None], crowds)
+  share = shared / jnp.maximum(box_ops.area(boxes), 1e-9)[..., None]
+  return ((share >= _ON_CROWD) & batch['crowd_mask'][:, None, None]).any(-1)

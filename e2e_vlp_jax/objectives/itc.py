@@ -2,9 +2,14 @@
 
 Every image against all texts and every text against all images, whatever
 device they are on. Where the model keeps a queue of past features (ALBEF's
-idea; FIBER's released code), these are further candidates, and the other side
-of every comparison is a constant, so that each direction trains the side
-that asks.
+idea; FIBER's released code), these are further candidates. All candidates are
+then constants: image -> text trains the image side, text -> image the text
+side.
+
+With S texts an image the two directions differ. A text has one right image
+among the B images. An image has S right texts: each of them in turn competes
+with the texts of other images only, so that they do not compete with each
+other.
 """
 import dataclasses
 from typing import ClassVar
@@ -21,24 +26,22 @@ _MASKED = -1e9
 class Objective:
   """Mean of the cross-entropies image -> text and text -> image.
 
-  With S texts an image, a text's rivals are those of other images.
-
   Attributes:
-    unfilled: let the loss see what the queue holds before it is filled, as
-      the released code does, whose queue starts as noise.
+    unfilled: let the loss see the noise with which the queue starts, as the
+      released code does.
   """
   requests: ClassVar = {'image_only': ('itc',), 'text_only': ('itc',)}
   unfilled: bool = False
 
-  def check(self, config):
-    """UserError where an image would have no rival."""
-    objectives.check_rivals(config, 'itc')
+  def check(self, config, model):
+    """UserError where an image would have no negative."""
+    objectives.check_negatives(config, model, 'itc')
 
   def __call__(self, outputs, batch):
     found = {**outputs['image_only'], **outputs['text_only']}
     image, text = found['image_embedding'], found['text_embedding']
     b, s, _ = text.shape
-    there = batch['text_mask'].any(-1)  # [B, S]; a row without takes no part
+    valid = batch['text_mask'].any(-1)  # [B, S]; False: no text, no loss
     others = lambda x: x
     queued = {k: jnp.zeros((0, image.shape[-1])) for k in ('image', 'text')}
     filled = jnp.zeros((0,), bool)
@@ -53,7 +56,7 @@ class Objective:
     # Text -> image: [B, S, B + Q] candidates.
     logits = jnp.concatenate([scaled(text, others(image)),
                               scaled(text, queued['image'])], -1)
-    allowed = jnp.concatenate([there.any(1), filled])
+    allowed = jnp.concatenate([valid.any(1), filled])
     logits = jnp.where(allowed, logits, _MASKED)
     rows = jnp.broadcast_to(jnp.arange(b)[:, None, None], (b, s, 1))
     true = jnp.take_along_axis(logits, rows, -1)[..., 0]
@@ -62,18 +65,18 @@ class Objective:
 
     # Image -> text: each text of the image against those of other images.
     logits = scaled(image, others(text).reshape(b * s, -1))
-    logits = jnp.where(there.reshape(-1), logits, _MASKED)
+    logits = jnp.where(valid.reshape(-1), logits, _MASKED)
     logits = logits.reshape(b, b, s)
     true = jnp.take_along_axis(logits, rows[:, :1], 1)[:, 0]  # [B, S]
-    rivals = jnp.where(own[..., None], _MASKED, logits).reshape(b, -1)
-    rivals = jnp.concatenate([rivals, jnp.where(
+    negatives = jnp.where(own[..., None], _MASKED, logits).reshape(b, -1)
+    negatives = jnp.concatenate([negatives, jnp.where(
         filled, scaled(image, queued['text']), _MASKED)], -1)
     to_text = jnp.logaddexp(true, jax.nn.logsumexp(
-        rivals, -1, keepdims=True)) - true
-    right_text = true >= rivals.max(-1, keepdims=True)
+        negatives, -1, keepdims=True)) - true
+    right_text = true >= negatives.max(-1, keepdims=True)
 
-    count = jnp.sum(there.astype(jnp.float32))
-    total = lambda x: jnp.sum(jnp.where(there, x, 0.))
+    count = jnp.sum(valid.astype(jnp.float32))
+    total = lambda x: jnp.sum(jnp.where(valid, x, 0.))
     return ({'itc': (.5 * total(to_image + to_text), count)},
             {'itc_text_accuracy': (total(right_text), count),
              'itc_image_accuracy': (total(right_image), count)})

@@ -10,15 +10,16 @@ class Objective:
   """Mean two-way cross-entropy over the pairs of the global batch.
 
   Attributes:
-    view: whose pairs. A view that makes its own pairs ('hard_negative') says
-      which are true; otherwise the input pipeline has swapped texts.
+    view: the view whose pairs are judged. One that makes its own pairs
+      ('hard_negative') also makes their labels (`itm_labels`); otherwise the
+      input pipeline has swapped texts.
   """
   view: str = 'joint_masked'
 
-  def check(self, config):
+  def check(self, config, model):
     """UserError where no other pair could be the negative."""
     if self.view == 'hard_negative':
-      objectives.check_rivals(config, 'itm')
+      objectives.check_negatives(config, model, 'itm')
 
   @property
   def requests(self):

@@ -9,8 +9,8 @@ from e2e_vlp_jax.objectives import tokens
 class Objective:
   """Mean cross-entropy over masked tokens of the global batch.
 
-  Mismatched pairs have no labels: a masked word of a text about another image
-  cannot be told from this one (usual practice; the paper does not say).
+  Mismatched pairs have no labels: this image does not help to predict the
+  words of a text about another one (usual practice; the paper does not say).
   """
   requests: ClassVar = {'joint_masked': ('mlm',)}
 

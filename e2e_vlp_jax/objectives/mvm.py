@@ -1,6 +1,6 @@
-"""Masked visual modelling: which visual word was hidden? (SOHO, section 3.3)
+"""Masked visual modelling: predict the code of hidden cells (SOHO, 3.3).
 
-The model chooses what it hides, because the words are its own.
+The model itself chooses what to hide, as the codes are its own.
 """
 import dataclasses
 from typing import ClassVar
@@ -13,14 +13,14 @@ class Objective:
   """Mean cross-entropy over hidden cells of the global batch.
 
   0 where nothing is hidden. Mismatched pairs take part (released code): the
-  words of an image do not depend on its text.
+  codes of an image do not depend on its text.
   """
   requests: ClassVar = {'joint_masked': ('mvm',)}
 
   def __call__(self, outputs, batch):
     outputs = outputs['joint_masked']
     labels = outputs['mvm_labels']  # [B, S, N], -1 = not predicted
-    # A picture without text is in no pair.
+    # An image without text is in no pair.
     valid = (labels >= 0) & (batch['itm_labels'] >= 0)[..., None]
     loss, accuracy = tokens.cross_entropy(outputs['mvm_logits'], labels,
                                           valid)

@@ -23,14 +23,19 @@ def area(boxes):
   return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
+def intersection(a, b):
+  """Area that xyxy boxes, which broadcast against each other, share."""
+  low = jnp.maximum(a[..., :2], b[..., :2])
+  high = jnp.minimum(a[..., 2:], b[..., 2:])
+  return jnp.prod(jnp.maximum(high - low, 0), -1)
+
+
 def iou_and_union(a, b):
   """IoU and union of xyxy boxes that broadcast against each other.
 
   Empty unions (two degenerate boxes) give IoU 0, not NaN.
   """
-  low = jnp.maximum(a[..., :2], b[..., :2])
-  high = jnp.minimum(a[..., 2:], b[..., 2:])
-  overlap = jnp.prod(jnp.maximum(high - low, 0), -1)
+  overlap = intersection(a, b)
   union = area(a) + area(b) - overlap
   return overlap / jnp.where(union > 0, union, 1), union
 

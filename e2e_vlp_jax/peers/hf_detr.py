@@ -22,7 +22,7 @@ class Peer:
     import transformers  # pylint: disable=g-import-not-at-top
     c = config.model
     if c.get('backbone', {}).get('name') != 'resnet' or (
-        'decoder_layers' not in c or c.get('text', True)):
+        'decoder_layers' not in c or c.use_text):
       raise errors.UserError(
           '--peer hf_detr: is a DETR with a ResNet and without text; use '
           '--config configs/e2e_vlp.py:detr')
@@ -47,7 +47,8 @@ class Peer:
         backbone_config=trunk, use_timm_backbone=False,
         use_pretrained_backbone=False, backbone=None, d_model=c.width,
         encoder_layers=c.encoder_layers, decoder_layers=c.decoder_layers,
-        encoder_attention_heads=c.heads, decoder_attention_heads=c.heads,
+        encoder_attention_heads=c.attention_heads,
+        decoder_attention_heads=c.attention_heads,
         encoder_ffn_dim=c.ffn, decoder_ffn_dim=c.ffn,
         num_queries=c.num_queries, num_labels=num_classes, dropout=c.dropout,
         auxiliary_loss=True))

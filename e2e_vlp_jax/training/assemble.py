@@ -41,7 +41,7 @@ class Assembly:
         objectives_lib.build(config, mesh, sharding.BATCH_AXES,
                              stage.objectives) for stage in self.stages]
     for stage, built in zip(self.stages, self.objectives):
-      objectives_lib.check_requests(built, model.views, config.model.name)
+      objectives_lib.check(built, model, config)
       self.schedule(stage)  # Fails now and not when the stage begins.
     self.requests = objectives_lib.requests(
         {f'{i}/{k}': v for i, built in enumerate(self.objectives)

@@ -79,7 +79,7 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng,
       rngs={'dropout': rng, 'sample': jax.random.fold_in(rng, 1)},
       mutable=list(model_state))
   outputs = _constrain_outputs(
-      mesh, outputs, getattr(model, 'batchless_outputs', ()),
+      mesh, outputs, model.batchless_outputs,
       len(batch['image']))
   losses, metrics = {}, {}
   for name, (_, objective) in objectives.items():

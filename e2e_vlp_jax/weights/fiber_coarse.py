@@ -1,8 +1,9 @@
 """FIBER's coarse-grained checkpoints (github.com/microsoft/FIBER).
 
-Of pre-training and of its fine-tuning; the heads of VQA and NLVR2 have no
-place here yet. Two generations: the released code has a queue and stores the
-temperature, the earlier one (June 2022) the logarithm of its inverse.
+Of pre-training and of its fine-tuning. The head of VQA goes to a head of
+`model.heads` in the view `joint`, that of NLVR2 to one in the view `pair`. Two
+generations: the released code has a queue and stores the temperature, the
+earlier one (June 2022) the logarithm of its inverse.
 """
 from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import roberta
@@ -24,13 +25,14 @@ SURPLUS = (
      f'of a layer without need of it, {_UNUSED}'),
     (r'rank_output\..*', 'row 1 of itm_score as it once was; the score is '
      'its logit of class 1'),
-    (r'temp|logit_scale', 'model.queue says which of the two; the other begins '
-     'anew'),
-    (r'(vqa|nlvr2)_classifier\..*', 'head of a task that is not here yet'),
+    (r'temp|logit_scale', 'model.queue decides which of the two is used; the '
+     'other one starts from its initial value'),
+    (r'(vqa|nlvr2)_classifier\..*', 'the config has no such head'),
     (r'(image|text|image_input|text_input|text_input_mask)_queue|queue_(ptr|'
-     r'total)', 'past examples; the queue fills anew'))
+     r'total)', 'past examples; the queue starts empty'))
 COPIES = {}
-UNSAID = ('model.text.heads',)
+UNSAID = ('model.roberta.heads',)
+RESIZABLE, resize = swin.RESIZABLE, swin.resize
 
 
 def canonical(name):
@@ -43,7 +45,7 @@ def describe(tensors):
   image, text = part(_IMAGE), part(_TEXT)
   fused = {k.split('.')[2] for k in text if '.crossattention_t2i.' in k}
   return {**swin.describe(image), **roberta.describe(text),
-          'model.fuse': len(fused),
+          'model.fused_layers': len(fused),
           'model.width': tensors['cross_modal_text_transform.weight'].shape[0]}
 
 
@@ -55,8 +57,8 @@ def read_config(c):
 def entries(config):
   c = config.model
   blocks = [(s, k) for s, n in enumerate(c.swin.depths) for k in range(n)]
-  layers = range(c.text.depth - c.fuse, c.text.depth)
-  out = swin.entries(config, _IMAGE, blocks[-c.fuse:])
+  layers = range(c.roberta.depth - c.fused_layers, c.roberta.depth)
+  out = swin.entries(config, _IMAGE, blocks[-c.fused_layers:])
   out += roberta.entries(config, _TEXT, layers)
   for side in ('text', 'image'):
     for theirs, ours in (('', ''), ('_itc', 'itc_')):
@@ -65,7 +67,7 @@ def entries(config):
                            f'{ours}{side}_projection', group)
       out += mapping.dense(f'cross_modal_{side}_pooler{theirs}.dense',
                            f'{ours}{side}_pooler', group)
-  for i, (stage, _) in zip(layers, blocks[-c.fuse:]):
+  for i, (stage, _) in zip(layers, blocks[-c.fused_layers:]):
     if stage + 1 < len(c.swin.depths):
       out += mapping.dense(f'cross_modal_att_layers.{i}',
                            f'caption_projections_layer{i}', 'caption')
@@ -78,4 +80,12 @@ def entries(config):
           mapping.Entry('temp', 'params/temperature', group='temp')
           if c.queue else
           mapping.Entry('logit_scale', 'params/logit_scale', group='scale')]
-  return out + mapping.dense('itm_score.fc', 'itm_head', 'itm')
+  out += mapping.dense('itm_score.fc', 'itm_head', 'itm')
+  for view, theirs in (('joint', 'vqa'), ('pair', 'nlvr2')):
+    name = mapping.head_of(config, view)
+    if name:
+      ours, theirs = f'heads_{name}', f'{theirs}_classifier'
+      out += mapping.dense(f'{theirs}.0', f'{ours}/hidden', name)
+      out += mapping.norm(f'{theirs}.1', f'{ours}/norm', name)
+      out += mapping.dense(f'{theirs}.3', f'{ours}/out', name)
+  return out

@@ -33,7 +33,9 @@ FEWER = ('model.encoder_layers',)
 COPIES = {
     'cls.predictions.decoder.weight': _B + 'embeddings.word_embeddings.weight',
     'cls.predictions.decoder.bias': 'cls.predictions.bias'}
-UNSAID = ('model.heads',)
+UNSAID = ('model.attention_heads',)
+# Files of a bare BertModel have a pooler, but no next-sentence prediction.
+NEVER = (r'params/itm_head/classifier/.*',)
 
 
 def canonical(name):
@@ -48,7 +50,7 @@ def describe(tensors):
   rows = lambda name: tensors[f'{_B}embeddings.{name}_embeddings.weight'
                               ].shape[0]
   return {
-      'model.text': True, 'vocabulary': rows('word'),
+      'vocabulary': rows('word'),
       'model.width': tensors[SIGNATURE[0]].shape[1],
       'model.ffn': tensors[SIGNATURE[3]].shape[0],
       'model.encoder_layers': mapping.count(r'bert\.encoder\.layer\.(\d+)',
@@ -64,7 +66,7 @@ def read_config(c):
     raise errors.UserError(
         'config.json beside --input: position_embedding_type is '
         f'{c["position_embedding_type"]!r}; expected \'absolute\'')
-  names = {'num_attention_heads': 'model.heads', 'hidden_act': 'model.act',
+  names = {'num_attention_heads': 'model.attention_heads', 'hidden_act': 'model.act',
            'layer_norm_eps': 'model.epsilon'}
   return {ours: c[k] for k, ours in names.items() if c.get(k) is not None}
 

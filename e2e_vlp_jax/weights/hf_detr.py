@@ -16,7 +16,9 @@ SIGNATURE = ('class_labels_classifier.weight',
              'model.decoder.layers.0.fc1.weight', _TRUNK + 'conv1.weight')
 SURPLUS = (resnet.COUNTER,)
 COPIES = {}
-UNSAID = ('model.heads',)
+UNSAID = ('model.attention_heads',)
+# DETR has no attributes.
+NEVER = (r'params/detection_head/attributes/.*',)
 
 
 def canonical(name):
@@ -56,7 +58,7 @@ def read_config(c):
         'config.json beside --input: encoder_attention_heads and '
         f'decoder_attention_heads are {heads[0]} and {heads[1]}; expected '
         'the same number')
-  names = {'encoder_attention_heads': 'model.heads',
+  names = {'encoder_attention_heads': 'model.attention_heads',
            'activation_function': 'model.act',
            'dilation': 'model.backbone.dilated'}
   return {ours: c[k] for k, ours in names.items() if c.get(k) is not None}

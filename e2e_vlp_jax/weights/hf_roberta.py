@@ -1,7 +1,7 @@
 """transformers' RobertaModel and RobertaForMaskedLM, as a trunk.
 
-The masked-LM head is left behind: FIBER's has the same layers but learns its
-output layer anew, as in the original.
+The masked-LM head is not converted: FIBER's has the same layers, but starts
+from random weights, as in the original.
 """
 import re
 
@@ -15,10 +15,11 @@ SIGNATURE = tuple(_R + name for name in (
     'embeddings.token_type_embeddings.weight',
     'encoder.layer.0.intermediate.dense.weight'))
 SURPLUS = (roberta.POSITION_IDS,
-           (r'lm_head\..*', 'the masked-LM head learns anew'),
+           (r'lm_head\..*', 'the masked-LM head starts from random weights'),
            (r'roberta\.pooler\..*', 'never used'))
 COPIES = {}
-UNSAID = ('model.text.heads',)
+NEVER = roberta.NEVER
+UNSAID = ('model.roberta.heads',)
 
 
 def canonical(name):
@@ -38,8 +39,8 @@ def read_config(c):
     if c.get(key, expected) != expected:
       raise errors.UserError(f'config.json beside --input: {key} is '
                              f'{c[key]!r}; expected {expected!r}')
-  names = {'num_attention_heads': 'model.text.heads',
-           'layer_norm_eps': 'model.text.epsilon'}
+  names = {'num_attention_heads': 'model.roberta.heads',
+           'layer_norm_eps': 'model.roberta.epsilon'}
   return {ours: c[k] for k, ours in names.items() if c.get(k) is not None}
 
 

@@ -10,6 +10,7 @@ SURPLUS = (swin.SIZES,
            (r'classifier\..*', 'ImageNet classifier; no such head here'),
            (r'embeddings\.mask_token', 'for masked images; no such task here'))
 COPIES = {}
+NEVER, RESIZABLE, resize = swin.NEVER, swin.RESIZABLE, swin.resize
 # In memory transformers 5 has other names than in its files.
 _NEWER = (('attention.q_proj.', 'attention.self.query.'),
           ('attention.k_proj.', 'attention.self.key.'),

@@ -3,17 +3,21 @@
 A *source* is one file of this package, found by its name (hf_detr, ...):
   SIGNATURE         tensors by which its files are recognised.
   SURPLUS           ((regex, reason), ...): tensors that we have no use for.
-  COPIES            {tensor: the one that it repeats}.
+  COPIES            {tensor: the tensor that it repeats}.
   canonical(name)   a tensor's name in the source's published spelling.
-  describe(tensors) what the file says of the model: {config key: value}, and
-                    'classes' and 'vocabulary' where it has them.
+  describe(tensors) what the file says about the model: {config key: value},
+                    and 'classes' and 'vocabulary' where it has them.
   read_config(c)    the same from the config.json beside the file, if any.
   entries(config)   which tensor is which variable.
 and where it needs them:
   spelling(names)   `canonical` for a file with these names.
-  UNSAID            config keys of which its files say nothing.
+  UNSAID            config keys that its tensors do not determine.
   FEWER             config keys that may be less than what the file says, such
                     as a number of layers, of which the first ones are taken.
+  NEVER             (regex, ...): variables that its files never have, of
+                    modules whose other variables they have.
+  RESIZABLE         config keys that may differ from the file with --resize.
+  resize(x, shape)  a tensor of the form 'table', for another value of them.
 
 Every form below permutes values, so that the way there and back keeps every
 bit. Half precision is widened to float32, which loses nothing either; the
@@ -28,7 +32,6 @@ import numpy as np
 
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.models import swin
 from e2e_vlp_jax.weights import files
 
 
@@ -64,7 +67,7 @@ class Entry(NamedTuple):
 # How torch's layout becomes ours, and ours torch's.
 FORMS = {
     'same': (lambda x: x, lambda x: x),
-    'table': (lambda x: x, lambda x: x),  # of relative positions
+    'table': (lambda x: x, lambda x: x),  # 'same', and may be resized
     'dense': (np.transpose, np.transpose),           # [out, in]
     'conv': (lambda x: x.transpose(2, 3, 1, 0),      # [out, in, h, w]
              lambda x: x.transpose(3, 2, 0, 1)),
@@ -73,9 +76,6 @@ FORMS = {
     'flip': (lambda x: x[::-1], lambda x: x[::-1]),
     'dense_flip': (lambda x: x[::-1].T, lambda x: x.T[::-1]),
 }
-
-
-WINDOW = 'model.swin.window'  # its tables can be resized
 
 
 def formats():
@@ -102,6 +102,13 @@ def norm(theirs, ours, group=''):
   """Entries of a LayerNorm."""
   return [Entry(f'{theirs}.weight', f'params/{ours}/norm/scale', group=group),
           Entry(f'{theirs}.bias', f'params/{ours}/norm/bias', group=group)]
+
+
+def head_of(config, view):
+  """Name of the first head of `config.model.heads` in a view, or None."""
+  heads = config.model.get('heads', {})
+  return next((name for name in heads
+               if view in heads[name].get('views', ('joint',))), None)
 
 
 def count(pattern, tensors):
@@ -152,7 +159,7 @@ def value_of(config, key):
   return config
 
 
-def check_config(facts, config, sizes, path, resize=False, fewer=()):
+def check_config(facts, config, sizes, path, source=None, resize=False):
   """UserError if the file is of another model than `config` describes.
 
   Args:
@@ -161,10 +168,12 @@ def check_config(facts, config, sizes, path, resize=False, fewer=()):
     sizes: for 'classes' and 'vocabulary': (config key, number of entries,
       {number: value of that key that has it}).
     path: of the file, for the message.
-    resize: windows may differ.
-    fewer: keys that may be less in `config`.
+    source: module, for its `FEWER` and `RESIZABLE`.
+    resize: the latter may differ.
   """
   found, fitting, absent = [], [], []
+  fewer, resizable = (getattr(source, name, ())
+                      for name in ('FEWER', 'RESIZABLE'))
   for key, value in facts.items():
     if key in sizes:
       key, number, settings = sizes[key]
@@ -179,10 +188,10 @@ def check_config(facts, config, sizes, path, resize=False, fewer=()):
       continue
     if node is None:  # cannot be set on the command line
       absent.append(key)
-    elif node != value and not (resize and key == WINDOW):
+    elif node != value and not (resize and key in resizable):
       found.append(f'{key} is {node}, the file has {value}')
       fitting.append(f"--config.{key}={str(value).replace(' ', '')}"
-                     + (' (or --resize)' if key == WINDOW else ''))
+                     + (' (or --resize)' if key in resizable else ''))
   if absent:
     found.append(f'it has no {_some(absent)}')
     fitting.append(f'a config that has {absent[0]}')
@@ -201,7 +210,7 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     config: a config that `check_config` accepts.
     shapes: {path of a variable: shape} of the config's model.
     path: of the file, for messages.
-    resize: tables of relative positions may be of other windows.
+    resize: tensors of the form 'table' may have another shape.
 
   Returns:
     (variables, record): {path: float32 array}, and a JSON-able dict that
@@ -234,7 +243,7 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     if (resize and e.form == 'table' and x.shape != expected
         and x.shape[1:] == expected[1:]):
       resized[name] = [list(x.shape), list(expected)]
-      x = swin.resize_relative_bias(x, expected[0]).astype(x.dtype)
+      x = source.resize(x, expected)
     if x.shape != expected:
       wrong.append(f'{name} is {list(x.shape)}, expected {list(expected)}')
       continue
@@ -264,7 +273,7 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     elif original:
       surplus[name] = f'differs from {original}, which stands for both here'
     elif canonical in places:
-      surplus[name] = f'the config trains no {places[canonical]}'
+      surplus[name] = f'the config does not train {places[canonical]}'
     else:
       surplus[name] = next((why for pattern, why in source.SURPLUS
                             if re.fullmatch(pattern, canonical)),
@@ -306,6 +315,21 @@ def to_theirs(source, variables, config, record=None):
   out = {name: places[key].take(variables[places[key].ours]).astype(
       files.FLOATS[kind]) for key, (name, kind) in names.items()}
   return {**out, **{name: out[original] for name, original in copies.items()}}
+
+
+def uncovered(source, missing, tensors):
+  """Variables that a file should have had: the gaps in what it covers.
+
+  Args:
+    source: module.
+    missing: paths of variables that the file did not give.
+    tensors: paths of those that it gave.
+  """
+  module = lambda path: path.split('/')[:2]
+  covered = [module(k) for k in tensors]
+  never = getattr(source, 'NEVER', ())
+  return [k for k in missing if module(k) in covered
+          and not any(re.fullmatch(pattern, k) for pattern in never)]
 
 
 def _their_shape(entry, shape):

@@ -68,7 +68,13 @@ def describe(tensors):
 
 def entries(config, prefix=''):
   """Entries of the trunk in torchvision's names, after `prefix`."""
-  depth = config.model.backbone.depth
+  backbone = config.model.backbone
+  depth = backbone.depth
+  defaults = resnet.ResNet.__dataclass_fields__
+  stem, width = (backbone.get(k, defaults[k].default)
+                 for k in ('stem', 'width'))
+  # The first block has a shortcut where it changes the number of channels.
+  widens = stem != width * (4 if resnet.BOTTLENECK[depth] else 1)
 
   def batch_norm(theirs, ours):
     t = f'{prefix}{theirs}'
@@ -90,7 +96,7 @@ def entries(config, prefix=''):
       for k in range(1, 4 if resnet.BOTTLENECK[depth] else 3):
         out += conv(f'{theirs}.conv{k}', f'{ours}/conv{k}')
         out += batch_norm(f'{theirs}.bn{k}', f'{ours}/bn{k}')
-      if i == 0 and (stage > 1 or resnet.BOTTLENECK[depth]):
+      if i == 0 and (stage > 1 or widens):
         out += conv(f'{theirs}.downsample.0', f'{ours}/downsample_conv')
         out += batch_norm(f'{theirs}.downsample.1', f'{ours}/downsample_bn')
   return out

@@ -5,18 +5,22 @@ POSITION_IDS = (r'(.*\.)?embeddings\.position_ids',
                 'the numbers from 0, a constant')
 
 
+# Cross-attention, which no file of RoBERTa alone has.
+NEVER = (r'params/text/.*/cross/.*',)
+
+
 def describe(tensors):
   """{config key: value}, from tensors in the names of a bare RobertaModel."""
   rows = lambda name: tensors[f'embeddings.{name}_embeddings.weight'].shape[0]
   return {
       'vocabulary': rows('word'),
-      'model.text.width':
+      'model.roberta.width':
           tensors['embeddings.word_embeddings.weight'].shape[1],
-      'model.text.ffn':
+      'model.roberta.ffn':
           tensors['encoder.layer.0.intermediate.dense.weight'].shape[0],
-      'model.text.depth': mapping.count(r'encoder\.layer\.(\d+)\.', tensors),
-      'model.text.positions': rows('position'),
-      'model.text.types': rows('token_type')}
+      'model.roberta.depth': mapping.count(r'encoder\.layer\.(\d+)\.', tensors),
+      'model.roberta.positions': rows('position'),
+      'model.roberta.types': rows('token_type')}
 
 
 def entries(config, prefix='', fused=()):
@@ -32,7 +36,7 @@ def entries(config, prefix='', fused=()):
     return [e for name in ('query', 'key', 'value') for e in
             mapping.dense(f'{theirs}.self.{name}', f'{ours}/{name}')
             ] + mapping.dense(f'{theirs}.output.dense', f'{ours}/out')
-  for i in range(config.model.text.depth):
+  for i in range(config.model.roberta.depth):
     a, b = f'{prefix}encoder.layer.{i}', f'text/layers_{i}'
     out += attention(f'{a}.attention', f'{b}/self_attention')
     out += mapping.norm(f'{a}.attention.output.LayerNorm', f'{b}/norm1')

@@ -1,18 +1,19 @@
-"""The released SOHO checkpoints (github.com/researchmm/soho), pre-training.
+"""The released SOHO checkpoints (github.com/researchmm/soho).
 
-Trunk, neck with the visual dictionary, BERT and the matching head; the masked
-LM's output layer is a copy of the word embeddings. A checkpoint of the VQA
-fine-tuning has no dictionary and is refused.
+Of pre-training: trunk, neck with the visual dictionary, BERT and the matching
+head; the masked LM's output layer is a copy of the word embeddings. Of VQA: no
+dictionary and no matching head (`model.dictionary.size=0`); its head goes to
+the head of `model.heads` in the view `joint`.
 """
 from e2e_vlp_jax.weights import hf_bert
 from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet
 
 _L = 'language.'
-SIGNATURE = ('neck.vq.embed', 'neck.conv.conv.weight',
-             'head.match_class.weight',
+SIGNATURE = ('neck.conv.conv.weight', 'neck.ln.weight',
              *(_L + name for name in hf_bert.SIGNATURE))
-SURPLUS = (resnet.COUNTER,)
+SURPLUS = (resnet.COUNTER,
+           (r'head\.vqa\..*', 'the config has no such head'))
 COPIES = {'mask_l_fc.weight': _L + hf_bert.SIGNATURE[0]}
 UNSAID = hf_bert.UNSAID
 
@@ -30,14 +31,17 @@ def describe(tensors):
             for key, name in (('stem', 'conv1.weight'),
                               ('width', 'layer1.0.conv1.weight'))
             if name in trunk}
+  facts = {**resnet.describe(trunk), **widths, **text,
+           'model.dictionary.size': 0,
+           'model.neck.norm': 'neck.conv.bn.weight' in tensors}
+  if 'neck.vq.embed' not in tensors:
+    return facts
   return {
-      **resnet.describe(trunk), **widths, **text,
-      'model.dictionary.size': tensors['neck.vq.embed'].shape[0],
+      **facts, 'model.dictionary.size': tensors['neck.vq.embed'].shape[0],
       'model.neck.mix': 'gate' if 'neck.gate_fc.conv.weight' in tensors
                         else 'add',
       'model.neck.begin_align': 'neck.begin_line.weight' in tensors,
-      'model.neck.pos_align': 'neck.pos_line.weight' in tensors,
-      'model.neck.norm': 'neck.conv.bn.weight' in tensors}
+      'model.neck.pos_align': 'neck.pos_line.weight' in tensors}
 
 
 def read_config(c):
@@ -75,6 +79,12 @@ def entries(config):
       out += _projection('neck.gate_fc', 'gate', neck.norm)
   out += [e._replace(theirs=_L + e.theirs) for e in hf_bert.entries(config)
           if e.theirs.startswith(('bert.embeddings.', 'bert.encoder.'))]
+  # Required of pre-training's checkpoints, which have a dictionary.
   out.append(mapping.Entry('head.match_class.weight', 'params/itm_head/kernel',
-                           'dense'))
+                           'dense', '' if config.model.dictionary.size
+                           else 'itm'))
+  name = mapping.head_of(config, 'joint')
+  if name:
+    out += mapping.dense('head.vqa.0', f'heads_{name}/hidden', name)
+    out += mapping.dense('head.vqa.3', f'heads_{name}/out', name)
   return out

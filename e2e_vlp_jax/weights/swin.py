@@ -5,8 +5,11 @@ canonical ones here; timm had the same up to version 0.6.
 """
 import re
 
+from e2e_vlp_jax.models import swin
 from e2e_vlp_jax.weights import mapping
 
+_WINDOW = 'model.swin.window'
+RESIZABLE = (_WINDOW,)  # See mapping.py.
 SIZES = (r'(.*\.)?(relative_position_index|attn_mask)',
          'follows from the sizes')
 _BLOCK = r'layers\.(\d+)\.blocks\.(\d+)\.'
@@ -15,6 +18,15 @@ _NAMES = (('norm1.', 'layernorm_before.'), ('norm2.', 'layernorm_after.'),
           ('attn.proj.', 'attention.output.dense.'),
           ('attn.relative', 'attention.self.relative'),
           ('mlp.fc1.', 'intermediate.dense.'), ('mlp.fc2.', 'output.dense.'))
+
+
+# Cross-attention, which no file of Swin alone has.
+NEVER = (r'params/swin/.*/cross/.*',)
+
+
+def resize(table, shape):
+  """A table of relative positions for windows of another size."""
+  return swin.resize_relative_bias(table, shape[0]).astype(table.dtype)
 
 
 def describe(tensors):
@@ -32,7 +44,7 @@ def describe(tensors):
       'model.swin.width': width, 'model.swin.patch': patch,
       'model.swin.mlp_ratio': ffn / width,
       # (2w - 1)^2 rows; a stage smaller than the window may have fewer.
-      mapping.WINDOW: int(max(t.shape[0] for t in tables)**.5 + 1) // 2}
+      _WINDOW: int(max(t.shape[0] for t in tables)**.5 + 1) // 2}
 
 
 def entries(config, prefix='', fused=()):

@@ -13,6 +13,7 @@ SIGNATURE = ('patch_embed.proj.weight',
 SURPLUS = (swin.SIZES,
            (r'head\..*', 'ImageNet classifier; no such head here'))
 COPIES = {}
+NEVER, RESIZABLE, resize = swin.NEVER, swin.RESIZABLE, swin.resize
 _MERGING = re.compile(r'layers\.(\d+)\.downsample\.')
 
 

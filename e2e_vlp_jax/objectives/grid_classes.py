@@ -1,7 +1,7 @@
-"""Warm start of a trunk: which object covers each grid cell?
+"""Warm start of a trunk: classify the object that covers each grid cell.
 
-Stands in for the ImageNet weights that the papers start from, where a run
-trains from scratch. Our addition; not part of any paper.
+Replaces the ImageNet weights that the papers start from, in runs that train
+from scratch. Our addition; not part of any paper.
 """
 import dataclasses
 from typing import ClassVar
@@ -14,17 +14,17 @@ from e2e_vlp_jax.ops import boxes as box_ops
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Class and attributes of the smallest box over each cell's centre.
+  """Class and attributes of the smallest box over each cell's center.
 
   Attributes:
-    background_weight: weight of cells that no box covers.
+    background_weight: of cells that no box covers.
   """
-  requests: ClassVar = {'grid': ('cells',)}
+  requests: ClassVar = {'grid': ('grid_classes',)}
   background_weight: float = .3
 
   def __call__(self, outputs, batch):
     outputs = outputs['grid']
-    xy = outputs['cell_xy'][:, :, None]  # [B, N, 1, 2]
+    xy = outputs['grid_xy'][:, :, None]  # [B, N, 1, 2]
     true = box_ops.to_xyxy(batch['boxes'])[:, None]  # [B, 1, M, 4]
     mask = batch['box_mask'] & batch['task_mask/detection'][:, None]
     inside = jnp.all((xy >= true[..., :2]) & (xy <= true[..., 2:]), -1)
@@ -32,28 +32,28 @@ class Objective:
     size = jnp.where(inside, box_ops.area(true), jnp.inf)
     owner = jnp.argmin(size, -1)  # [B, N]
     covered = inside.any(-1)
-    logits = outputs['cell_logits']
+    logits = outputs['grid_logits']
     labels = jnp.take_along_axis(batch['box_labels'], owner, 1)
     labels = jnp.where(covered, labels, logits.shape[-1] - 1)
     logp = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(logp, labels[..., None], -1)[..., 0]
-    valid = outputs['cell_mask'] & batch['task_mask/detection'][:, None]
+    valid = outputs['grid_mask'] & batch['task_mask/detection'][:, None]
     weight = jnp.where(covered, 1., self.background_weight) * valid
-    losses = {'cell_class': (jnp.sum(nll * weight),
+    losses = {'grid_class': (jnp.sum(nll * weight),
                              jnp.sum(weight))}
     right = (jnp.argmax(logits, -1) == labels) & covered & valid
-    metrics = {'cell_accuracy': (
+    metrics = {'grid_accuracy': (
         jnp.sum(right.astype(jnp.float32)),
         jnp.sum((covered & valid).astype(jnp.float32)))}
 
-    if 'cell_attributes' not in outputs:
+    if 'grid_attributes' not in outputs:
       return losses, metrics
     attributes = jnp.take_along_axis(batch['box_attributes'],
                                      owner[..., None], 1)  # [B, N, K]
     has = (attributes >= 0) & (covered & valid)[..., None]
-    logp = jax.nn.log_softmax(outputs['cell_attributes'])
+    logp = jax.nn.log_softmax(outputs['grid_attributes'])
     picked = jnp.take_along_axis(logp, jnp.maximum(attributes, 0), -1) * has
     nll = -picked.sum(-1) / jnp.maximum(has.sum(-1), 1)
-    losses['cell_attributes'] = (
+    losses['grid_attributes'] = (
         jnp.sum(nll), jnp.sum(has.any(-1).astype(jnp.float32)))
     return losses, metrics

@@ -1,0 +1,360 @@
+"""What a model is: the methods and tables on which the library relies.
+
+A model is one file of this package with a class `Model(contract.BaseModel)`;
+`models.build` finds it by `config.model.name`. Training, evaluation, tasks
+and conversion use nothing of a model but the following.
+
+**Features.** All image and text features are pytrees of arrays whose leading
+axes are [B] and [B, S] (P where the texts are paired with the image). They can
+be kept and used again with other texts or images.
+- `encode_image(batch, train)`: `batch['image']` [B, H, W, 3] and
+  `batch['image_mask']` -> image features, before any text is known.
+- `encode_text(ids, mask, train)`: [B, S, L] -> text features.
+- `fuse(image, text, train, want)`: image features [B] and text features
+  [B, P] -> `Fused`, of which only the parts named in `want` are computed.
+- `pairs(image, text, heads, train)`: `fuse` and the outputs of `heads`.
+
+**Views and heads.** A view is a named combination of these calls; a head makes
+outputs from a named state of a view.
+- `views`: {name: `View`}, what can be asked of this model with its options.
+- `__call__(batch, requests, train)`: runs the requested views, {view: heads},
+  and returns {view: {output name: array}}. Each piece of computation that
+  views share runs once. `model.views` itself requests everything.
+- `heads`: the names of all heads; `offers(view, head)`.
+- `config.model.heads` adds heads: {name: dict(kind='classifier', views=
+  ('joint',), state='pooled', outputs='answers', ...)}. Their output is
+  `<name>_logits`, their parameters are `heads_<name>`. A head in the view
+  `pair` reads the pooled states of two images (`batch['image']`,
+  `batch['second_image']`) fused with one text, side by side.
+
+**Generation**, of models that offer the head `captioning` in `image_only`:
+- `decode_start(image, length)`: image features -> cache for texts of up to
+  `length` tokens (by default the longest that the model knows).
+- `decode_step(cache, ids)`: the next token of each text, [B] -> the logits
+  [B, V] of the token after it, and the new cache. Equal to the causal pass
+  over the whole text; keys and values of earlier tokens are in the cache.
+  Every array of a cache leads with [B]; those under 'image' never change.
+- `beam_search`: 'standard' or 'released', see models/beam_search.py.
+
+**Detection**, of models that offer `detection` in `image_only`:
+- `detect(image, text=None, train)`: image features -> `pred_logits`,
+  `pred_boxes`, `aux_outputs`, ..., as DETR names them.
+
+**Training and checkpoints**
+- `keeps_past_examples`: whether losses also see examples of earlier batches.
+- `batchless_outputs`: names of outputs that have no row for each example; all
+  others are split over the devices as the batch is.
+- `frozen`: the groups of `config.optim.groups` by which parameters are
+  frozen; see `layers.is_frozen`. `build` fills it in.
+- `adapt(loaded, params)`: a checkpoint's parameters, changed where parameters
+  depend on the size of the input.
+- the random streams 'dropout' (in training) and 'sample' (of what a view
+  chooses at random; `hard_negative` takes the most likely choice without it).
+"""
+import dataclasses
+from typing import Any, Dict, Mapping, NamedTuple, Sequence, Tuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from e2e_vlp_jax import discovery
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.models import heads as heads_lib
+
+FUSED = ('text', 'image', 'pooled')
+
+
+class Fused(NamedTuple):
+  """What `fuse` returns; parts that nobody wants are None.
+
+  Attributes:
+    text: [B, P, L, E] states of the text's tokens.
+    image: [B, P, N, E] states of the image's tokens.
+    pooled: [B, P, E'] one state a pair, which classifiers read.
+  """
+  text: Any = None
+  image: Any = None
+  pooled: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """A row of `views`.
+
+  Iterating gives the heads, so that a View can stand for a request for all.
+
+  Attributes:
+    call: method of the model: (pieces, view, want) -> {state: array}.
+    inputs: pieces of the batch that it reads: 'image', 'text', ...
+    heads: names of the heads that can be asked for.
+    states: the states that heads of `config.model.heads` may read.
+  """
+  call: str
+  inputs: Tuple[str, ...]
+  heads: Tuple[str, ...]
+  states: Tuple[str, ...] = ()
+
+  def __iter__(self):
+    return iter(self.heads)
+
+
+class Head(NamedTuple):
+  """A row of `HEADS`: the states that a head reads, and the method of the
+  model that makes its outputs of them: {state: array} -> {name: array}."""
+  states: Tuple[str, ...]
+  call: str
+
+
+FUSED_VIEW = dict(call='fused_states', states=FUSED)
+
+
+class Pieces:
+  """What the views of one call share: `pieces[name]` is computed once.
+
+  Attributes:
+    batch, requests, train: the arguments of the call.
+  """
+
+  def __init__(self, model, batch, requests, train):
+    self.batch, self.requests, self.train = batch, requests, train
+    self._functions, self._made = model.pieces, {}
+
+  def __getitem__(self, name):
+    if name not in self._made:
+      self._made[name] = self._functions[name](self)
+    return self._made[name]
+
+
+class BaseModel(nn.Module):
+  """See the module's docstring.
+
+  A model defines `setup` (which calls `setup_heads`), `table`, `encode_image`,
+  `encode_text` and `fuse`, and what else it offers.
+
+  Attributes:
+    config: the `model` part of a config.
+    vocab_size, num_classes, num_attributes, num_answers: of its vocabularies.
+    dtype: of the computation; parameters stay float32.
+    frozen: ((regex, bool), ...) of `config.optim.groups`.
+  """
+  config: Any
+  vocab_size: int
+  num_classes: int
+  num_attributes: int
+  dtype: Any = jnp.float32
+  num_answers: int = 0
+  frozen: Tuple[Tuple[str, bool], ...] = ()
+
+  # {name: Head} of the heads that the model's own `table` names.
+  HEADS = {}
+  batchless_outputs = ()
+
+  # --- Tables -----------------------------------------------------------------
+
+  @property
+  def table(self) -> Dict[str, View]:
+    """The views with the model's own heads, in the order in which they run."""
+    raise NotImplementedError
+
+  @property
+  def pieces(self):
+    """{name: function of Pieces}: what views can share."""
+    encode = lambda key: lambda p: self.encode_text(
+        p.batch[key], p.batch[f'{key}_mask'], p.train)
+    return {
+        'image': lambda p: self.encode_image(p.batch, p.train),
+        'second_image': lambda p: self.encode_image(
+            {k: p.batch[f'second_{k}'] for k in ('image', 'image_mask')},
+            p.train),
+        'text': encode('text'), 'masked_text': encode('masked_text')}
+
+  @property
+  def views(self) -> Dict[str, View]:
+    """`table` with the heads of `config.model.heads`."""
+    views = self.table
+    if any('joint' == name for name in views):
+      views['pair'] = View('paired_states', ('image', 'second_image', 'text'),
+                           (), ('pooled',))
+    for name, options in self.head_options.items():
+      for view in options['views']:
+        if view not in views:
+          raise errors.UserError(
+              f'model.heads.{name}.views: no view {view!r}'
+              + errors.nearest(view, views))
+        if options['state'] not in views[view].states:
+          raise errors.UserError(
+              f'model.heads.{name}.state: the view {view!r} has no state '
+              f'{options["state"]!r}'
+              + errors.nearest(options['state'], views[view].states))
+        views[view] = dataclasses.replace(
+            views[view], heads=(*views[view].heads, name))
+    return {name: view for name, view in views.items() if view.heads}
+
+  @property
+  def heads(self) -> Tuple[str, ...]:
+    """Names of all heads."""
+    return tuple(sorted({h for view in self.views.values() for h in view}))
+
+  def offers(self, view: str, head: str) -> bool:
+    """Whether `head` can be asked of `view`."""
+    views = self.views
+    return view in views and head in views[view].heads
+
+  @property
+  def head_options(self):
+    """{name: dict} of `config.model.heads`, with every default filled in."""
+    return {name: {'kind': 'classifier', 'state': 'pooled',
+                   'views': ('joint',), **options}
+            for name, options in dict(self.config.get('heads', {})).items()}
+
+  @property
+  def keeps_past_examples(self) -> bool:
+    """Whether losses also see examples of earlier batches."""
+    return False
+
+  @property
+  def beam_search(self):
+    """How captions are searched for; see models/beam_search.py."""
+    return self.config.get('beam_search', 'standard')
+
+  # --- Set-up -----------------------------------------------------------------
+
+  def setup_heads(self):
+    """Makes the modules of `config.model.heads`."""
+    for name, options in self.head_options.items():
+      if name in self.HEADS:
+        raise errors.UserError(f'model.heads.{name}: the model has a head of '
+                               'this name; choose another one')
+      kind, outputs = options.pop('kind'), options.pop('outputs', None)
+      del options['views'], options['state']
+      if kind not in heads_lib.KINDS:
+        raise errors.UserError(f'model.heads.{name}.kind: {kind!r}'
+                               + errors.nearest(kind, heads_lib.KINDS))
+      module = heads_lib.KINDS[kind]
+      for key in options:
+        if key not in module.__dataclass_fields__:
+          raise errors.UserError(
+              f'model.heads.{name}.{key}: no such option'
+              + errors.nearest(key, module.__dataclass_fields__))
+      setattr(self, f'heads_{name}', module(
+          outputs=self._count(name, outputs), dtype=self.dtype, **options))
+
+  def _count(self, name, outputs):
+    """Number of outputs of a head of the config."""
+    sizes = {'answers': self.num_answers, 'classes': self.num_classes,
+             'attributes': self.num_attributes}
+    count = sizes.get(outputs, outputs)
+    if not isinstance(count, int) or count < 1:
+      raise errors.UserError(
+          f'model.heads.{name}.outputs: {outputs!r}'
+          + (f', of which there are {count}' if outputs in sizes else '')
+          + f'; expected a number, or one of {", ".join(sizes)} with at least '
+          'one entry')
+    return count
+
+  def make_backbone(self):
+    """The CNN of `config.model.backbone`, for a model's `setup`."""
+    options = dict(self.config.backbone)
+    module = discovery.load(__package__, options.pop('name'), 'BACKBONE',
+                            'model.backbone.name')
+    return module(dtype=self.dtype, frozen=self.frozen, **options)
+
+  # --- Calls ------------------------------------------------------------------
+
+  def __call__(self, batch: Mapping[str, Any],
+               requests: Mapping[str, Sequence[str]],
+               train: bool = False) -> Dict[str, Dict[str, Any]]:
+    """Runs the requested views.
+
+    Args:
+      batch: see docs/data.md; only what the views read is needed.
+      requests: {view: heads}.
+      train: dropout, stochastic depth, BatchNorm statistics and other state.
+
+    Returns:
+      {view: {name of an output: array}}.
+
+    Raises:
+      UserError: the model does not have a view or head.
+    """
+    self.check(requests)
+    pieces = Pieces(self, batch, requests, train)
+    out = {}
+    for name, view in self.views.items():
+      if name in requests:
+        heads = tuple(requests[name])
+        states = getattr(self, view.call)(pieces, view, self._states(heads))
+        out[name] = self._outputs(heads, states, train)
+    if self.is_initializing():
+      self.complete(pieces)
+    return out
+
+  def check(self, requests):
+    """UserError if the model lacks a view or a head of {view: heads}."""
+    views = self.views
+    for view, heads in requests.items():
+      if view not in views:
+        raise errors.UserError(f'no view {view!r} in model '
+                               f'{self.config.name!r}'
+                               + errors.nearest(view, views))
+      for head in heads:
+        if head not in views[view].heads:
+          raise errors.UserError(
+              f'no head {head!r} of the view {view!r} in model '
+              f'{self.config.name!r}'
+              + errors.nearest(head, views[view].heads))
+
+  def complete(self, pieces):
+    """Creates parameters that the requested views did not need."""
+
+  def adapt(self, loaded, params):
+    """See `models.adapt`."""
+    del params
+    return loaded
+
+  def pairs(self, image, text, heads, train=False):
+    """The outputs of `heads` for P pairs an image.
+
+    Args:
+      image: from `encode_image`.
+      text: from `encode_text`, [B, P].
+      heads: such as ('itm',).
+      train: dropout.
+
+    Returns:
+      {name of an output: array [B, P, ...]}.
+    """
+    fused = self.fuse(image, text, train, self._states(heads))
+    return self._outputs(heads, fused._asdict(), train)
+
+  def _states(self, heads):
+    """The states that `heads` read."""
+    options = self.head_options
+    return frozenset(s for h in heads for s in (
+        (options[h]['state'],) if h in options else self.HEADS[h].states))
+
+  def _outputs(self, heads, states, train):
+    """The outputs of `heads`, from {state: array}."""
+    out, options = {}, self.head_options
+    for name in heads:
+      if name in options:
+        module = getattr(self, f'heads_{name}')
+        out[f'{name}_logits'] = module(states[options[name]['state']], train)
+      else:
+        out.update(getattr(self, self.HEADS[name].call)(states))
+    return out
+
+  # --- Views that every model with texts has ----------------------------------
+
+  def fused_states(self, pieces, view, want):
+    """The image with each text of the view's second input."""
+    image, text = (pieces[name] for name in view.inputs)
+    return self.fuse(image, text, pieces.train, want)._asdict()
+
+  def paired_states(self, pieces, view, want):
+    """Two images with each text: pooled states side by side [B, P, 2E']."""
+    del want
+    first, second = (
+        self.fuse(pieces[name], pieces['text'], pieces.train,
+                  ('pooled',)).pooled for name in view.inputs[:2])
+    return {'pooled': jnp.concatenate([first, second], -1)}
