@@ -190,7 +190,7 @@ def _data(config, data, side, multiple, vocabulary):
 
   def evaluator(kind, pp=see, of=source, count=1000, training=128):
     return dict(type=kind, source=of, pp=pp, max_examples=count,
-                training_examples=training)
+                examples_during_training=training)
   config.evals = dict(
       detection=evaluator('detection'),
       itm=evaluator('itm', f'{see}|itm(.5)'),
@@ -202,7 +202,8 @@ def _data(config, data, side, multiple, vocabulary):
     for name in list(config.evals):
       config.evals[name + '_unseen'] = evaluator(
           name, config.evals[name].pp, unseen, 500, 0)
-  config.samples = dict(count=12, source=source, pp=see)
+  config.samples = dict(count=12, source=source)
+  config.data.pp_eval = see
 
 
 def _tiny(config):
@@ -251,4 +252,4 @@ def _detr(config):
   config.evals = {'detection': config.evals.detection}
   # Published weights are measured on the published resize, to the bit.
   config.evals.detection.pp = "decode|fit(resample='pillow')|boxes"
-  config.samples.pp = "decode|fit(resample='pillow')|boxes"
+  config.data.pp_eval = "decode|fit(resample='pillow')|boxes"

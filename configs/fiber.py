@@ -146,12 +146,13 @@ def _data(config, data, side):
 
   def evaluator(kind, pp=see, of=source, count=1000, training=128):
     return dict(type=kind, source=of, pp=pp, max_examples=count,
-                training_examples=training)
+                examples_during_training=training)
   config.evals = dict(
       itm=evaluator('itm', f'{see}|itm(.5)'),
       mlm=evaluator('mlm', f'{see}|mlm({rate})'),
       retrieval=evaluator('retrieval', count=256 if scenes else 1000))
-  config.samples = dict(count=12, source=source, pp=see)
+  config.samples = dict(count=12, source=source)
+  config.data.pp_eval = see
 
 
 def _tiny(config):

@@ -29,6 +29,6 @@ def get_config(arg=None):
   config.checkpoint.every_steps = 200
   for options in config.evals.values():
     options.source = dict(name='coco', split='train')
-    options.training_examples = 32
+    options.examples_during_training = 32
   config.samples.source = dict(name='coco', split='train')
   return config

@@ -177,7 +177,7 @@ def _data(config, data, side):
 
   def evaluator(kind, pp, of=source, count=1000, training=128):
     return dict(type=kind, source=of, pp=pp, max_examples=count,
-                training_examples=training)
+                examples_during_training=training)
   config.evals = dict(itm=evaluator('itm', f'{see}|itm(.5)'),
                       mlm=evaluator('mlm', f'{see}|mlm({rate})'))
   if scenes:
@@ -186,7 +186,8 @@ def _data(config, data, side):
     for name in list(config.evals):
       config.evals[name + '_unseen'] = evaluator(
           name, config.evals[name].pp, unseen, 500, 0)
-  config.samples = dict(count=12, source=source, pp=see)
+  config.samples = dict(count=12, source=source)
+  config.data.pp_eval = see
 
 
 def _r101(config):

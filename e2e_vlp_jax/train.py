@@ -42,7 +42,7 @@ def train(config, workdir, allow_changes=False):
   # config fails before the seconds that this takes.
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
-  from e2e_vlp_jax import evaluation  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.evaluation import evaluators as evaluators_lib  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.data import pipeline as pipeline_lib  # pylint: disable=g-import-not-at-top
 
   # --- Data -----------------------------------------------------------------
@@ -77,7 +77,7 @@ def train(config, workdir, allow_changes=False):
   first_step = int(state.step)
 
   # --- Evaluation, monitoring -----------------------------------------------
-  evaluators = evaluation.Evaluators(config, model, vocabularies, mesh)
+  evaluators = evaluators_lib.Evaluators(config, model, vocabularies, mesh)
   evaluators.check_metric('checkpoint.best', config.checkpoint.best)
   monitor = monitor_lib.Monitor(workdir, config.total_steps, first_step,
                                 config.tensorboard)
@@ -99,7 +99,7 @@ def train(config, workdir, allow_changes=False):
     monitor.write(step, scores)
     monitor.pictures(step, pictures)
     if jax.process_index() == 0:
-      evaluation.write(workdir, step, scores, pictures)
+      evaluators_lib.write(workdir, step, scores, pictures)
       lines = {}
       for key, value in scores.items():
         _, name, metric = key.split('/', 2)

@@ -19,5 +19,5 @@ def get_config(arg=None):
   config.evals = {k: v for k, v in config.evals.items()
                   if arg == 'evaluated' and not k.endswith('_unseen')}
   for options in config.evals.values():
-    options.training_examples = 0
+    options.examples_during_training = 0
   return config
