@@ -198,3 +198,12 @@ class Model(nn.Module):
     text = self.encode_text(ids[:, None], jnp.ones_like(ids[:, None], bool))
     _, _, states = self.decode(cache, cache['memory'], text, detect=False)
     return self.caption_logits(states[:, 0])
+
+
+def describe(config):
+  """`config.model` in one line, for people."""
+  trunk = config['backbone']
+  depth = f'-{trunk["depth"]}' if 'depth' in trunk else ''
+  return (f'{trunk["name"]}{depth}, {config["encoder_layers"]} encoder and '
+          f'{config["decoder_layers"]} decoder layers, width '
+          f'{config["width"]}')

@@ -456,3 +456,14 @@ def _unit(x):
   """Vectors of length 1, float32."""
   x = x.astype(layers.wide(x))
   return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+
+
+def describe(config):
+  """`config.model` in one line, for people."""
+  swin = config['swin']
+  depths = '-'.join(map(str, swin['depths']))
+  text = config.get('roberta') or config['text']
+  fused = config.get('fused_layers') or config['fuse']
+  return (f'Swin {depths} of width {swin["width"]}, RoBERTa of '
+          f'{text["depth"]} layers, {fused} of them fused, width '
+          f'{config["width"]}')

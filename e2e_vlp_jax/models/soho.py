@@ -219,3 +219,12 @@ class Model(nn.Module):
       state = layers.pool(states, valid, self.config.itm_pool)
       out['itm_logits'] = self.itm_head(state.astype(jnp.float32))
     return out
+
+
+def describe(config):
+  """`config.model` in one line, for people."""
+  trunk = config['backbone']
+  depth = f'-{trunk["depth"]}' if 'depth' in trunk else ''
+  return (f'{trunk["name"]}{depth}, {config["dictionary"]["size"]} visual '
+          f'words, {config["encoder_layers"]} encoder layers, width '
+          f'{config["width"]}')

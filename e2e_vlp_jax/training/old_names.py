@@ -8,6 +8,10 @@ def modernise(config):
   samples, data = config.get('samples'), config.get('data')
   if samples and 'pp' in samples:
     data['pp_eval'] = samples.pop('pp')
+  words = {'images': 'by_rows', 'texts': 'by_texts'}
+  if data and 'train' in data:
+    data['train'] = [{**s, 'weight': words.get(s['weight'], s['weight'])}
+                     for s in data['train']]
   evals = config.get('evals', {})
   for name, options in evals.items():
     evals[name] = {'examples_during_training' if k == 'training_examples'
