@@ -167,6 +167,21 @@ def test_perfect_empty_and_repeated_captions():
   assert worse['CIDEr'] < perfect['CIDEr']
 
 
+def test_cider_with_given_frequencies():
+  """A batch alone scores as it does within the whole set."""
+  tokens = lambda texts: [t.split() for t in texts]
+  candidates = tokens(['a red circle', 'a blue ring', 'two white stars'])
+  references = [tokens(r) for r in (
+      ['a red circle', 'one circle'], ['a blue ring is here'],
+      ['two white stars and a cross'])]
+  whole = caption_metrics.cider(candidates, references)
+  frequencies = caption_metrics.document_frequencies(references)
+  assert caption_metrics.cider(candidates[:1], references[:1])[0] == 0
+  np.testing.assert_allclose(
+      [caption_metrics.cider([c], [r], frequencies)[0]
+       for c, r in zip(candidates, references)], whole)
+
+
 def test_what_cannot_be_scored_is_an_error():
   for candidates, references in (([], []), (['a'], []), (['a'], [[]])):
     with pytest.raises(ValueError):
