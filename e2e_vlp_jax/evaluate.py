@@ -52,7 +52,7 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
         f'data.dir: no folder {config.data.dir!r}; name the folder of the '
         'prepared data with --data_dir DIR')
   select(config, tasks, limit)
-  # The checkpoint's own vocabularies: the parameters belong to them.
+  # The parameters belong to the checkpoint's own vocabularies.
   vocabularies = vocabularies_lib.Vocabularies.from_dict(meta)
   model = models.build(config, **vocabularies.sizes)
   variables = {'params': params, **model_state}
@@ -61,7 +61,7 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
       run.differences(stored['model'], run.to_dict(config.model)))
   evaluators = evaluators_lib.Evaluators(config, model, vocabularies,
                                          sharding.make_mesh(config.mesh))
-  # An unwritable folder is found before the minutes are spent.
+  # Before the minutes that an evaluation takes.
   evaluators_lib.check_writable(workdir)
   scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0)
   evaluators_lib.write(workdir, meta['step'], scores, pictures)

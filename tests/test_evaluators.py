@@ -95,7 +95,7 @@ def oracle_scores(config, built, name, batch_size, max_examples=None):
 
 
 @pytest.mark.parametrize('name', EVALUATORS)
-def test_the_truth_gets_full_marks_and_padding_none(config, built, name):
+def test_full_marks_for_the_oracle_and_none_for_padding(config, built, name):
   # 16 examples in batches of 6: the last batch has two rows of padding.
   scores, done = oracle_scores(config, built, name, 6)
   assert done[-1] == 16

@@ -14,7 +14,8 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = REPO / 'e2e_vlp_jax'
 # Things a person runs. The other files beside them serve everybody.
 ENTRY_POINTS = sorted(f.stem for f in PACKAGE.glob('*.py')
-                      if f.stem not in ('__init__', 'cli', 'discovery', 'errors'))
+                      if f.stem not in ('__init__', 'cli', 'discovery',
+                                        'errors'))
 # What a room may import besides itself, `errors` and `discovery`.
 DOORS = {
     'ops': [],

@@ -144,8 +144,8 @@ def cider(candidates, references, frequencies=None):
   Args:
     candidates: list of N token lists.
     references: list of N lists of token lists.
-    frequencies: from `document_frequencies`, of a training set, say. By
-      default those of `references`: the value then depends on the whole
+    frequencies: from `document_frequencies`, such as a training set's. The
+      default is those of `references`: the value then depends on the whole
       evaluated set, and one image alone scores 0.
 
   Returns:
@@ -194,7 +194,7 @@ def meteor(candidates, references):
     references: list of N lists of strings.
 
   Returns:
-    (float, array [N]), or None after a log line that says what is missing.
+    (float, array [N]), or None after a log line that names what is missing.
   """
   try:
     from pycocoevalcap.meteor import meteor as official  # pylint: disable=g-import-not-at-top

@@ -59,7 +59,7 @@ def in_batches(examples, rows):
   Args:
     examples: iterable of dicts from `example`.
     rows: B. The last batch of a shape is filled up with its last example, as
-      another size would compile anew.
+      another size would compile again.
 
   Yields:
     (numbers, batch): which examples the first rows are, and the batch.

@@ -1,6 +1,6 @@
 """Pictures on which a person sees at a glance what a model got right.
 
-The image with tagged boxes; below it what each task has to say, see
+The image with tagged boxes; below it the rows of each task, see
 `tasks.base.Task.draw`. Where the truth is known, green is right, red is
 wrong, thin white lines are the true boxes and dashed ones were missed. Cards
 are narrow, so that they can be read on a telephone.

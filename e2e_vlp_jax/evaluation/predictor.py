@@ -3,7 +3,7 @@
   predictor, variables = Predictor.from_checkpoint('W')
   found, = predictor.predict(variables, ['photo.jpg'], 'detect')
 
-What can be asked is in e2e_vlp_jax/tasks, one file a task. Boxes never depend
+The tasks are in e2e_vlp_jax/tasks, one file each. Boxes never depend
 on padding: the model's are relative to the unpadded image.
 """
 import functools
@@ -98,8 +98,8 @@ class Predictor:
       images: list or other iterable of N images: a path, encoded bytes, or
         uint8 [H, W, 3].
       task: name of a task, such as 'detect'.
-      texts: what the task is asked about, if it takes texts: a list of
-        strings for every image, or a list of N lists of strings.
+      texts: for tasks that take texts: a list of strings that is used for
+        every image, or a list of N lists of strings.
       **options: of the task.
 
     Returns:

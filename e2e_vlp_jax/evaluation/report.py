@@ -1,4 +1,4 @@
-"""WORKDIR/report.html: what a run is and how far it got, on one page.
+"""WORKDIR/report.html: a run's settings, curves and results on one page.
 
 Self-contained (pictures and curves are inside, nothing is loaded from
 elsewhere) and made from whatever files of the workdir are there:
@@ -108,7 +108,7 @@ def _evals(series, written):
 
 
 def _shown(kind):
-  """What an evaluator's file asks to be shown: (HEADLINES, NO_CURVE)."""
+  """(HEADLINES, NO_CURVE) of an evaluator's file."""
   if kind not in discovery.names(_EVALUATORS, 'evaluate'):
     return {}, ()
   module = importlib.import_module(f'{_EVALUATORS}.{kind}')
@@ -152,7 +152,7 @@ def _tables(evals, splits):
 
 
 def _facts(config, series):
-  """What a reader wants to know first: [(name, text)]."""
+  """The run in short: [(name, text)]."""
   facts = []
   get = lambda *path: _dig(config, path)
   steps = [max(points) for name, points in series.items()

@@ -1,14 +1,14 @@
-"""The contract of a task: what it asks, what the model runs, what comes back.
+"""The contract of a task: its inputs, its computation, its results.
 
 A task is one file of this package with a class `Task(base.Task)`. Commands,
-the Predictor and the pictures find it by the file's name:
+the Predictor and the pictures find it by the file's name.
 
 - `compute` turns a batch into arrays. It is compiled once for each shape of a
   batch and runs on the accelerator.
 - `result` turns one image's arrays into a `Result`, whose fields are the keys
   of the JSON.
-- `draw` says how a result looks in a picture.
-- `finetuning` says how a model is trained for the task.
+- `draw` puts a result into a picture.
+- `finetuning` describes how a model is trained for the task.
 
 No import of this module needs jax or TensorFlow, so that configs can read it.
 """
@@ -51,7 +51,7 @@ class Finetuning:
   """How a model is trained for a task; plain data, which configs read.
 
   Attributes:
-    unit: what a row of a batch is made from (`config.data.unit`).
+    unit: item of a record that makes a row of a batch (`config.data.unit`).
     objectives: {name: weight}.
     head: options of `config.model.heads[<task>]`, or None where every model
       brings the head along.
@@ -82,7 +82,7 @@ class Option:
     default: its value, of the option's type.
     help: one line.
     least, most: limits of the value; None = no limit.
-    compiled: the program depends on it, so another value compiles anew.
+    compiled: the program depends on it; another value compiles again.
   """
   default: Any
   help: str
@@ -127,8 +127,8 @@ class Truth:
   Attributes:
     record: of a dataset, see `datasets.base`.
     labels: a `label_space.LabelSpace`.
-    check_caption: text -> whether all that it says is true of the image;
-      None where the dataset cannot tell.
+    check_caption: text -> whether every statement of it is true of the
+      image; None where the dataset cannot tell.
   """
   record: Mapping[str, Any]
   labels: Any
@@ -158,7 +158,7 @@ class Drawing:
   Attributes:
     boxes: `Box`es on the image; later ones lie on top.
     sentences: rows below the image: lists of (text, colour).
-    legend: rows that say what the boxes are; below all tasks' sentences.
+    legend: rows that describe the boxes, below all tasks' sentences.
   """
   boxes: Sequence[Box] = ()
   sentences: Sequence[Any] = ()
@@ -283,7 +283,8 @@ class Task:
     """A `Drawing` of a result.
 
     Args:
-      result: a `Result`, or None: draw what is true, if `truth` says it.
+      result: a `Result`, or None where the model was not asked: the truth
+        alone may be drawn.
       truth: a `Truth`, or None where nothing is known.
     """
     del result, truth

@@ -10,7 +10,7 @@ from e2e_vlp_jax.tasks import base
 
 # Of attributes that do not exclude each other, those named with a box.
 _MIN_ATTRIBUTE, _MAX_ATTRIBUTES = .1, 4
-_MANY = 8  # From so many objects on, boxes bear numbers alone.
+_MANY = 8  # Beyond this many objects, tags are numbers only.
 # Without ground truth: one colour a box, told apart on most photographs.
 _COLOURS = ('#4cc2ff', '#ffb02e', '#ff6ec7', '#7ee787', '#c49bff', '#ffd84d',
             '#ff8a5c', '#5ce0d0')
@@ -204,7 +204,7 @@ def likely_attributes(probabilities, groups, alone):
 def ground_truth(record, labels):
   """The objects of a record in pixels: what a perfect model would find.
 
-  Objects whose class the label space lacks are left out, as in the input
+  Objects of classes that the label space lacks are left out, as in the input
   pipeline (which reports them).
 
   Returns:
