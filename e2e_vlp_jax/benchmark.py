@@ -196,7 +196,7 @@ def _with_data(assembly, ours, vocabularies, steps):
 # --- Scoring ----------------------------------------------------------------
 def _scoring(model, ours, steps):
   """Image-text pairs a second that the ITM head scores; None without one."""
-  if 'itm' not in model.views.get('joint', ()):
+  if not model.offers('joint', 'itm'):
     return None
   score = jax.jit(lambda v, b: model.apply(v, b, {'joint': ('itm',)})
                   ['joint']['itm_logits'])

@@ -1,40 +1,71 @@
-"""Runs a config's evaluators on a checkpoint; writes WORKDIR/eval.json.
+"""Runs evaluators on a checkpoint; writes WORKDIR/eval.json and report.html.
 
+  python -m e2e_vlp_jax.evaluate --checkpoint W --workdir W
+  python -m e2e_vlp_jax.evaluate --checkpoint W --workdir E \
+      --tasks detection,caption --limit 200
   python -m e2e_vlp_jax.evaluate --config configs/e2e_vlp.py:tiny \
-      --checkpoint W --workdir W
+      --checkpoint W --workdir E
+
+The evaluators are those of --config, or of the config that the checkpoint
+carries. --tasks takes names of these evaluators, their types and names of
+tasks (`python -m e2e_vlp_jax.predict --help` lists those).
 """
 import logging
 import os
 
 import jax
+import ml_collections
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.evaluation import evaluators as evaluators_lib
+from e2e_vlp_jax.evaluation import variables as variables_lib
+from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import checkpoint
-from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.training import sharding
+from e2e_vlp_jax.training import workdir as workdir_lib
 
 
-def evaluate(config, path, workdir):
-  """Returns {'eval/<evaluator>/<metric>': value}."""
+def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
+  """Returns {'eval/<evaluator>/<metric>': value}.
+
+  Args:
+    config: whole config, or None: the checkpoint's own.
+    path: of the checkpoint.
+    workdir: gets the results.
+    tasks: names of evaluators or of tasks to evaluate; None = all.
+    limit: most examples of an evaluator; None = as the config says.
+    data_dir: folder of the prepared data; None = `config.data.dir`.
+  """
   params, model_state, meta = checkpoint.load(path)
-  from e2e_vlp_jax import evaluation  # pylint: disable=g-import-not-at-top
-  # The checkpoint's own vocabularies: the parameters belong to them.
+  stored = meta['config']
+  if config is None:
+    config = ml_collections.ConfigDict(stored)
+    # The run's mesh need not fit the devices here.
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+  config.data.dir = data_dir or config.data.dir
+  if not os.path.isdir(config.data.dir):
+    raise errors.UserError(
+        f'data.dir: no folder {config.data.dir!r}; name the folder of the '
+        'prepared data with --data_dir DIR')
+  select(config, tasks, limit)
+  # The parameters belong to the checkpoint's own vocabularies.
   vocabularies = vocabularies_lib.Vocabularies.from_dict(meta)
   model = models.build(config, **vocabularies.sizes)
-  models.check_variables(
-      model, config, {'params': params, **model_state}, path,
-      workdir_lib.differences(meta['config']['model'],
+  variables = {'params': params, **model_state}
+  variables_lib.check(
+      model, config, vocabularies.sizes, variables, path,
+      workdir_lib.differences(stored['model'],
                               workdir_lib.to_dict(config.model)))
-  mesh = sharding.make_mesh(config.mesh)
-  evaluators = evaluation.Evaluators(config, model, vocabularies, mesh)
-  # An unwritable folder is found before the minutes are spent.
-  evaluation.check_writable(workdir)
-  scores, pictures = evaluators.run({'params': params, **model_state},
-                                    bar=jax.process_index() == 0)
-  evaluation.write(workdir, meta['step'], scores, pictures)
+  evaluators = evaluators_lib.Evaluators(config, model, vocabularies,
+                                         sharding.make_mesh(config.mesh))
+  # Before the minutes that an evaluation takes.
+  files.check_folder('--workdir', workdir)
+  scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0)
+  evaluators_lib.write(workdir, meta['step'], scores, pictures)
   width = max(map(len, scores), default=0)
   for name, value in scores.items():
     print(f'{name:{width}}  {value:.4f}')
@@ -43,15 +74,65 @@ def evaluate(config, path, workdir):
   return scores
 
 
+def select(config, tasks=None, limit=None):
+  """Leaves in `config.evals` what is asked for.
+
+  Args:
+    config: whole config; changed in place.
+    tasks: names of evaluators, of their types, or of tasks; None = all.
+    limit: most examples of an evaluator, and most sample pictures.
+
+  Raises:
+    UserError: a name that is none of these, or that selects nothing here.
+  """
+  if limit is not None and limit < 1:
+    raise errors.UserError(f'--limit: {limit}; expected at least 1')
+  here = {name: {name, options.type} for name, options in config.evals.items()}
+  for name in base.names():
+    finetuning = base.load(name).finetuning
+    for found in here.values():
+      if finetuning and finetuning.evaluator in found:
+        found.add(name)
+  known = sorted({*evaluators_lib.names(), *base.names(), *here})
+  wanted = set(here) if tasks is None else set()
+  for task in tasks or ():
+    if task not in known:
+      raise errors.UserError(f'--tasks: no evaluator or task {task!r}'
+                             + errors.nearest(task, known))
+    found = {name for name, own in here.items() if task in own}
+    if not found:
+      raise errors.UserError(
+          f'--tasks: the config has no evaluator for {task!r}; it has '
+          + ', '.join(here))
+    # An evaluator's own name means it alone: not its `_unseen` split too.
+    wanted |= {task} & set(here) or found
+  for name in here:
+    if name not in wanted:
+      del config.evals[name]
+    elif limit:
+      own = config.evals[name].max_examples
+      config.evals[name].max_examples = min(own or limit, limit)
+  if limit:
+    config.samples.count = min(config.samples.count, limit)
+
+
 def main(argv=None):
   with errors.exit_on_user_error():
-    parser = cli.parser(__doc__, config='required', workdir=True)
+    parser = cli.parser(__doc__, config=True, workdir=True)
     parser.add_argument('--checkpoint', required=True, metavar='DIR',
                         help='a WORKDIR, or one step of its checkpoints/')
+    parser.add_argument('--tasks', metavar='A,B', help='evaluators or tasks: '
+                        + ', '.join(sorted({*evaluators_lib.names(),
+                                            *base.names()})))
+    parser.add_argument('--limit', type=int, metavar='N',
+                        help='most examples of each evaluator')
+    parser.add_argument('--data_dir', metavar='DIR', help='prepared data, if '
+                        "not in the config's data.dir")
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    evaluate(config, args.checkpoint, args.workdir)
+    tasks = args.tasks and [t for t in args.tasks.split(',') if t]
+    evaluate(config, args.checkpoint, args.workdir, tasks, args.limit,
+             args.data_dir)
 
 
 if __name__ == '__main__':

@@ -1,11 +1,14 @@
-"""One image in, JSON and an annotated picture out.
+"""Images in, JSON and an annotated picture out.
 
   python -m e2e_vlp_jax.predict --checkpoint W --task detect \
       --image photo.jpg --json out.json --picture out.png
 
 Needs a checkpoint alone (it carries its config, tokenizer and labels), and
 no TensorFlow. Without --json the JSON goes to the standard output. Boxes are
-x0, y0, x1, y1 in pixels of the upright image.
+x0, y0, x1, y1 in pixels of the upright image. Several --image give a list,
+and one picture each: out_0.png, out_1.png, ...
+
+Tasks:
 """
 import json
 import logging
@@ -13,39 +16,59 @@ import os
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
+from e2e_vlp_jax.data import photographs
+from e2e_vlp_jax.evaluation import pictures
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
+from e2e_vlp_jax.tasks import base
 
 
 def predict(args):
-  """Does what the command line asks for; returns the JSON's dict."""
-  # What is cheap to find wrong is found first: loading takes seconds.
-  if args.task not in predictor_lib.TASK_HEADS:
-    raise errors.UserError(
-        f'--task: no task {args.task!r}'
-        + errors.nearest(args.task, predictor_lib.TASK_HEADS))
-  if not 0 <= args.threshold <= 1:
-    raise errors.UserError(f'--threshold: {args.threshold} is not in 0..1')
-  from e2e_vlp_jax.data import photographs  # pylint: disable=g-import-not-at-top
-  image = photographs.decode_image(args.image)
-  for name in ('json', 'picture'):
-    _check_writable(name, getattr(args, name))
+  """Does what the command line asks for; returns what the JSON holds."""
+  # Cheap checks come first: loading a checkpoint takes seconds.
+  task = base.load(args.task, '--task')
+  options = {k: getattr(args, k) for k in _options()
+             if getattr(args, k) is not None}
+  task.full_options(options)
+  task.check_texts(args.text, len(args.image))
+  images = [photographs.decode_image(path) for path in args.image]
+  outputs = _picture_names(args.picture, len(images))
+  for name, path in [('json', args.json), *(('picture', p) for p in outputs)]:
+    _check_writable(name, path)
 
   predictor, variables = predictor_lib.Predictor.from_checkpoint(
       args.checkpoint)
-  out = predictor.predict(variables, image, args.task, args.text,
-                          threshold=args.threshold, beams=args.beams)
-  written = json.dumps(out, indent=1)
+  results = predictor.predict(variables, images, args.task, args.text,
+                              **options)
+  found = [r.to_json() for r in results]
+  if len(found) == 1:
+    found, = found
+  written = json.dumps(found, indent=1)
   if args.json:
     with open(args.json, 'w', encoding='utf-8') as f:
       f.write(written + '\n')
   else:
     print(written)
-  if args.picture:
-    from e2e_vlp_jax.evaluation import pictures  # pylint: disable=g-import-not-at-top
-    pictures.draw(image, objects=out.get('objects'),
-                  caption=out.get('caption', {}).get('text'),
-                  matches=out.get('match')).save(args.picture)
-  return out
+  for image, result, path in zip(images, results, outputs):
+    pictures.draw(image, [result]).save(path)
+  return found
+
+
+def _options():
+  """{option: [(task, Option)]} of all tasks."""
+  found = {}
+  for name in base.names():
+    for key, option in base.load(name).options.items():
+      found.setdefault(key, []).append((name, option))
+  return found
+
+
+def _picture_names(path, count):
+  """'out.png' -> one name for each image: out_0.png, ... if there are more."""
+  if not path or count == 1:
+    return [path] * bool(path)
+  stem, end = os.path.splitext(path)
+  return [f'{stem}_{i}{end}' for i in range(count)]
 
 
 def _check_writable(name, path):
@@ -58,33 +81,38 @@ def _check_writable(name, path):
       os.path.splitext(path)[1].lower()) not in Image.SAVE:
     raise errors.UserError(f'--picture {path}: not a picture\'s name; try '
                            'one that ends in .png or .jpg')
-  try:
-    with open(path, 'ab'):
-      pass
-  except OSError as e:
-    raise errors.UserError(f'--{name} {path}: cannot be written '
-                           f'({e.strerror})') from e
+  files.check_writable(f'--{name}', path)
+
+
+def _parser():
+  """The command line; its tasks and their options are those of the files."""
+  doc = __doc__ + ''.join(f'  {n:10} {base.load(n).summary}\n'
+                          for n in base.names())
+  parser = cli.parser(doc)
+  parser.add_argument('--checkpoint', required=True, metavar='DIR',
+                      help='a WORKDIR, or one step of its checkpoints/')
+  parser.add_argument('--task', required=True, help=' | '.join(base.names()))
+  parser.add_argument('--image', required=True, action='append', metavar='F',
+                      help='JPEG, PNG, ...; may be given several times')
+  asked = [n for n in base.names() if base.load(n).takes_text]
+  parser.add_argument('--text', action='append', metavar='T',
+                      help=f'for {", ".join(asked)}; may be given several '
+                      'times')
+  parser.add_argument('--json', metavar='OUT', help='JSON file to write')
+  parser.add_argument('--picture', metavar='OUT',
+                      help='picture to write, .png or .jpg')
+  for name, uses in _options().items():
+    option = uses[0][1]
+    parser.add_argument(
+        f'--{name}', type=type(option.default),
+        help='; '.join(f'{o.help} (for {task}; default {o.default})'
+                       for task, o in uses))
+  return parser
 
 
 def main(argv=None):
   with errors.exit_on_user_error():
-    parser = cli.parser(__doc__)
-    parser.add_argument('--checkpoint', required=True, metavar='DIR',
-                        help='a WORKDIR, or one step of its checkpoints/')
-    parser.add_argument('--task', required=True,
-                        help=' | '.join(predictor_lib.TASK_HEADS))
-    parser.add_argument('--image', required=True, metavar='F',
-                        help='JPEG, PNG, ...')
-    parser.add_argument('--text', action='append', metavar='T',
-                        help='for match; may be given several times')
-    parser.add_argument('--json', metavar='OUT', help='JSON file to write')
-    parser.add_argument('--picture', metavar='OUT',
-                        help='picture to write, .png or .jpg')
-    parser.add_argument('--threshold', type=float, default=.5,
-                        help='least score of an object (default 0.5)')
-    parser.add_argument('--beams', type=int, default=1,
-                        help='width of the caption search (default 1)')
-    args, _ = cli.parse(parser, argv)
+    args, _ = cli.parse(_parser(), argv)
     # Orbax warns of a file that reading an item alone does not need.
     logging.getLogger('absl').setLevel(logging.ERROR)
     predict(args)

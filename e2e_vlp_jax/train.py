@@ -163,10 +163,10 @@ class _Evaluation:
   """Runs the config's evaluators; writes and shows their scores."""
 
   def __init__(self, config, workdir, assembly, vocabularies):
-    from e2e_vlp_jax import evaluation  # pylint: disable=g-import-not-at-top
+    from e2e_vlp_jax.evaluation import evaluators  # pylint: disable=g-import-not-at-top
     self._every, self._last = config.eval_every_steps, config.total_steps
-    self._workdir, self._write = workdir, evaluation.write
-    self._evaluators = evaluation.Evaluators(
+    self._workdir, self._write = workdir, evaluators.write
+    self._evaluators = evaluators.Evaluators(
         config, assembly.model, vocabularies, assembly.mesh)
     self._evaluators.check_metric('checkpoint.best', config.checkpoint.best)
 

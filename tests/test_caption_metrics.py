@@ -9,6 +9,7 @@ import json
 import pathlib
 import shutil
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -45,10 +46,42 @@ def test_tokens_are_those_of_the_stanford_tokenizer(compact):
     ('A "STOP" sign (red) on St. James St., 50/50!',
      'a stop sign -lrb- red -rrb- on st. james st. 50/50'),
     ('a dog\nand  a cat', 'a dog and a cat'),
-    ('', ''), (' ... ', ''), ('caf\xe9 \U0001f600', 'caf\xe9 \U0001f600'),
+    ('', ''), (' ... ', ''),
+    # Unknown characters are dropped, combining marks join, quotes vanish.
+    ('caf\xe9 \U0001f600 x', 'caf\xe9 x'), ('a\U0001f436b', 'a b'),
+    ('e\u0301clair x', 'e\u0301clair x'), ('\ufeffa dog x', 'a dog x'),
+    ('a\u200dzero\u200bwidth x', 'a zero width x'),
+    ('two\xa0words', 'two words'), ('half\xadway', 'halfway'),
+    ('10\xb0 5\xb2 \u2122 \u20ac5 \u2665\ufe0f',
+     '10 \xb0 5 \xb2 \u2122 $ 5 \u2665'),
+    ('\u201cstop\u201d \u2018go\u2019 \u2039x\u203a', 'stop go x'),
+    ('\u0915\u093f\u0924\u093e\u092c \u5b575\u5b57',
+     '\u0915\u093f\u0924\u093e\u092c \u5b575\u5b57'),
 ])
 def test_tokenizer_examples(text, tokens):
   assert ' '.join(ptb_tokenizer.tokenize(text)) == tokens
+
+
+@pytest.mark.slow
+def test_every_character_against_the_original():
+  """Alone and inside a word, where Java and pycocoevalcap are installed."""
+  pytest.importorskip('pycocoevalcap')
+  if not shutil.which('java'):
+    pytest.skip('no java')
+  from pycocoevalcap.tokenizer import ptbtokenizer  # pylint: disable=g-import-not-at-top
+  characters = [chr(c) for c in [*range(0x20, 0xd800), *range(0xe000, 0x1fb00)]
+                if not chr(c).isspace() and unicodedata.category(chr(c)) not in
+                ('Cn', 'Co') and chr(c) not in '\x1c\x1d\x1e\x1f\x85']
+  # A plain word ends every text, so that none looks into the next line.
+  texts = [form.format(c) for form in ('a {} b x', 'ab{}cd x')
+           for c in characters]
+  theirs = ptbtokenizer.PTBTokenizer().tokenize(
+      {i: [{'caption': t}] for i, t in enumerate(texts)})
+  ours = ptb_tokenizer.tokenize_all(texts)
+  wrong = [ascii((t, ' '.join(o), theirs[i][0]))
+           for i, (t, o) in enumerate(zip(texts, ours))
+           if ' '.join(o) != theirs[i][0]]
+  assert not wrong, (len(wrong), wrong[:10])
 
 
 def test_a_final_letter_looks_at_the_next_line_as_the_original_does():
@@ -132,6 +165,21 @@ def test_perfect_empty_and_repeated_captions():
   stutter = [' '.join([b] * 4) for b in best]
   worse, _ = caption_metrics.caption_metrics(stutter, references)
   assert worse['CIDEr'] < perfect['CIDEr']
+
+
+def test_cider_with_given_frequencies():
+  """A batch alone scores as it does within the whole set."""
+  tokens = lambda texts: [t.split() for t in texts]
+  candidates = tokens(['a red circle', 'a blue ring', 'two white stars'])
+  references = [tokens(r) for r in (
+      ['a red circle', 'one circle'], ['a blue ring is here'],
+      ['two white stars and a cross'])]
+  whole = caption_metrics.cider(candidates, references)
+  frequencies = caption_metrics.document_frequencies(references)
+  assert caption_metrics.cider(candidates[:1], references[:1])[0] == 0
+  np.testing.assert_allclose(
+      [caption_metrics.cider([c], [r], frequencies)[0]
+       for c, r in zip(candidates, references)], whole)
 
 
 def test_what_cannot_be_scored_is_an_error():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from e2e_vlp_jax.evaluation import detection
+from e2e_vlp_jax.tasks import detect
 
 DATA = pathlib.Path(__file__).parent / 'data' / 'coco_detection.json.gz'
 
@@ -54,17 +55,17 @@ def test_no_detections_and_no_objects():
 def test_iou():
   a = [[0, 0, 10, 10], [0, 0, 0, 0]]
   b = [[0, 0, 10, 10], [5, 0, 15, 10], [20, 20, 30, 30]]
-  np.testing.assert_allclose(detection.iou(a, b),
+  np.testing.assert_allclose(detect.iou(a, b),
                              [[1, 1 / 3, 0], [0, 0, 0]])
-  assert detection.iou(a, []).shape == (2, 0)
+  assert detect.iou(a, []).shape == (2, 0)
 
 
 def test_matching_prefers_the_box_the_model_believes_in():
   truth = [[0, 0, 10, 10], [20, 0, 30, 10]]
   boxes = [[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 8], [90, 90, 99, 99]]
   scores = [.1, .9, .8, .99]
-  pairs = detection.match_boxes(boxes, scores, truth)
+  pairs = detect.match_boxes(boxes, scores, truth)
   assert sorted(pairs) == [(1, 0), (2, 1)]
-  assert detection.match_boxes(boxes, scores, []) == []
+  assert detect.match_boxes(boxes, scores, []) == []
   # Less than half covered is no match.
-  assert detection.match_boxes([[0, 0, 10, 4]], [1.], truth) == []
+  assert detect.match_boxes([[0, 0, 10, 4]], [1.], truth) == []

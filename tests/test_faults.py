@@ -148,7 +148,7 @@ def test_saves_by_time_and_keeps_the_best(tiny_scenes, tmp_path):
   source = dict(name='scenes', split='validation')
   config.evals = dict(itm=dict(
       type='itm', source=source, pp='decode|fit|boxes|text|itm(.5)',
-      max_examples=16, training_examples=16))
+      max_examples=16, examples_during_training=16))
   train.train(config, str(tmp_path / 'best'))
   scores = {x['step']: x['eval/itm/accuracy']
             for x in lines(tmp_path / 'best/metrics.jsonl')

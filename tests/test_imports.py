@@ -20,17 +20,16 @@ ENTRY_POINTS = sorted(f.stem for f in PACKAGE.glob('*.py')
 DOORS = {
     'ops': [],
     'data': [],
-    # Example batches (shapes only, numpy) to initialise parameters with.
-    'models': ['ops', 'data.synthetic'],
+    'models': ['ops'],
     'objectives': ['ops'],
     'training': ['ops', 'objectives', 'profiling'],
     'profiling': [],
-    'evaluation': ['ops', 'data', 'models', 'training', 'objectives'],
+    'tasks': ['ops', 'models', 'data.pp'],
+    'evaluation': ['data', 'models', 'training', 'tasks'],
     'weights': ['ops', 'models', 'training'],
     'peers': ['models'],
-    'tasks': [],
 }
-ACCELERATOR_ROOMS = ('models', 'ops', 'objectives', 'training')
+ACCELERATOR_ROOMS = ('models', 'ops', 'objectives', 'tasks', 'training')
 # Optional and large: imported where they are used, never with a module.
 EXTRAS = {'torch', 'torchvision', 'transformers', 'pycocoevalcap'}
 
@@ -149,7 +148,8 @@ def test_no_flags_are_defined_at_import():
   assert not wrong
 
 
-@pytest.mark.parametrize('room', ['training', 'data', 'evaluation'])
+@pytest.mark.parametrize('room', ['training', 'data', 'tasks',
+                                  'evaluation'])
 def test_no_room_knows_a_system_by_name(room):
   """E2E-VLP, SOHO and FIBER differ in assembly files and configs only."""
   wrong = [f'{f.relative_to(REPO)}:{node.lineno} has {node.value!r}'

@@ -53,6 +53,6 @@ def test_sizes_train_and_predict(photographs, shared, tmp_path, arg,
   found = json.loads((tmp_path / 'out.json').read_text())
   assert len(found['objects']) == config.model.num_queries
   height, width = found['image']['height'], found['image']['width']
-  for thing in found['objects']:
-    x0, y0, x1, y1 = thing['box']
+  for one in found['objects']:
+    x0, y0, x1, y1 = one['box']
     assert 0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height

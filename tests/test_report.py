@@ -1,5 +1,6 @@
 """report.html: one page from whatever a workdir holds."""
 import html.parser
+import importlib
 import json
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from configs import e2e_vlp as config_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.evaluation import report
+from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import workdir as workdir_lib
 
 
@@ -104,3 +106,43 @@ def test_a_later_evaluate_replaces_the_runs_own_figures(workdir):
 def test_a_folder_that_cannot_be_written(tmp_path):
   with pytest.raises(errors.UserError, match='cannot be written'):
     report.write_report(str(tmp_path / 'absent'))
+
+
+@pytest.mark.parametrize('spec, model, sources', [
+    ('e2e_vlp:tiny', 'e2e_vlp: patch_cnn, 2 encoder and 2 decoder layers, '
+     'width 128', 'scenes/train'),
+    ('e2e_vlp:r101,data=published', 'e2e_vlp: resnet-101, 12 encoder and 6 '
+     'decoder layers, width 256', 'coco/train x by_rows, visual_genome/train '
+     'x by_rows'),
+    ('soho:r18,data=published', 'soho: resnet-18, 2048 visual words, 3 '
+     'encoder layers, width 768', 'coco/train x by_texts, '
+     'visual_genome/train x by_texts'),
+    ('fiber:base', 'fiber: Swin 2-2-18-2 of width 128, RoBERTa of 12 layers, '
+     '6 of them fused, width 768', 'coco/train')])
+def test_facts_of_every_system_and_of_mixtures(spec, model, sources, tmp_path):
+  system, _, argument = spec.partition(':')
+  config = importlib.import_module(f'configs.{system}').get_config(argument)
+  stored = old_names.modernise(workdir_lib.to_dict(config))
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  text = write(tmp_path).text
+  assert model in text and sources in text and 'None' not in text.split(
+      'Config')[0]
+
+
+def test_a_model_that_does_not_describe_itself(tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(
+      {'model': {'name': 'fourth', 'width': 64}}))
+  assert 'fourth, width 64' in write(tmp_path).text
+
+
+def test_headlines_are_those_of_the_evaluators(tmp_path):
+  """Whatever the evaluators of a config are called."""
+  (tmp_path / 'config.json').write_text(json.dumps({'evals': {
+      'on_coco': {'type': 'detection', 'source': {'split': 'validation'}},
+      'itm': {'type': 'itm'}, 'itm_unseen': {'type': 'itm'}}}))
+  (tmp_path / 'eval.json').write_text(json.dumps(
+      {'step': 5, 'eval/on_coco/AP50': .25, 'eval/on_coco/APs': .125,
+       'eval/itm/accuracy': .5, 'eval/itm_unseen/accuracy': .75}))
+  tiles = write(tmp_path).text.split('Run')[0].split('Evaluation')[0]
+  assert 'on_coco: AP50' in tiles and 'ITM accuracy' in tiles
+  assert '0.750' not in tiles and 'APs' not in tiles

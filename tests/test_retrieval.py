@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import evaluation
 from e2e_vlp_jax.data import pipeline as pipeline_lib
+from e2e_vlp_jax.evaluation import evaluators
+from e2e_vlp_jax.evaluation import inputs
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.evaluation import retrieval
+from e2e_vlp_jax.tasks import base
 from tests import test_evaluators
 
 PP = 'decode|fit|text'
@@ -83,23 +85,28 @@ class Table(predictor_lib.Predictor):
     x = self._of(2, [example_id + 1, *ids], 2)
     return np.round(x * 2).astype(np.float32) / 2  # with ties
 
-  def embed(self, variables, batch):
-    return (np.array([self.image_vector(i) for i in batch['example_id']]),
-            np.array([[self.text_vector(t) for t in row]
-                      for row in batch['text']]))
+  def run(self, variables, batch, task, **options):
+    assert task.name == 'embed'
+    return {'images': np.array([self.image_vector(i)
+                                for i in batch['example_id']]),
+            'texts': np.array([[self.text_vector(t) for t in row]
+                               for row in batch['text']])}
 
-  def match_logits(self, variables, batch):
-    self.calls.append(batch['text'].shape)
-    assert (batch['text_mask'] == (batch['text'] != 0)).all()
-    return np.array([[self.logits(i, t) for t in row] for i, row in
-                     zip(batch['example_id'], batch['text'])])
+  def encode_images(self, variables, batch):
+    return batch['example_id']
+
+  def score_pairs(self, variables, images, ids, mask):
+    self.calls.append(ids.shape)
+    assert (mask == (ids != 0)).all()
+    return np.array([[self.logits(i, t) for t in row]
+                     for i, row in zip(images, ids)])
 
 
 def expected(table, pipeline, ids, texts, top_k, score='odds', weight=0.):
   """The evaluator's result, pair by pair."""
   written = [pipeline.record(i)['texts'][:texts] for i in ids]
   owner = np.repeat(np.arange(len(ids)), [len(w) for w in written])
-  tokens = [table.tokenize([t], 1)[0][0] for w in written for t in w]
+  tokens = [inputs.tokenize(table, [t], 1)[0][0] for w in written for t in w]
   logits = np.array([[table.logits(i, t) for t in tokens] for i in ids], float)
   judged = logits[..., 1] - (logits[..., 0] if score == 'odds' else 0)
   if 'image_only' not in table.model.views:
@@ -148,7 +155,7 @@ def test_against_a_derivation_by_hand(config, built, itc, texts, top_k, score,
 def test_fewer_images(config, built):
   table = Table(built, config)
   pipeline = test_evaluators.open_pipeline(config, table, PP, 4)
-  batches = predictor_lib.batches(table, pipeline, 7)
+  batches = inputs.batches(table, pipeline, 7)
   ids = [i for _, row in batches for i in row.tolist() if i >= 0]
   assert len(ids) == 7
   got = retrieval.evaluate(table, {}, pipeline, max_examples=7, texts=2,
@@ -178,11 +185,12 @@ def test_two_hosts_agree_with_one(config, built):
       found = [self.everybodys(batch[k]) for k in keys]
       return found[0] if len(keys) == 1 else found
 
-    def embed(self, variables, batch):
-      return [self.everybodys(x) for x in super().embed(variables, batch)]
+    def run(self, variables, batch, task, **options):
+      return {k: self.everybodys(v) for k, v in super().run(
+          variables, batch, task).items()}
 
-    def match_logits(self, variables, batch):
-      return self.everybodys(super().match_logits(variables, batch))
+    def score_pairs(self, *args):
+      return self.everybodys(super().score_pairs(*args))
 
   def run(index):
     host = Host(built, config)
@@ -207,17 +215,20 @@ def test_a_model_without_itc_scores_all_pairs(config, built):
   pipeline = test_evaluators.open_pipeline(config, predictor, PP, 8)
   got = retrieval.evaluate(predictor, variables, pipeline, max_examples=8,
                            texts=1, at_once=8)
-  batch, = [b for b, _ in predictor_lib.batches(predictor, pipeline, 8)]
-  ids, mask = predictor.tokenize(
+  batch, = [b for b, _ in inputs.batches(predictor, pipeline, 8)]
+  ids, mask = inputs.tokenize(
+      predictor,
       [pipeline.record(i)['texts'][0] for i in batch['example_id']], 8)
   every = {**batch, 'text': np.stack([ids] * 8), 'text_mask':
            np.stack([mask] * 8)}
-  logits = predictor.match_logits(variables, every).astype(float)
+  logits = predictor.score_pairs(
+      variables, predictor.encode_images(variables, batch), every['text'],
+      every['text_mask']).astype(float)
   scores = logits[..., 1] - logits[..., 0]
   assert got == pytest.approx(by_hand(scores, scores, np.arange(8)))
   assert np.ptp(scores) > .01
-  np.testing.assert_allclose(predictor.match(variables, every),
-                             1 / (1 + np.exp(-scores)), rtol=1e-5)
+  matched = predictor.run(variables, every, base.load('match'))['scores']
+  np.testing.assert_allclose(matched, 1 / (1 + np.exp(-scores)), rtol=1e-5)
 
 
 @pytest.mark.parametrize('options, expected_', [
@@ -241,13 +252,13 @@ def test_options_of_the_config(config, built, options, expected_):
   config = config.copy_and_resolve_references()
   config.evals = dict(retrieval=dict(
       type='retrieval', source=dict(name='scenes', split='test'), pp=PP,
-      max_examples=4, training_examples=0, options=options))
+      max_examples=4, examples_during_training=0, options=options))
   config.samples.count = 0
   with pytest.raises(errors.UserError, match=expected_):
-    evaluation.Evaluators(config, built[0].model,
+    evaluators.Evaluators(config, built[0].model,
                           built[0].vocabularies).run(built[1])
   config.evals.retrieval.texts = 1
   with pytest.raises(errors.UserError,
                      match=r'evals.retrieval.texts.*evals.retrieval.options'):
-    evaluation.Evaluators(config, built[0].model,
+    evaluators.Evaluators(config, built[0].model,
                           built[0].vocabularies)

@@ -17,6 +17,7 @@ from e2e_vlp_jax import objectives as objectives_lib
 from e2e_vlp_jax import predict
 from e2e_vlp_jax import train
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.evaluation import variables as variables_lib
 from e2e_vlp_jax.models import necks
 from e2e_vlp_jax.models import visual_dictionary
 from e2e_vlp_jax.training import checkpoint
@@ -476,12 +477,12 @@ def test_a_checkpoint_with_another_dictionary_is_refused():
     return config, model, jax.eval_shape(
         lambda: model.init(jax.random.key(0), batch, model.views))
   config, model, found = shapes(12)
-  models.check_variables(model, config, found, 'W', {})
+  variables_lib.check(model, config, SIZES, found, 'W', {})
   found = shapes(6)[2]
   with pytest.raises(errors.UserError, match='codebook/neck/words.*'
                      'model.dictionary.size is 6 there, 12 here'):
-    models.check_variables(model, config, found, 'W',
-                           {'dictionary.size': (6, 12)})
+    variables_lib.check(model, config, SIZES, found, 'W',
+                        {'dictionary.size': (6, 12)})
 
 
 def test_the_released_mask_hides_columns_of_portraits():

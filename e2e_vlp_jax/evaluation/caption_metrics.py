@@ -124,19 +124,36 @@ def _common_length(a, b):
   return len(a) - row.bit_count()
 
 
-def cider(candidates, references):
+def document_frequencies(references):
+  """How common n-grams are, for `cider`.
+
+  Args:
+    references: list of N lists of token lists.
+
+  Returns:
+    (Counter {n-gram: number of images whose references have it}, N).
+  """
+  return collections.Counter(
+      ngram for refs in references
+      for ngram in set().union(*map(_ngrams, refs))), len(references)
+
+
+def cider(candidates, references, frequencies=None):
   """CIDEr as coco-caption's CiderScorer (Vedantam et al. 2015), times 10.
 
-  Document frequencies come from the references given, so the value depends
-  on the whole evaluated set: one image alone scores 0.
+  Args:
+    candidates: list of N token lists.
+    references: list of N lists of token lists.
+    frequencies: from `document_frequencies`, such as a training set's. The
+      default is those of `references`: the value then depends on the whole
+      evaluated set, and one image alone scores 0.
 
   Returns:
     Array [N].
   """
   counts = [[_ngrams(r) for r in refs] for refs in references]
-  documents = collections.Counter(
-      ngram for refs in counts for ngram in set().union(*refs))
-  log_images = math.log(len(references))
+  documents, images = frequencies or document_frequencies(references)
+  log_images = math.log(images)
   rarity = {g: log_images - math.log(n) for g, n in documents.items()}
 
   def weigh(grams):
@@ -177,7 +194,7 @@ def meteor(candidates, references):
     references: list of N lists of strings.
 
   Returns:
-    (float, array [N]), or None after a log line that says what is missing.
+    (float, array [N]), or None after a log line that names what is missing.
   """
   try:
     from pycocoevalcap.meteor import meteor as official  # pylint: disable=g-import-not-at-top

@@ -5,13 +5,15 @@ import io
 import numpy as np
 from pycocotools import coco as coco_lib
 from pycocotools import cocoeval
-import scipy.optimize
 
-from e2e_vlp_jax import errors
-from e2e_vlp_jax.evaluation import predictor as predictor_lib
+from e2e_vlp_jax.evaluation import inputs
+from e2e_vlp_jax.tasks import detect
 
 METRICS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100',
            'ARs', 'ARm', 'ARl')
+HEADLINES = {'AP50': 'AP50', 'AP75': 'AP75',
+             'attribute_accuracy': 'attributes'}
+NO_CURVE = METRICS[3:]
 
 
 def coco_metrics(ground_truth, detections):
@@ -50,7 +52,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   """AP over all classes, and accuracy of attributes on matched boxes.
 
   The ground truth is the record's, in pixels of the upright original: crowds
-  count as in pycocotools, and what a batch has no room for counts too.
+  count as in pycocotools, and so do boxes that a batch has no room for.
 
   Args:
     predictor: a Predictor.
@@ -64,130 +66,72 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     box of IoU 0.5 or more and, where objects have attributes,
     'attribute_accuracy/<group>' and their mean 'attribute_accuracy'.
   """
-  labels = predictor.labels
+  task, labels = predictor.task('detect'), predictor.labels
   images, annotations, detections = [], [], []
-  attributes = _AttributeAccuracy(predictor)
-  for batch, ids in predictor_lib.batches(predictor, pipeline, max_examples,
-                                          progress):
+  attributes = _AttributeAccuracy(labels)
+  for batch, ids in inputs.batches(predictor, pipeline, max_examples,
+                                   progress):
     usable = predictor.gather(batch, 'task_mask/detection')
-    found = predictor.detect(variables, batch)
-    for one, example_id in zip(found, np.where(usable, ids, -1)):
+    found = predictor.run(variables, batch, task)
+    for row, example_id in enumerate(np.where(usable, ids, -1).tolist()):
       if example_id < 0:
         continue
-      record = pipeline.record(example_id)
-      objects = ground_truth(record, labels)
-      images.append({'id': int(example_id)})
-      for thing in objects:
-        x0, y0, x1, y1 = thing['box']
-        annotations.append({
-            'id': len(annotations) + 1, 'image_id': int(example_id),
-            'category_id': thing['class_id'],
-            'bbox': [x0, y0, x1 - x0, y1 - y0], 'area': thing['area'],
-            'iscrowd': int(thing['is_crowd'])})
-      corner, size = one['boxes'][:, :2], one['boxes'][:, 2:]
-      for box, label, score in zip(
-          np.concatenate([corner, size - corner], -1).tolist(),
-          one['labels'].tolist(), one['scores'].tolist()):
-        detections.append({'image_id': int(example_id), 'bbox': box,
-                           'category_id': label, 'score': score})
+      one = {k: v[row] for k, v in found.items()}
+      objects = detect.ground_truth(pipeline.record(example_id), labels)
+      images.append({'id': example_id})
+      annotations += [
+          {'image_id': example_id, 'category_id': o['class_id'],
+           'bbox': _corner_and_size(o['box']), 'area': o['area'],
+           'iscrowd': int(o['is_crowd'])} for o in objects]
+      detections += [
+          {'image_id': example_id, 'category_id': label, 'bbox': box,
+           'score': score} for box, label, score in zip(
+               _corner_and_size(one['boxes']), one['labels'].tolist(),
+               one['scores'].tolist())]
       attributes.add(one, [o for o in objects if not o['is_crowd']])
   if not images:
     return {}
   scores = coco_metrics(
-      {'images': images, 'annotations': annotations,
+      {'images': images,
+       'annotations': [{'id': k + 1, **a} for k, a in enumerate(annotations)],
        'categories': [{'id': i} for i in range(len(labels.classes))]},
       detections)
   return {**{k: v for k, v in scores.items() if v >= 0},
           **attributes.result()}
 
 
-def ground_truth(record, labels):
-  """The objects of a record in pixels: what a perfect model would find.
-
-  Objects whose class the label space lacks are left out, as in the input
-  pipeline (which reports them).
-
-  Returns:
-    list of dicts: label, class_id, box (x0, y0, x1, y1), attributes (names),
-    attribute_ids, area (pixels), is_crowd.
-  """
-  objects = []
-  for thing in record['objects']:
-    y0, x0, y1, x1 = map(float, thing['bbox'])
-    class_id = _id(labels.class_id, thing['label'])
-    if class_id is None or not (y1 > y0 and x1 > x0):
-      continue
-    h, w = record['height'], record['width']
-    ids = [_id(labels.attribute_id, a) for a in thing['attributes']]
-    objects.append({
-        'label': labels.classes[class_id], 'class_id': class_id,
-        'box': [x0 * w, y0 * h, x1 * w, y1 * h],
-        'attributes': [labels.attributes[i] for i in ids if i is not None],
-        'attribute_ids': {i for i in ids if i is not None},
-        'area': float(thing['area']), 'is_crowd': bool(thing['is_crowd'])})
-  return objects
-
-
-def _id(look_up, name):
-  try:
-    return look_up(name)
-  except errors.UserError:
-    return None
-
-
-def iou(a, b):
-  """IoU of boxes [N, 4] and [M, 4] (x0, y0, x1, y1): [N, M]."""
-  a, b = (np.asarray(x, float).reshape(-1, 4) for x in (a, b))
-  corner = np.maximum(a[:, None, :2], b[None, :, :2])
-  overlap = np.clip(np.minimum(a[:, None, 2:], b[None, :, 2:]) - corner, 0,
-                    None).prod(-1)
-  area = lambda x: (x[:, 2:] - x[:, :2]).prod(-1)
-  union = area(a)[:, None] + area(b)[None] - overlap
-  return overlap / np.maximum(union, 1e-9)
-
-
-def match_boxes(boxes, scores, truth):
-  """Which prediction stands for which object, one to one.
-
-  Maximises the sum of IoU x score (Hungarian) over pairs of IoU >= 0.5: of
-  two boxes on one object, the one that the model believes in.
-
-  Args:
-    boxes: [Q, 4] predictions.
-    scores: [Q].
-    truth: [M, 4].
-
-  Returns:
-    list of (prediction, object).
-  """
-  overlap = iou(boxes, truth)
-  overlap[overlap < .5] = 0
-  rows, columns = scipy.optimize.linear_sum_assignment(
-      overlap * np.asarray(scores, float)[:, None], maximize=True)
-  return [(int(q), int(m)) for q, m in zip(rows, columns)
-          if overlap[q, m] > 0]
+def _corner_and_size(boxes):
+  """[..., 4] x0, y0, x1, y1 -> nested lists of x, y, w, h."""
+  boxes = np.asarray(boxes)
+  return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]],
+                        -1).tolist()
 
 
 class _AttributeAccuracy:
   """Counts matched objects whose likeliest attribute of a group is true."""
 
-  def __init__(self, predictor):
-    self._groups = dict(predictor.groups)
-    if predictor.ungrouped:
-      self._groups['other'] = predictor.ungrouped
+  def __init__(self, labels):
+    self._groups, alone = detect.attribute_groups(labels)
+    if alone:
+      self._groups['other'] = alone
     self._counts = {g: [0, 0] for g in self._groups}
     self._matched = self._objects = 0
 
   def add(self, found, objects):
-    """`found`: an item of Predictor.detect; `objects`: of ground_truth."""
+    """Counts one image.
+
+    Args:
+      found: arrays of the task 'detect' of this image.
+      objects: of `detect.ground_truth`.
+    """
     self._objects += len(objects)
-    pairs = match_boxes(found['boxes'], found['scores'],
-                        [o['box'] for o in objects])
+    pairs = detect.match_boxes(found['boxes'], found['scores'],
+                               [o['box'] for o in objects])
     self._matched += len(pairs)
     for q, m in pairs:
       true = objects[m]['attribute_ids']
       for group, ids in self._groups.items():
-        # An object may not say anything of this group.
+        # An object need not have an attribute of every group.
         if true & set(ids):
           best = ids[int(found['attributes'][q][ids].argmax())]
           self._counts[group][0] += best in true

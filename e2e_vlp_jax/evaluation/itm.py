@@ -1,7 +1,9 @@
 """Image-text matching: is each text told from another image's?"""
 import numpy as np
 
-from e2e_vlp_jax.evaluation import predictor as predictor_lib
+from e2e_vlp_jax.evaluation import inputs
+
+HEADLINES = {'accuracy': 'ITM accuracy'}
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
@@ -18,12 +20,13 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   Returns:
     {'accuracy'}: the share of pairs that are judged rightly, at 0.5.
   """
+  task = predictor.task('match')
   right = pairs = 0
-  for batch, ids in predictor_lib.batches(predictor, pipeline, max_examples,
-                                          progress):
-    scores = predictor.match(variables, {
+  for batch, ids in inputs.batches(predictor, pipeline, max_examples,
+                                   progress):
+    scores = predictor.run(variables, {
         **batch, 'text': batch['masked_text'],
-        'text_mask': batch['masked_text_mask']})
+        'text_mask': batch['masked_text_mask']}, task)['scores']
     labels = np.where((ids >= 0)[:, None],
                       predictor.gather(batch, 'itm_labels'), -1)
     right += int((((scores > .5) == labels) & (labels >= 0)).sum())

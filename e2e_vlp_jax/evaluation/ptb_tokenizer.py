@@ -15,13 +15,38 @@ their direction and spelling need no counterpart here. Brackets stay, as
 """
 import re
 
+from e2e_vlp_jax.evaluation import ptb_characters
+
 DROPPED = frozenset(["''", "'", '``', '`', '-LRB-', '-RRB-', '-LCB-', '-RCB-',
                      '.', '?', '!', ',', ':', '-', '--', '...', ';'])
 
+
+def _characters(*tables):
+  """All characters of tables of `ptb_characters`."""
+  for part in ' '.join(tables).split():
+    first, _, last = part.partition('-')
+    yield from map(chr, range(int(first, 16), int(last or first, 16) + 1))
+
+
+def _one_of(characters):
+  """A regular expression of one of the characters; case counts."""
+  ranges = []
+  for c in sorted(map(ord, characters)):
+    if ranges and ranges[-1][1] == c - 1:
+      ranges[-1][1] = c
+    else:
+      ranges.append([c, c])
+  return '(?-i:[' + ''.join(rf'\u{a:04x}-\u{b:04x}' for a, b in ranges) + '])'
+
+
+_ALNUM = set(_characters(ptb_characters.LETTERS))
+_IN_WORDS = _ALNUM | set(_characters(ptb_characters.MARKS))
+_KNOWN = _IN_WORDS | set(_characters(ptb_characters.SYMBOLS))
+_DIGIT = _one_of(c for c in _ALNUM if c.isdecimal())
+_LETTER = _one_of(c for c in _IN_WORDS if not c.isdecimal())
+_WORD = rf'{_LETTER}{_one_of(_IN_WORDS)}*'
 # Ends of a word: no letter may follow.
-_END = r'(?![^\W\d_])'
-_LETTER = r'[^\W\d_]'
-_WORD = rf'{_LETTER}(?:{_LETTER}|\d)*'
+_END = rf'(?!{_LETTER})'
 _APOSTROPHE = "['\u2019\x92]"
 _ANY_QUOTE = "['\u2019\x92`\u2018\x91\u201b]"
 
@@ -53,6 +78,8 @@ def _either(words):
   return '(?:' + '|'.join(sorted(words, key=len, reverse=True)) + ')'
 
 
+_QUOTES = '[\x91-\x94\xab\xbb\u2018-\u201f\u2039\u203a]{1,2}'
+_HYPHEN = '[-\u058a\u2010\u2011]'
 _ACRONYM = r'[A-Za-z](?:\.[A-Za-z])*\.'
 _SLASHED = r'[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}'
 _URL_BREAK = r'''\s"<>|()'''
@@ -63,10 +90,11 @@ _URL_PATH = rf'(?:/[^{_URL_BREAK}]+{_URL_END})?'
 _RULES = [
     # Words, and words glued by a missing space: 'river.a', 'hello!there'.
     rf'{_WORD}(?:[.!?]{_WORD})*',
+    rf'{_one_of(_ALNUM)}+',
     r'[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*',
     # twenty-five, 3-d, up-to-date, semi-U.S.
-    r'[A-Za-z0-9][A-Za-z0-9.,]*'
-    r'(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+',
+    rf'[A-Za-z0-9][A-Za-z0-9.,]*'
+    rf'(?:{_HYPHEN}(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+',
     # mirror/cabinet, and at most two slashes
     rf'{_SLASHED}(?:/{_SLASHED}){{1,2}}',
     rf'(?:(?:ph|ed)\.d|{_either(_ABBREVIATIONS)})\.',
@@ -75,7 +103,7 @@ _RULES = [
     # 'cars.,' keeps its full stop
     rf'({_WORD}\.)[,;:]',
     # can't -> ca n't; the group is the token, the rest decides the length
-    rf'({_LETTER}*[^\W\d_n])n{_ANY_QUOTE}t',
+    rf'([a-z]*[a-mo-z])n{_ANY_QUOTE}t',
     rf'n{_ANY_QUOTE}t',
     rf'{_APOSTROPHE}(?:s|m|d|re|ve|ll){_END}',
     rf'{_either(_SPLIT)}{_END}',
@@ -89,9 +117,11 @@ _RULES = [
     rf'(?:c{_APOSTROPHE}mon|s{_APOSTROPHE}mores?|li{_APOSTROPHE}l'
     rf'|ev{_APOSTROPHE}ry|nor{_APOSTROPHE}easter){_END}',
     # -5, 1,000.50, 12:44, .5; 1/2, 3 1/2
-    r'[-+]?(?:\d*(?:[.:,]\d+)+|\d+)',
-    r'(?:\d{1,4}[- \xa0])?\d{1,4}/\d{1,4}',
-    # runs of these are one token
+    rf'[-+]?(?:{_DIGIT}*(?:[.:,\u066b\u066c]{_DIGIT}+)+|{_DIGIT}+)',
+    rf'(?:{_DIGIT}{{1,4}}[- \xa0])?{_DIGIT}{{1,4}}[/\u2044]{_DIGIT}{{1,4}}',
+    '[\xb2\xb3\xb9\u2070\u2074-\u2079]+|[\u2080-\u2089]+',
+    # runs of these are one token, of quotes no more than two
+    _QUOTES,
     r'[?!]+|\*+|_+|#{2,}|<<|>>|-{2,5}|-{6,}|\.{3,5}|(?:\.[ \xa0]){2,4}\.',
     # addresses, mentions, hash tags
     rf'https?://[^{_URL_BREAK}]+{_URL_END}',
@@ -120,12 +150,14 @@ _WRITTEN = {
     '(': '-lrb-', ')': '-rrb-', '[': '-lsb-', ']': '-rsb-', '{': '-lcb-',
     '}': '-rcb-', '\xbd': '1/2', '\xbc': '1/4', '\xbe': '3/4',
     '\u2153': '1/3', '\u2154': '2/3', '\u20ac': '$', '\xa3': '#',
-    '\xa2': 'cents', '&amp;': '&', '&lt;': '<', '&gt;': '>', '&quot;': "''",
+    '\x80': '$', '\xa4': '$', '\u20a0': '$', '\xa2': 'cents',
+    '&amp;': '&', '&lt;': '<', '&gt;': '>', '&quot;': "''",
     '&apos;': "'", '\u2026': '...', '\u2013': '--', '\u2014': '--',
     '\u2015': '--', '\u2012': '-', '\u2010': '-', '\u2011': '-',
     '\u201c': '``', '\u201d': "''", '"': "''", '\u2018': '`', '\u2019': "'",
     '\x91': '`', '\x92': "'", '\x93': '``', '\x94': "''", '\x85': '...',
-    '\x96': '--', '\x97': '--', '\xab': '``', '\xbb': "''",
+    '\x96': '--', '\x97': '--', '\xab': '``', '\xbb': "''", '\u201b': '`',
+    '\u2039': '`', '\u203a': "'",
 }
 
 
@@ -181,6 +213,10 @@ def _written(token, text, end):
     return _SPLIT[lower].split()
   if lower in _WRITTEN:
     return [_WRITTEN[lower]]
+  if re.fullmatch(_QUOTES, token):
+    return [''.join(_WRITTEN.get(c, c) for c in token)]
+  if len(token) == 1 and token not in _KNOWN and not '!' <= token <= '~':
+    return []
   if len(token) == 2 and token[1] == '.' and _STARTER.match(text, end):
     return [lower[0]]  # and the full stop, which is dropped anyway
   if token[0].isdigit():

@@ -1,4 +1,4 @@
-"""WORKDIR/report.html: what a run is and how far it got, on one page.
+"""WORKDIR/report.html: a run's settings, curves and results on one page.
 
 Self-contained (pictures and curves are inside, nothing is loaded from
 elsewhere) and made from whatever files of the workdir are there:
@@ -7,6 +7,7 @@ config.json, metrics.jsonl, eval.json, samples/*.png.
 import base64
 import collections
 import glob
+import importlib
 import io
 import json
 import os
@@ -15,20 +16,10 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from e2e_vlp_jax import errors
+from e2e_vlp_jax import discovery
+from e2e_vlp_jax import files
 
-# The figures shown large at the top, if the run has them: (key, title).
-_HEADLINES = (
-    ('detection/AP50', 'AP50'), ('detection/AP75', 'AP75'),
-    ('detection/attribute_accuracy', 'attributes'),
-    ('captioning/CIDEr', 'CIDEr'), ('captioning/facts_right', 'facts right'),
-    ('itm/accuracy', 'ITM accuracy'), ('mlm/accuracy', 'MLM accuracy'),
-    ('mlm/image_gain', 'MLM image gain'), ('retrieval/TR1', 'text R@1'),
-    ('retrieval/IR1', 'image R@1'), ('retrieval/TR1_itm', 'text R@1, ITM'),
-    ('retrieval/IR1_itm', 'image R@1, ITM'))
-# Evaluators' metrics that get no curve: they are in the table.
-_NO_CURVE = ('APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl',
-             'BLEU1', 'BLEU2', 'BLEU3', 'image_gain')
+_EVALUATORS, _MODELS = 'e2e_vlp_jax.evaluation', 'e2e_vlp_jax.models'
 _POINTS = 300        # of a curve; more are averaged
 _LARGEST_PNG = 200_000  # bytes; larger pictures are embedded as JPEG
 _COLOURS = ('#2563eb', '#e8590c', '#2f9e44', '#9c36b5')
@@ -43,8 +34,11 @@ def write_report(workdir):
   config = _read_json(os.path.join(workdir, 'config.json'))
   series = _read_metrics(os.path.join(workdir, 'metrics.jsonl'))
   warm = _dig(config, ('warm_start', 'steps')) or 0
+  described = _dig(config, ('evals',)) or {}
   splits = {name: _dig(e, ('source', 'split')) or 'held out'
-            for name, e in (_dig(config, ('evals',)) or {}).items()}
+            for name, e in described.items()}
+  # Without a config, an evaluator's name is taken for its type.
+  kinds = {name: _dig(e, ('type',)) for name, e in described.items()}
   evals = _evals(series, _read_json(os.path.join(workdir, 'eval.json')))
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
@@ -52,22 +46,16 @@ def write_report(workdir):
   html = environment.get_template('report.html.j2').render(
       name=os.path.basename(os.path.abspath(workdir)),
       facts=_facts(config, series),
-      headlines=[(title, evals[key]) for key, title in _HEADLINES
-                 if key in evals],
+      headlines=_headlines(evals, kinds),
       tables=_tables(evals, splits),
-      curves=[('Held-out metrics', _eval_curves(series, splits)),
+      curves=[('Held-out metrics', _eval_curves(series, splits, kinds)),
               ('Training', _curves(series, 'train/', warm)),
               ('Speed', _curves(series, 'perf/', 0))],
       samples=[_embed(path) for path in sorted(glob.glob(
           os.path.join(glob.escape(workdir), 'samples', '*.png')))],
       config=json.dumps(config, indent=1) if config else '')
   path = os.path.join(workdir, 'report.html')
-  try:
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-      f.write(html)
-    os.replace(path + '.tmp', path)
-  except OSError as e:
-    raise errors.UserError(f'{path}: cannot be written ({e.strerror})') from e
+  files.write(path, html)
   return path
 
 
@@ -114,6 +102,27 @@ def _evals(series, written):
   return found
 
 
+def _shown(kind):
+  """(HEADLINES, NO_CURVE) of an evaluator's file."""
+  if kind not in discovery.names(_EVALUATORS, 'evaluate'):
+    return {}, ()
+  module = importlib.import_module(f'{_EVALUATORS}.{kind}')
+  return getattr(module, 'HEADLINES', {}), getattr(module, 'NO_CURVE', ())
+
+
+def _headlines(evals, kinds):
+  """[(title, (value, step))]: the figures shown large at the top."""
+  names = dict.fromkeys(key.partition('/')[0] for key in evals)
+  found = []
+  for name in [n for n in names if _base(n, names) == n]:
+    kind = kinds.get(name) or name
+    for metric, title in _shown(kind)[0].items():
+      if f'{name}/{metric}' in evals:
+        found.append((title if name == kind else f'{name}: {title}',
+                      evals[f'{name}/{metric}']))
+  return found
+
+
 def _base(name, names):
   """'detection_unseen' -> 'detection', if that is an evaluator too."""
   return next((other for other in sorted(names, key=len)
@@ -138,7 +147,7 @@ def _tables(evals, splits):
 
 
 def _facts(config, series):
-  """What a reader wants to know first: [(name, text)]."""
+  """The run in short: [(name, text)]."""
   facts = []
   get = lambda *path: _dig(config, path)
   steps = [max(points) for name, points in series.items()
@@ -148,17 +157,9 @@ def _facts(config, series):
                            f'{get("total_steps") or "?":,}'
                   if get('total_steps') else f'{max(steps):,}'))
   if get('model', 'name'):
-    trunk = get('model', 'backbone', 'name') or ''
-    depth = get('model', 'backbone', 'depth')
-    facts.append(('model', f'{get("model", "name")}: {trunk}'
-                           f'{f"-{depth}" if depth else ""}, '
-                           f'{get("model", "encoder_layers")} encoder and '
-                           f'{get("model", "decoder_layers")} decoder layers, '
-                           f'width {get("model", "width")}'))
+    facts.append(('model', _describe(get('model'))))
   if get('data', 'train'):
-    facts.append(('trained on', ', '.join(
-        f'{s["name"]}/{s["split"]}' + (f' x {s["weight"]:g}' if len(
-            get('data', 'train')) > 1 else '') for s in get('data', 'train'))))
+    facts.append(('trained on', _sources(get('data', 'train'))))
   if get('objectives'):
     facts.append(('objectives', ', '.join(
         f'{k} {v:g}' for k, v in get('objectives').items() if v)))
@@ -175,13 +176,33 @@ def _facts(config, series):
   return facts
 
 
+def _describe(model):
+  """One line about `config.model`: the model file's own `describe`, if any."""
+  name = model['name']
+  if name in discovery.names(_MODELS, 'describe'):
+    text = discovery.load(_MODELS, name, 'describe', 'model.name')(model)
+    return f'{name}: {text}'
+  return name + (f', width {model["width"]}' if 'width' in model else '')
+
+
+def _sources(sources):
+  """'coco/train x 2, scenes/train x by_rows': sources and their weights."""
+  shown = []
+  for source in sources:
+    weight = source.get('weight', 1.)
+    weight = weight if isinstance(weight, str) else f'{weight:g}'
+    shown.append(f'{source["name"]}/{source["split"]}'
+                 + (f' x {weight}' if len(sources) > 1 else ''))
+  return ', '.join(shown)
+
+
 def _dig(tree, path):
   for key in path:
     tree = tree.get(key) if isinstance(tree, dict) else None
   return tree
 
 
-def _eval_curves(series, splits):
+def _eval_curves(series, splits, kinds):
   """[(title, image)] of the metrics; an evaluator's splits share an axis."""
   names = dict.fromkeys(k.split('/')[1] for k in series
                         if k.startswith('eval/'))
@@ -190,7 +211,7 @@ def _eval_curves(series, splits):
     if not key.startswith('eval/'):
       continue
     _, name, metric = key.split('/', 2)
-    if metric not in _NO_CURVE:
+    if metric not in _shown(kinds.get(name) or name)[1]:
       title = f'{_base(name, names)}/{metric}'
       plots[title][splits.get(name, name)] = points
   return [(title, _plot(lines, marker='o', zero=True))

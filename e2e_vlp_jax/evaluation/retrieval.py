@@ -1,16 +1,18 @@
 """Retrieval: the text of an image, and the image of a text, among many.
 
-A model with an ITC head (views `image_only` and `text_only`) embeds every
-image and text once and ranks by ITC's logits; its ITM head (view `joint`)
-then ranks the best `top_k` anew, as ALBEF does (Li et al., 2021). A model
-without ITC scores every pair by ITM, which is affordable for some hundreds of
-images.
+A model with an ITC head (task 'embed') embeds every image and text once and
+ranks by ITC's logits; its ITM head (task 'match') then ranks the best `top_k`
+again, as ALBEF does (Li et al., 2021). A model without ITC scores every pair
+by ITM, which is affordable for some hundreds of images.
 """
-import flax
 import numpy as np
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.evaluation import predictor as predictor_lib
+from e2e_vlp_jax.evaluation import inputs
+from e2e_vlp_jax.tasks import base
+
+HEADLINES = {'TR1': 'text R@1', 'IR1': 'image R@1',
+             'TR1_itm': 'text R@1, ITM', 'IR1_itm': 'image R@1, ITM'}
 
 _RECALLS = (1, 5, 10)
 _SCORES = {'odds': lambda x: x[..., 1] - x[..., 0],
@@ -23,9 +25,8 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   """Recalls in both directions.
 
   An image may have several texts: it is found by each of them, and finds its
-  text if any of its own is among the first K. Ties are lost: what scores as
-  high as the right one counts as ahead of it, so that a model that gives all
-  pairs one score finds nothing.
+  text if any of its own is among the first K. Ties count as errors, so that a
+  model that gives all pairs one score finds nothing.
 
   Args:
     predictor: a Predictor.
@@ -34,14 +35,15 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     max_examples: number of images; None = all.
     progress: called with the number of images done, first while embedding,
       then from 0 again while pairs are scored.
-    texts: of an image, its first so many; None = data.sentences.
-    top_k: how many candidates ITM ranks anew; 0 = none.
+    texts: captions used of an image (its first ones); None = data.sentences.
+    top_k: how many candidates ITM ranks again; 0 = none.
     score: what ITM ranks by: 'odds' (the probability of a match) or 'logit'
       (its logit alone, as FIBER's released code).
-    itc_weight: ITC's logits count so much beside ITM's score. Where ITM
-      learned to tell true pairs from negatives drawn by exp(h x ITC's logits),
-      its odds are those of a pair divided by just that, and h puts it back
-      (noise-contrastive estimation, Gutmann and Hyvarinen, 2010).
+    itc_weight: factor with which ITC's logits are added to ITM's score. Where
+      ITM learned to tell true pairs from negatives drawn by exp(h x ITC's
+      logits), its odds are those of a pair divided by just that; the factor h
+      puts it back (noise-contrastive estimation, Gutmann and Hyvarinen,
+      2010).
     max_pairs: of images and texts, for a model without ITC.
     at_once: texts in one call of ITM with an image.
 
@@ -57,50 +59,47 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   if score not in _SCORES:
     raise errors.UserError(f'retrieval: score={score!r}'
                            + errors.nearest(score, _SCORES))
-  views = predictor.model.views
-  itc = all('itc' in views.get(v, ()) for v in ('image_only', 'text_only'))
-  itm = 'itm' in views.get('joint', ()) and (top_k or not itc)
+  embed, match = base.load('embed'), base.load('match')
+  itc = not embed.lacks(predictor.model)
+  itm = not match.lacks(predictor.model) and (top_k or not itc)
   if not itc and not itm:
     raise errors.UserError('retrieval: this model has neither an itc nor an '
                            'itm head')
-  texts = texts or predictor.config.data.sentences
-  try:
-    found = _Items(predictor, variables, pipeline, max_examples, progress,
-                   texts, itc)
-    if not found.owner.size:
-      raise errors.UserError('retrieval: no image has a text')
-    out = {}
-    if itc:
-      near = found.image_vectors @ found.text_vectors.T
-      out = recalls(near, near, found.owner)
-    if itm:
-      pairs = near.shape if itc else (len(found.ids), len(found.owner))
-      if not itc and np.prod(pairs) > max_pairs:
-        fits = int(np.sqrt(max_pairs * pairs[0] / pairs[1]))
-        raise errors.UserError(
-            f'retrieval: this model has no itc head, and its itm head would '
-            f'have to score all {pairs[0]} x {pairs[1]} pairs of images and '
-            f'texts; max_pairs is {max_pairs}: set max_examples={fits} or '
-            'raise max_pairs')
-      # Which pairs to score, for the images' sake and for the texts'.
-      by_image, by_text = ((_best(near, top_k, 1), _best(near, top_k, 0))
-                           if itc else (np.ones(pairs, bool),) * 2)
-      logits = found.match(by_image | by_text, at_once, progress)
-      judged = np.nan_to_num(_SCORES[score](logits.astype(np.float64)),
-                             nan=-1e30)
-      if not itc:
-        return recalls(judged, judged, found.owner)
-      judged += itc_weight * near
-      above = judged - np.min(judged[by_image | by_text], initial=0) + 2
-      again = recalls(np.where(by_image, above, near),
-                      np.where(by_text, above, near), found.owner)
-      out.update({f'{k}_itm': v for k, v in again.items()})
-    return out
-  except flax.errors.ScopeParamNotFoundError as e:
+  items = _Items(predictor, variables, pipeline, max_examples, progress,
+                 texts or predictor.config.data.sentences,
+                 embed if itc else None)
+  shape = len(items.ids), len(items.owner)
+  if itc:
+    near = items.image_vectors @ items.text_vectors.T
+    out = recalls(near, near, items.owner)
+    if not itm:
+      return out
+    # The pairs to score, for the images' sake and for the texts'.
+    by_image, by_text = _best(near, top_k, 1), _best(near, top_k, 0)
+  else:
+    _check_number(shape, max_pairs)
+    by_image = by_text = np.ones(shape, bool)
+  logits = items.match(by_image | by_text, at_once, progress)
+  judged = np.nan_to_num(_SCORES[score](logits.astype(np.float64)), nan=-1e30)
+  if not itc:
+    return recalls(judged, judged, items.owner)
+  judged += itc_weight * near
+  # Candidates rank above all others.
+  above = judged - np.min(judged[by_image | by_text], initial=0) + 2
+  again = recalls(np.where(by_image, above, near),
+                  np.where(by_text, above, near), items.owner)
+  return {**out, **{f'{k}_itm': v for k, v in again.items()}}
+
+
+def _check_number(shape, max_pairs):
+  """UserError if all pairs of images and texts are more than `max_pairs`."""
+  if np.prod(shape) > max_pairs:
+    fits = int(np.sqrt(max_pairs * shape[0] / shape[1]))
     raise errors.UserError(
-        'retrieval: the checkpoint was trained without the '
-        f'{"itc or itm" if itc and itm else "itc" if itc else "itm"} head; '
-        'top_k=0 does without itm') from e
+        f'retrieval: this model has no itc head, and its itm head would have '
+        f'to score all {shape[0]} x {shape[1]} pairs of images and texts; '
+        f'max_pairs is {max_pairs}: set max_examples={fits} or raise '
+        'max_pairs')
 
 
 def recalls(by_image, by_text, owner):
@@ -142,69 +141,63 @@ class _Items:
   Attributes:
     ids: [N] example_id of the images.
     owner: [M] number of the image to which a text belongs.
-    image_vectors, text_vectors: float32 [N, E] and [M, E], if asked for;
+    image_vectors, text_vectors: float32 [N, E] and [M, E], if embedded;
       their products are ITC's logits.
   """
 
   def __init__(self, predictor, variables, pipeline, max_examples, progress,
                texts, embed):
     self._predictor, self._variables = predictor, variables
-    self._batches = lambda progress: predictor_lib.batches(
+    self._batches = lambda progress: inputs.batches(
         predictor, pipeline, max_examples, progress)
-    ids, owner, tokens, images, words = [], [], [], [], []
+    ids, owner, tokens, images, vectors = [], [], [], [], []
     for batch, row_ids in self._batches(progress):
       written = [[t for t in map(str.strip, pipeline.record(i)['texts']) if t
                   ][:texts] if i >= 0 else [] for i in row_ids]
-      encoded = [predictor.tokenize(row, texts) for row in written]
+      encoded = [inputs.tokenize(predictor, row, texts) for row in written]
       if embed:
-        # This host's rows among those of all hosts.
-        by_id = dict(zip(row_ids.tolist(), encoded))
-        nothing = predictor.tokenize([], texts)
-        image, word = predictor.embed(variables, _with_texts(
-            batch, [by_id.get(int(i), nothing)
-                    for i in batch['example_id']]))
+        found = predictor.run(variables, {**batch, **inputs.text_rows(
+            predictor, batch, dict(zip(row_ids.tolist(), encoded)), texts)},
+                              embed)
       for row, example_id in enumerate(row_ids):
         if example_id < 0:
           continue
-        owner += [len(ids)] * len(written[row])
-        tokens += list(zip(*encoded[row]))[:len(written[row])]
+        count = len(written[row])
+        owner += [len(ids)] * count
+        tokens += list(zip(*encoded[row]))[:count]
         ids.append(int(example_id))
         if embed:
-          images.append(image[row])
-          words += list(word[row, :len(written[row])])
+          images.append(found['images'][row])
+          vectors += list(found['texts'][row, :count])
+    if not owner:
+      raise errors.UserError('retrieval: no image has a text')
     self.ids, self.owner = np.array(ids, int), np.array(owner, int)
     self._tokens = tokens
-    if embed and owner:
-      self.image_vectors, self.text_vectors = np.stack(images), np.stack(words)
+    if embed:
+      self.image_vectors, self.text_vectors = np.stack(images), np.stack(
+          vectors)
 
   def match(self, wanted, at_once, progress):
-    """ITM's logits of the pairs in `wanted` [N, M], 0 elsewhere: [N, M, 2]."""
+    """ITM's logits of the pairs in `wanted` [N, M], 0 elsewhere: [N, M, 2].
+
+    The images of a batch are encoded once for all their texts.
+    """
     out = np.zeros((*wanted.shape, 2), np.float32)
     number = {i: n for n, i in enumerate(self.ids.tolist())}
     at_once = min(at_once, int(wanted.sum(1).max()))
-    nothing = self._predictor.tokenize([], 1)
-    nothing = nothing[0][0], nothing[1][0]
     for batch, row_ids in self._batches(progress):
+      images = self._predictor.encode_images(self._variables, batch)
       lists = {i: np.flatnonzero(wanted[number[i]])
                for i in row_ids.tolist() if i >= 0}
       longest = max(map(len, lists.values()), default=0)
       for start in range(0, longest, at_once):
-        rows = []
-        for i in batch['example_id'].tolist():
-          row = [self._tokens[n] for n in
-                 lists.get(i, ())[start:start + at_once]]
-          rows.append(list(zip(*row, *[nothing] * (at_once - len(row)))))
-        logits = self._predictor.match_logits(
-            self._variables, _with_texts(batch, rows))
+        chunks = {i: of[start:start + at_once] for i, of in lists.items()}
+        text = inputs.text_rows(self._predictor, batch, {
+            i: tuple(zip(*(self._tokens[n] for n in chunk)))
+            for i, chunk in chunks.items()}, at_once)
+        logits = self._predictor.score_pairs(
+            self._variables, images, text['text'], text['text_mask'])
         for row, i in zip(logits, row_ids.tolist()):
           if i >= 0:
-            chunk = lists[i][start:start + at_once]
-            out[number[i], chunk] = row[:len(chunk)]
+            out[number[i], chunks[i]] = row[:len(chunks[i])]
     return out
-
-
-def _with_texts(batch, rows):
-  """The batch with other texts: rows of (ids [S, L], mask [S, L])."""
-  ids, masks = zip(*rows)
-  return {**batch, 'text': np.array(ids, np.int32),
-          'text_mask': np.array(masks, bool)}

@@ -206,3 +206,12 @@ class Model(contract.BaseModel):
     x = self.text_embedding(ids[:, None], False, position[:, None])
     x, cache = self.decoder.step(cache, x, position)
     return self.caption_logits(x[:, 0]), {**cache, 'position': position + 1}
+
+
+def describe(config):
+  """`config.model` in one line, for people."""
+  trunk = config['backbone']
+  depth = f'-{trunk["depth"]}' if 'depth' in trunk else ''
+  return (f'{trunk["name"]}{depth}, {config["encoder_layers"]} encoder and '
+          f'{config["decoder_layers"]} decoder layers, width '
+          f'{config["width"]}')

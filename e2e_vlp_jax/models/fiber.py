@@ -418,3 +418,12 @@ def _unit(x):
   """Vectors of length 1, float32."""
   x = x.astype(layers.wide(x))
   return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+
+
+def describe(config):
+  """`config.model` in one line, for people."""
+  swin = config['swin']
+  depths = '-'.join(map(str, swin['depths']))
+  return (f'Swin {depths} of width {swin["width"]}, RoBERTa of '
+          f'{config["roberta"]["depth"]} layers, {config["fused_layers"]} of '
+          f'them fused, width {config["width"]}')

@@ -2,10 +2,12 @@
 from typing import Any, Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import layers
+from e2e_vlp_jax.ops import boxes as box_ops
 
 # Of a classifier's weights: flax's own; Kaiming's (SOHO's heads); BERT's.
 INITS = {'lecun': nn.initializers.lecun_normal(),
@@ -28,6 +30,29 @@ class Detection(nn.Module):
       out['pred_attributes'] = nn.Dense(self.num_attributes,
                                         name='attributes')(states)
     return out
+
+  @staticmethod
+  def objects(outputs, image_size):
+    """Every query's object; nothing is suppressed (DETR).
+
+    Args:
+      outputs: pred_logits [B, Q, C+1], pred_boxes [B, Q, 4] (cx, cy, w, h)
+        and, if the head has it, pred_attributes [B, Q, A].
+      image_size: [B, 2] height and width of the originals, pixels.
+
+    Returns:
+      dict, float32: boxes [B, Q, 4] (x0, y0, x1, y1 in pixels), scores and
+      labels [B, Q] (the likeliest class that is an object), attributes
+      [B, Q, A] (probabilities).
+    """
+    wide = lambda x: x.astype(jnp.float32)
+    scores = jax.nn.softmax(wide(outputs['pred_logits']))[..., :-1]
+    boxes = box_ops.to_xyxy(wide(outputs['pred_boxes']))
+    attributes = outputs.get('pred_attributes',
+                             jnp.zeros((*boxes.shape[:2], 0)))
+    return {'boxes': boxes * wide(image_size)[:, None, [1, 0, 1, 0]],
+            'scores': scores.max(-1), 'labels': scores.argmax(-1),
+            'attributes': jax.nn.softmax(wide(attributes))}
 
 
 class MaskedLM(nn.Module):
@@ -60,6 +85,11 @@ class Matching(nn.Module):
     """[..., D] state of [CLS] -> [..., 2] logits."""
     x = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name='pooler')(cls))
     return nn.Dense(2, name='classifier')(x.astype(jnp.float32))
+
+  @staticmethod
+  def probability(outputs):
+    """itm_logits [..., 2] -> float32 [...]: how likely the pair is true."""
+    return jax.nn.softmax(outputs['itm_logits'].astype(jnp.float32))[..., 1]
 
 
 class GridClasses(nn.Module):

@@ -207,3 +207,12 @@ class Model(contract.BaseModel):
     hidden), and the dictionary's usage."""
     return {'mvm_logits': self.neck.words.similarity(states['image']),
             'mvm_labels': states['codes'], **self.neck.words.usage()}
+
+
+def describe(config):
+  """`config.model` in one line, for people."""
+  trunk = config['backbone']
+  depth = f'-{trunk["depth"]}' if 'depth' in trunk else ''
+  return (f'{trunk["name"]}{depth}, {config["dictionary"]["size"]} visual '
+          f'codes, {config["encoder_layers"]} encoder layers, width '
+          f'{config["width"]}')

@@ -1,1 +1,1 @@
-"""What a trained model is asked for; one file a task."""
+"""What a trained model is asked for, one file a task; see base.py."""

@@ -1,11 +1,28 @@
-"""The contract of a task."""
+"""The contract of a task: its inputs, its computation, its results.
+
+A task is one file of this package with a class `Task(base.Task)`. Commands,
+the Predictor and the pictures find it by the file's name.
+
+- `compute` turns a batch into arrays. It is compiled once for each shape of a
+  batch and runs on the accelerator.
+- `result` turns one image's arrays into a `Result`, whose fields are the keys
+  of the JSON.
+- `draw` puts a result into a picture.
+- `finetuning` describes how a model is trained for the task.
+
+No import of this module needs jax or TensorFlow, so that configs can read it.
+"""
 import dataclasses
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
 
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 
 _PACKAGE = 'e2e_vlp_jax.tasks'
+
+# Colours of a picture.
+RIGHT, WRONG, TRUTH = '#2fbf5b', '#f0524d', '#ffffff'
+INK, FAINT = '#e8eaed', '#9aa3ad'
 
 
 def names():
@@ -34,7 +51,7 @@ class Finetuning:
   """How a model is trained for a task; plain data, which configs read.
 
   Attributes:
-    unit: what a row of a batch is made from (`config.data.unit`).
+    unit: item of a record that makes a row of a batch (`config.data.unit`).
     objectives: {name: weight}.
     head: options of `config.model.heads[<task>]`, or None where every model
       brings the head along.
@@ -57,11 +74,218 @@ class Finetuning:
   answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Option:
+  """An option of a task, in Python and on the command line (`--name`).
+
+  Attributes:
+    default: its value, of the option's type.
+    help: one line.
+    least, most: limits of the value; None = no limit.
+    compiled: the program depends on it; another value compiles again.
+  """
+  default: Any
+  help: str
+  least: Optional[float] = None
+  most: Optional[float] = None
+  compiled: bool = False
+
+  def check(self, name, value):
+    """UserError unless `value` lies within the limits."""
+    low, high = self.least, self.most
+    if (low is not None and value < low) or (high is not None
+                                             and value > high):
+      limits = (f'{low} to {high}' if None not in (low, high) else
+                f'at least {low}' if high is None else f'at most {high}')
+      raise errors.UserError(f'--{name}: {value}; expected {limits}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a task found in one image; a subclass adds the task's own fields.
+
+  Attributes:
+    task: name of the task.
+    height, width: of the upright original, pixels.
+  """
+  task: str
+  height: int
+  width: int
+
+  def to_json(self):
+    """A JSON-able dict: task, image and the task's own fields."""
+    fields = dataclasses.asdict(self)
+    return {'task': fields.pop('task'),
+            'image': {k: fields.pop(k) for k in ('height', 'width')},
+            **fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+  """What is known of an image, to judge a result by.
+
+  Attributes:
+    record: of a dataset, see `datasets.base`.
+    labels: a `label_space.LabelSpace`.
+    check_caption: text -> whether every statement of it is true of the
+      image; None where the dataset cannot tell.
+  """
+  record: Mapping[str, Any]
+  labels: Any
+  check_caption: Optional[Callable[[str], bool]] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+  """A box to draw.
+
+  Attributes:
+    box: x0, y0, x1, y1 in pixels of the image.
+    colour: of its lines.
+    tag: written beside it; '' = nothing.
+    style: 'bold', 'thin' or 'dashed'.
+  """
+  box: Sequence[float]
+  colour: str
+  tag: str = ''
+  style: str = 'bold'
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """A task's part of a picture.
+
+  Attributes:
+    boxes: `Box`es on the image; later ones lie on top.
+    sentences: rows below the image: lists of (text, colour).
+    legend: rows that describe the boxes, below all tasks' sentences.
+  """
+  boxes: Sequence[Box] = ()
+  sentences: Sequence[Any] = ()
+  legend: Sequence[Any] = ()
+
+
 class Task:
-  """A task; subclasses override what differs from these defaults."""
+  """A task; subclasses override what differs from these defaults.
+
+  Attributes:
+    summary: one line for --help.
+    requests: {view: (head, ...)} that the model must offer and runs.
+    keys: of the batch, as far as it has them, that `compute` reads.
+    takes_text: whether texts may be given.
+    needs_text: whether texts must be given.
+    options: {name: Option}.
+    in_samples: whether the sample pictures of a run show the task.
+    finetuning: a `Finetuning`, or None.
+  """
+  summary = ''
+  requests: Mapping[str, Sequence[str]] = {}
+  keys: Sequence[str] = ('image', 'image_mask')
+  takes_text = needs_text = False
+  options: Mapping[str, Option] = {}
+  in_samples = True
   finetuning: Optional[Finetuning] = None
 
   @property
   def name(self):
     """Name of the task: that of its file."""
     return type(self).__module__.rpartition('.')[2]
+
+  def lacks(self, model):
+    """Heads that the task needs and the model does not offer, sorted."""
+    return sorted({head for view, heads in self.requests.items()
+                   for head in heads if not model.offers(view, head)})
+
+  def full_options(self, options):
+    """`options` and the defaults of the others.
+
+    Raises:
+      UserError: an option that the task does not have, or a value beyond its
+        limits.
+    """
+    for name, value in options.items():
+      if name not in self.options:
+        raise errors.UserError(
+            f'--{name}: task {self.name!r} has no such option'
+            + (errors.nearest(name, self.options) if self.options else ''))
+      self.options[name].check(name, value)
+    return {k: options.get(k, o.default) for k, o in self.options.items()}
+
+  def check_texts(self, texts, count):
+    """The texts as one list of strings for each of `count` images.
+
+    Args:
+      texts: None, a list of strings for every image, or a list of `count`
+        lists of strings.
+      count: number of images.
+
+    Raises:
+      UserError: texts that the task does not take, none where it needs one,
+        or another number of lists.
+    """
+    texts = list(texts or ()) if not isinstance(texts, str) else [texts]
+    each = ([texts] * count if not texts or isinstance(texts[0], str)
+            else texts)
+    if len(each) != count:
+      raise errors.UserError(f'texts: {len(each)} lists for {count} images')
+    if any(each) and not self.takes_text:
+      raise errors.UserError(f'task {self.name!r} takes no text (--text)')
+    if self.needs_text and not all(t and all(map(str.strip, t))
+                                   for t in each):
+      raise errors.UserError(f'task {self.name!r} needs a text (--text)')
+    return each
+
+  def compute(self, predictor, variables, batch, **options):
+    """What is computed on the accelerator; traced by jax.jit.
+
+    Args:
+      predictor: an `evaluation.predictor.Predictor`: model, config and
+        vocabularies.
+      variables: {'params': ..., **model_state}.
+      batch: its `keys`.
+      **options: the compiled ones.
+
+    Returns:
+      dict of arrays [B, ...].
+    """
+    del options
+    return self.outputs(
+        predictor.model.apply(variables, batch, self.requests), batch)
+
+  def outputs(self, outputs, batch):
+    """The model's outputs {view: {name: array}} -> dict of arrays [B, ...]."""
+    raise NotImplementedError
+
+  def result(self, predictor, arrays, size, texts, **options):
+    """One image's `Result`.
+
+    Args:
+      predictor: as in `compute`.
+      arrays: this image's, numpy.
+      size: (height, width) of the upright original.
+      texts: list of the strings that were asked about.
+      **options: those that are not compiled.
+    """
+    raise NotImplementedError
+
+  def sample_texts(self, records):
+    """Texts to ask about in sample pictures.
+
+    Args:
+      records: list of B records, None for rows of padding.
+
+    Returns:
+      list of B lists of strings, all of the same length.
+    """
+    raise NotImplementedError
+
+  def draw(self, result, truth=None):
+    """A `Drawing` of a result.
+
+    Args:
+      result: a `Result`, or None where the model was not asked: the truth
+        alone may be drawn.
+      truth: a `Truth`, or None where nothing is known.
+    """
+    del result, truth
+    return Drawing()

@@ -15,6 +15,7 @@ import random
 import signal
 
 from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
+from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
 from e2e_vlp_jax.data.datasets.scenes import text as scene_text
 from e2e_vlp_jax.data.datasets import base
 
@@ -85,3 +86,16 @@ def _examples(seed, split, n):
   with multiprocessing.get_context('spawn').Pool(
       cores, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
     yield from pool.imap(one, range(n), chunksize=64)
+
+
+def check_caption(text, record):
+  """Checks a caption against the scene that a record was drawn from.
+
+  Returns:
+    {'facts_right': whether every object, attribute, count and relation of
+    the caption is true}; {} for a record without a scene.
+  """
+  if not record['scene_json']:
+    return {}
+  scene = json.loads(record['scene_json'])
+  return {'facts_right': scene_facts.check_caption(text, scene)['right']}

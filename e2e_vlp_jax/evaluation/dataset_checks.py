@@ -1,0 +1,32 @@
+"""Judgements of a result that only the dataset itself can make.
+
+A dataset's module may define `check_caption(text, record) -> {metric: bool}`,
+{} for a record that it cannot judge.
+"""
+import functools
+
+from e2e_vlp_jax import discovery
+from e2e_vlp_jax.tasks import base
+
+_DATASETS = 'e2e_vlp_jax.data.datasets'
+
+
+def check_caption(pipeline, example_id, text):
+  """{metric: bool} of a caption of the image of an example; {} = no check."""
+  check = _caption_check(pipeline.name(example_id).partition('/')[0])
+  return check(text, pipeline.record(example_id)) if check else {}
+
+
+def truth(pipeline, example_id, labels):
+  """All that is known of the image of an example: a `tasks.base.Truth`."""
+  check = functools.partial(check_caption, pipeline, example_id)
+  return base.Truth(
+      pipeline.record(example_id), labels,
+      (lambda text: all(check(text).values())) if check('') else None)
+
+
+@functools.cache
+def _caption_check(dataset):
+  if dataset not in discovery.names(_DATASETS, 'check_caption'):
+    return None
+  return discovery.load(_DATASETS, dataset, 'check_caption', 'dataset')

@@ -1,0 +1,152 @@
+"""Runs the evaluators of a config's `evals`, during training and after."""
+import inspect
+import os
+
+import numpy as np
+import tqdm
+
+from e2e_vlp_jax import discovery
+from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
+from e2e_vlp_jax.data import pipeline as pipeline_lib
+from e2e_vlp_jax.evaluation import pictures
+from e2e_vlp_jax.evaluation import predictor as predictor_lib
+from e2e_vlp_jax.evaluation import report
+from e2e_vlp_jax.training import sharding
+
+_PACKAGE = 'e2e_vlp_jax.evaluation'
+_KEYS = ('type', 'source', 'pp', 'max_examples', 'examples_during_training',
+         'options')
+# Arguments of every `evaluate`; those that follow are an evaluator's options.
+_COMMON = ('predictor', 'variables', 'pipeline', 'max_examples', 'progress')
+
+
+def names():
+  """Types of evaluators, sorted."""
+  return discovery.names(_PACKAGE, 'evaluate')
+
+
+class Evaluators:
+  """The evaluators of a config, ready to run on any parameters.
+
+  `config.evals.<name>`: type (file of the evaluator), source (name, split),
+  pp, max_examples (0 = all), examples_during_training (how many at
+  eval_every_steps; 0 = none), options (of the evaluator; may be left out).
+
+  Args:
+    config: whole config.
+    model: from `models.build`.
+    vocabularies: a `data.vocabularies.Vocabularies`.
+    mesh: see Predictor.
+
+  Raises:
+    UserError: an unknown evaluator, key or option, or data that is not there.
+  """
+
+  def __init__(self, config, model, vocabularies, mesh=None):
+    if mesh is not None:
+      sharding.check_batch_size(config.eval_batch_size, mesh,
+                                key='eval_batch_size')
+    self._config, self._mesh = config, mesh
+    self._vocabularies = vocabularies
+    self.predictor = predictor_lib.Predictor(model, config, vocabularies,
+                                             mesh=mesh)
+    self._functions, self._pipelines = {}, {}
+    for name, options in config.evals.items():
+      self._functions[name] = _function(name, options)
+      # Opened now, so that a missing split fails before the training.
+      self._pipelines[name] = self._open(options.source, options.pp)
+
+  def _open(self, source, pp):
+    config = self._config
+    rows = None if self._mesh is None else sharding.host_rows(
+        self._mesh, config.eval_batch_size)
+    return pipeline_lib.Pipeline(
+        config.data, sources=(dict(source, weight=1.),), pp=pp,
+        seed=config.seed, batch_size=config.eval_batch_size, train=False,
+        rows=rows, vocabularies=self._vocabularies)
+
+  def check_metric(self, key, metric):
+    """UserError unless `metric` is '' or of an evaluation during training.
+
+    Args:
+      key: the config's, for the message.
+      metric: 'eval/<name>/<metric>'.
+    """
+    during = [n for n, o in self._config.evals.items()
+              if o.examples_during_training]
+    parts = metric.split('/', 2)
+    if metric and (len(parts) != 3 or parts[0] != 'eval'
+                   or parts[1] not in during):
+      raise errors.UserError(
+          f"{key}: {metric!r}; expected 'eval/<name>/<metric>' of an "
+          'evaluation during training '
+          f'({", ".join(during) or "there is none"})')
+
+  def run(self, variables, final=True, bar=False):
+    """Runs all evaluators.
+
+    Args:
+      variables: {'params': ..., **model_state}.
+      final: on all of `max_examples`; else on `examples_during_training`.
+      bar: show progress bars.
+
+    Returns:
+      ({'eval/<name>/<metric>': value}, {picture name: PIL image}).
+    """
+    scores = {}
+    for name, options in self._config.evals.items():
+      count = (options.max_examples if final
+               else options.examples_during_training)
+      if not final and not count:
+        continue
+      pipeline = self._pipelines[name]
+      with tqdm.tqdm(total=min(count or np.inf, pipeline.num_examples),
+                     desc=name, unit='image', leave=False,
+                     disable=not bar) as progress:
+        found = self._functions[name](
+            self.predictor, variables, pipeline, max_examples=count or None,
+            progress=lambda done, bar=progress: bar.update(done - bar.n),
+            **options.get('options', {}))
+      scores.update({f'eval/{name}/{k}': v for k, v in found.items()})
+    samples = self._config.samples
+    images = pictures.sample_sheet(
+        self.predictor, variables,
+        self._open(samples.source, self._config.data.pp_eval),
+        samples.count) if samples.count else []
+    return scores, {f'sample_{i:02d}': x for i, x in enumerate(images)}
+
+
+def _function(name, options):
+  """The `evaluate` of `config.evals.<name>`; checks the config's keys."""
+  evaluate = discovery.load(_PACKAGE, options.type, 'evaluate',
+                            f'evals.{name}.type')
+  for key in options:
+    if key not in _KEYS:
+      raise errors.UserError(
+          f'evals.{name}.{key}: no such key' + errors.nearest(key, _KEYS)
+          + f"; the evaluator's own options are evals.{name}.options")
+  own = [k for k in inspect.signature(evaluate).parameters
+         if k not in _COMMON]
+  for key in options.get('options', {}):
+    if key not in own:
+      raise errors.UserError(f'evals.{name}.options.{key}: no such option'
+                             + errors.nearest(key, own))
+  return evaluate
+
+
+def write(workdir, step, scores, images):
+  """Writes WORKDIR/eval.json, samples/*.png and report.html.
+
+  Args:
+    workdir: folder, made if it is not there.
+    step: of the checkpoint that was evaluated.
+    scores: {'eval/<name>/<metric>': value}.
+    images: {picture name: PIL image}; they replace those of the same name.
+  """
+  os.makedirs(os.path.join(workdir, 'samples'), exist_ok=True)
+  for name, image in images.items():
+    image.save(os.path.join(workdir, 'samples', f'{name}.png'))
+  files.write_json(os.path.join(workdir, 'eval.json'),
+                   {'step': int(step), **scores})
+  report.write_report(workdir)

@@ -1,0 +1,150 @@
+"""What a model reads in an evaluation: batches of a pipeline, or one image."""
+import collections
+
+import numpy as np
+from PIL import Image
+
+from e2e_vlp_jax.data import ops_image
+from e2e_vlp_jax.data import pp as pp_lib
+from e2e_vlp_jax.data import photographs
+
+
+def fit(image, buckets, pp='decode|fit'):
+  """The image in the bucket of the nearest aspect ratio, as the pipeline's.
+
+  Args:
+    image: uint8 [H, W, 3].
+    buckets: [(height, width)].
+    pp: its image ops decide where and how large the image lies.
+
+  Returns:
+    (uint8 [BH, BW, 3], bool [BH, BW]), the mask True on the image.
+  """
+  h, w = image.shape[:2]
+  bucket = min(buckets, key=lambda b: abs(np.log(h / w) - np.log(b[0] / b[1])))
+  plan = pp_lib.build(pp, None, only=ops_image.OPS)(
+      {'height': h, 'width': w, 'bucket': tuple(bucket), 'texts': [],
+       'objects': [], 'seed': 0})
+  canvas = np.zeros((*bucket, 3), np.uint8)
+  ops_image.paint(plan, Image.fromarray(image), canvas)
+  return canvas, plan['image_mask']
+
+
+def example(predictor, image, texts=(), count=0):
+  """A row of a batch, made as the pipeline makes it for `data.pp_eval`.
+
+  Args:
+    predictor: a Predictor.
+    image: path, encoded bytes, or uint8 [H, W, 3], upright.
+    texts: list of strings.
+    count: S, to which the texts are padded; 0 = no keys of texts.
+
+  Returns:
+    dict: image, image_mask, image_size and, if count, text and text_mask.
+  """
+  if not isinstance(image, np.ndarray):
+    image = photographs.decode_image(image)
+  data = predictor.config.data
+  canvas, mask = fit(image, data.buckets, data.pp_eval)
+  out = {'image': canvas, 'image_mask': mask,
+         'image_size': np.array(image.shape[:2], np.int32)}
+  if count:
+    out['text'], out['text_mask'] = tokenize(predictor, texts, count)
+  return out
+
+
+def in_batches(examples, rows):
+  """Examples -> batches of one shape and `rows` rows each.
+
+  Args:
+    examples: iterable of dicts from `example`.
+    rows: B. The last batch of a shape is filled up with its last example, as
+      another size would compile again.
+
+  Yields:
+    (numbers, batch): which examples the first rows are, and the batch.
+  """
+  waiting = collections.defaultdict(list)
+
+  def batch(shape):
+    numbers, found = zip(*waiting.pop(shape))
+    found += found[-1:] * (rows - len(found))
+    return numbers, {k: np.stack([e[k] for e in found]) for k in found[0]}
+
+  for number, one in enumerate(examples):
+    shape = one['image'].shape
+    waiting[shape].append((number, one))
+    if len(waiting[shape]) == rows:
+      yield batch(shape)
+  for shape in list(waiting):
+    yield batch(shape)
+
+
+def tokenize(predictor, texts, count):
+  """At most `count` texts -> int32 [count, L] ids, bool [count, L] mask."""
+  tokenizer, length = predictor.tokenizer, predictor.config.data.max_text
+  ids = np.full((count, length), tokenizer.pad_id, np.int32)
+  mask = np.zeros((count, length), bool)
+  for row, text in enumerate(texts):
+    tokens = tokenizer.encode(text, length)
+    ids[row, :len(tokens)] = tokens
+    # A text may hold the pad token's id only as padding.
+    mask[row, :len(tokens)] = True
+  return ids, mask
+
+
+def text_rows(predictor, batch, encoded, count):
+  """The keys text and text_mask for this host's rows of a batch.
+
+  Args:
+    predictor: a Predictor.
+    batch: of a pipeline.
+    encoded: {example_id: (ids, mask)}, each at most `count` rows of [L], or
+      (); rows of other examples are blank.
+    count: S.
+
+  Returns:
+    {'text': int32 [B, S, L], 'text_mask': bool [B, S, L]}.
+  """
+  blank = tokenize(predictor, [], count)
+  ids, mask = (np.stack([x] * len(batch['example_id'])) for x in blank)
+  for row, i in enumerate(np.asarray(batch['example_id']).tolist()):
+    for out, rows in zip((ids, mask), encoded.get(i, ())):
+      out[row, :len(rows)] = rows
+  return {'text': ids, 'text_mask': mask}
+
+
+def batches(predictor, pipeline, max_examples=None, progress=None):
+  """An evaluation's batches, all of them or a sample.
+
+  A sample is whole batches spread evenly over the split, since neighbouring
+  batches have the same shape of image.
+
+  Args:
+    predictor: a Predictor.
+    pipeline: an evaluation `Pipeline`.
+    max_examples: at most this many; None or 0 = all.
+    progress: called with the number of examples done after each batch.
+
+  Yields:
+    (batch, ids): this host's batch, and the example_id of all hosts' rows,
+    -1 where a row is padding, unreadable or beyond `max_examples`.
+  """
+  left = pipeline.num_examples
+  if max_examples and max_examples < left:
+    left = max_examples
+    rows = len(predictor.gather(pipeline.batch(0), 'example_id'))
+    count = min(-(-left // rows), pipeline.num_batches)
+    steps = np.arange(count) * pipeline.num_batches // count
+    source = (pipeline.batch(int(t)) for t in steps)
+  else:
+    source = (batch for _, batch in pipeline.iterate())
+  done = 0
+  for batch in source:
+    ids, valid = predictor.gather(batch, 'example_id', 'valid')
+    ids = np.where(valid & (np.cumsum(valid) <= left), ids, -1)
+    left -= int((ids >= 0).sum())
+    yield batch, ids
+    done += int((ids >= 0).sum())
+    if progress:
+      progress(done)

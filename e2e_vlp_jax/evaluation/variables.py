@@ -1,0 +1,50 @@
+"""Whether the variables of a checkpoint fit a model."""
+import jax
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import synthetic
+
+
+def check(model, config, sizes, found, path, changes):
+  """UserError unless the variables of a checkpoint fit the model.
+
+  Heads that were never trained may be absent altogether, and so may state
+  that another setting alone needs.
+
+  Args:
+    model: from `models.build`.
+    config: whole config.
+    sizes: of the vocabularies, see `data.vocabularies.Vocabularies.sizes`.
+    found: {'params': ..., other collections}, nested dicts of arrays.
+    path: of the checkpoint, for the message.
+    changes: {key of config.model: (value in the checkpoint's config, value
+      here)}, for the message.
+  """
+  batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
+  shapes = jax.eval_shape(
+      lambda b: model.init(jax.random.key(0), b, model.views), batch)
+  want, found = _shapes(shapes), _shapes(found)
+  modules = {name[:2] for name in found}
+  wrong = [f'has {found[n]}, --config expects '
+           + (f'{want[n]}' if n in want else 'none') + f' for {"/".join(n)}'
+           for n in found if found[n] != want.get(n)
+           and (n in want or n[0] == 'params')]
+  wrong += [f'lacks {"/".join(n)}' for n in want if n not in found
+            and n[0] == 'params' and n[:2] in modules]
+  if not wrong:
+    return
+  more = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''
+  keys = [f'model.{k} is {a!r} there, {b!r} here'
+          for k, (a, b) in changes.items()]
+  if keys:
+    more += '; its config has other values: ' + ', '.join(keys[:4])
+  if len(keys) > 4:
+    more += f' and {len(keys) - 4} more'
+  raise errors.UserError(f'checkpoint {path}: of another model or size: it '
+                         f'{wrong[0]}{more}')
+
+
+def _shapes(tree):
+  """{path as a tuple of names: shape}."""
+  return {tuple(str(k.key) for k in path): tuple(x.shape)
+          for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
