@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import e2e_vlp_jax.data
-from e2e_vlp_jax.data import keys, ops_image, pp as pp_lib, records, synthetic
+from e2e_vlp_jax.data import answer_list, keys, ops_image, pp as pp_lib
+from e2e_vlp_jax.data import records, synthetic, vocabularies
 from e2e_vlp_jax.errors import UserError
 from tests import test_pipeline
 from tests.test_pipeline import CONFIG, FakeSplit, open_  # noqa: F401
@@ -58,6 +59,38 @@ def test_a_new_op_file_is_all_that_a_key_takes(op_file, open_):  # noqa: F811
   last = open_(FakeSplit(3), pp=pp, train=False).batch(0)
   assert (last['object_count'][3:] == -1).all()
   assert '| `object_count` | int16 [B,N] | -1 | length |' in pp_lib.table()
+
+
+ANSWERS = '''
+import numpy as np
+from e2e_vlp_jax.data.keys import Key
+
+def answers(context):
+  return lambda example: {**example, 'answer_scores': np.isin(
+      context.answers.answers, example['texts'])}
+
+OPS = {'answers': answers}
+KEYS = {'answers': (Key('answer_scores', np.float32, 'A', 0, 'scores',
+                        lambda draw: draw.rng.random(draw.shape)),)}
+'''
+
+
+def test_an_op_may_use_the_answer_list(op_file, open_):  # noqa: F811
+  op_file('answers', ANSWERS)
+  words = vocabularies.Vocabularies(
+      test_pipeline.tokenizer(), test_pipeline.LABELS,
+      answer_list.AnswerList(['a cube 0', 'two', 'a cube 1']))
+  pp = 'decode|fit|text|answers'
+  batch = open_(FakeSplit(2), pp=pp, vocabularies=words,
+                train=False).batch(0)
+  assert batch['answer_scores'].tolist() == [
+      [1, 0, 0], [0, 0, 1], *[[0, 0, 0]] * 6]
+  made = synthetic.synthetic_batch({**CONFIG, 'pp_train': pp}, batch_size=8,
+                                   **words.sizes)
+  assert made['answer_scores'].shape == (8, 3)
+  # Without an answer list there is no such key.
+  assert 'answer_scores' not in open_(
+      FakeSplit(2), pp='decode|fit|text|answers').batch(0)
 
 
 @pytest.mark.parametrize('change, expected', [

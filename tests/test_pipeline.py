@@ -76,10 +76,11 @@ def make(splits, monkeypatch=None, **more):
     records.open_split = opener
   config = {**CONFIG, **more.pop('config', {})}
   return pipeline.Pipeline(
-      config, vocabularies=vocabularies_lib.Vocabularies(tokenizer(), LABELS),
-      sources=[dict(name=str(k), split='s', weight=w)
+      config, sources=[dict(name=str(k), split='s', weight=w)
                for k, (_, w) in enumerate(splits)],
-      **{**dict(pp=PP, seed=0, batch_size=8, train=True), **more})
+      **{**dict(vocabularies=vocabularies_lib.Vocabularies(
+          tokenizer(), LABELS), pp=PP, seed=0, batch_size=8, train=True),
+         **more})
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ batches, elements = p.iterate(), iter(p.dataset())
 next(elements)
 for n, _ in batches:
   if n == 1:
-    signal.alarm(20)  # kills this process if it hangs
+    signal.alarm(60)  # kills this process if it hangs
     if how == 'raise':
       raise ValueError('meant')
     if how == 'exit':
