@@ -77,8 +77,9 @@ def _start(how, options):
     config = ml_collections.ConfigDict(old_names.modernise(
         meta['config'], f'from={options["from"]}'))
     scenes = [s['name'] for s in config.data.train] == ['scenes']
-    del config.data['tokenizer']
-    # Of the checkpoint: its tokenizer, and its labels unless others are named.
+    # The checkpoint's own tokenizer, and its labels unless others are named.
+    if 'tokenizer' in config.data:
+      del config.data['tokenizer']
     config.data.vocabularies = os.path.abspath(options['from'])
     config.data.labels = ''
   else:

@@ -8,7 +8,8 @@
 Trains E2E-VLP `tiny` on the 32 photographs and evaluates on the same ones: a
 model that cannot memorise its training set has a bug. It says nothing about
 other photographs. COCO is a folder in the official layout (annotations/,
-train2017/, val2017/). Measured: see the README's table.
+train2017/, val2017/). Measured: AP50 0.98 and CIDEr 2.0 after 18 minutes on 2
+CPU cores that other work shared.
 """
 from configs import e2e_vlp
 

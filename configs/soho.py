@@ -34,7 +34,7 @@ def get_config(arg=None):
   config.objectives = dict(mlm=1., itm=1., mvm=1., grid_classes=0.)
   config.objective_options = dict(grid_classes=dict(background_weight=.3))
   config.model = dict(
-      name='soho', use_text=True, heads={},
+      name='soho', heads={},
       backbone=dict(name='resnet', depth=18, dilated=False, mask_padding=True,
                     stem=64, width=64, remat='full'),
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225),

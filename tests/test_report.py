@@ -104,8 +104,9 @@ def test_a_later_evaluate_replaces_the_runs_own_figures(workdir):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').touch()
   with pytest.raises(errors.UserError, match='cannot be written'):
-    report.write_report(str(tmp_path / 'absent'))
+    report.write_report(str(tmp_path / 'file' / 'absent'))
 
 
 @pytest.mark.parametrize('spec, model, sources', [

@@ -138,7 +138,7 @@ def modernise(config, where='config'):
 
 
 def _drop_unread(flat):
-  """Removes options that the chosen schedule and optimizers never read."""
+  """Removes what the chosen schedule, optimizers and model never read."""
   for group in ('optim', 'warm_start.schedule'):
     schedule = flat.get(f'{group}.schedule')
     if schedule is None:
@@ -148,6 +148,9 @@ def _drop_unread(flat):
               }.get(schedule, ('decay_steps', 'decay_factor'))
     for key in unread:
       flat.pop(f'{group}.{key}', None)
+  # Only a model that can be a mere detector asks whether there is text.
+  if 'model.num_queries' not in flat:
+    flat.pop('model.use_text', None)
   if 'optim.momentum' in flat:
     kinds = [dict(group[1]).get('optimizer', flat.get('optim.optimizer'))
              for group in flat.get('optim.groups', ())]
