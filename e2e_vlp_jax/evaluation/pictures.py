@@ -5,6 +5,7 @@ The image with tagged boxes; below it the rows of each task, see
 wrong, thin white lines are the true boxes and dashed ones were missed. Cards
 are narrow, so that they can be read on a telephone.
 """
+import contextlib
 import functools
 import os
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.evaluation import dataset_checks
 from e2e_vlp_jax.evaluation import inputs
+from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.tasks import base
 
 _PAPER = '#16191d'
@@ -150,7 +152,7 @@ def _font(size):
 
 
 def sample_sheet(predictor, variables, pipeline, n):
-  """Pictures of `n` examples, with all tasks that the model can do.
+  """Pictures of `n` examples, with all tasks that the model is trained for.
 
   Args:
     predictor: a Predictor.
@@ -166,8 +168,10 @@ def sample_sheet(predictor, variables, pipeline, n):
   images = []
   for batch, ids in inputs.batches(predictor, pipeline, n):
     ids = np.asarray(ids).tolist()
-    found = [_sample(predictor, variables, batch, ids, pipeline, task)
-             for task in tasks]
+    found = []
+    for task in tasks:
+      with contextlib.suppress(predictor_lib.NotTrained):
+        found.append(_sample(predictor, variables, batch, ids, pipeline, task))
     for row, example_id in enumerate(ids):
       if example_id >= 0 and len(images) < n:
         truth = dataset_checks.truth(pipeline, example_id, predictor.labels)

@@ -22,8 +22,11 @@ from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import sharding
 
-# Images that `predict` runs at once, if there are several.
-_ROWS = 8
+_ROWS = 8  # images that `predict` runs at once, if there are several
+
+
+class NotTrained(errors.UserError):
+  """The model offers a task, but the checkpoint lacks a head's parameters."""
 
 
 class Predictor:
@@ -113,8 +116,7 @@ class Predictor:
     options = task.full_options(options)
     if isinstance(images, (str, bytes, np.ndarray)):
       raise errors.UserError('images: one image; expected a list of images')
-    images = list(images)
-    texts = task.check_texts(texts, len(images))
+    texts = task.check_texts(texts, len(images := list(images)))
     rows = 1 if len(images) == 1 else _ROWS
     if self._mesh is not None:
       rows = -(-rows // self._mesh.size) * self._mesh.size
@@ -160,7 +162,7 @@ class Predictor:
       **options: of the task.
 
     Raises:
-      UserError: the checkpoint was trained without a head of the task.
+      NotTrained: the checkpoint was trained without a head of the task.
     """
     fixed = {k: v for k, v in task.full_options(options).items()
              if task.options[k].compiled}
@@ -171,7 +173,7 @@ class Predictor:
           (task, *sorted(fixed.items())), compute)(variables, batch))
     except flax.errors.ScopeParamNotFoundError as e:
       heads = sorted({h for hs in task.requests.values() for h in hs})
-      raise errors.UserError(
+      raise NotTrained(
           f'this checkpoint was trained without its {" or ".join(heads)} '
           f'head, which {task.name!r} needs') from e
 
@@ -207,8 +209,7 @@ class Predictor:
 
   def _place(self, batch):
     """A host's batch on the mesh, if there is one."""
-    return batch if self._mesh is None else sharding.shard_batch(self._mesh,
-                                                                 batch)
+    return sharding.shard_batch(self._mesh, batch) if self._mesh else batch
 
   def gather(self, batch, *keys):
     """`batch[key]` for all hosts' rows, in the order of the results."""
