@@ -368,7 +368,8 @@ def convert_state(tmp_path):
     safetensors.numpy.save_file(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
     options = {'data.tokenizer.path': vocabulary, 'model.width': 32,
-               'model.attention_heads': 4, 'model.ffn': 64, 'model.max_text': 24,
+               'model.attention_heads': 4, 'model.ffn': 64,
+               'model.max_text': 24,
                'model.dictionary.size': 16, 'model.backbone.stem': 8,
                'model.backbone.width': 8, **changes}
     convert.main(['--format', kind, '--input', str(path), '--config',
