@@ -165,7 +165,8 @@ def _tiny(config):
       roberta=dict(depth=3, width=128, heads=4, ffn=256,
                 positions=config.data.max_text + 2, types=1, dropout=0.,
                 epsilon=1e-5, from_scratch=True),
-      fused_layers=2, width=128, text_pool='mean', negative_hardness=.5, remat='none',
+      fused_layers=2, width=128, text_pool='mean',
+      negative_hardness=.5, remat='none',
       image_mean=(.4, .4, .4), image_std=(.333, .333, .333)))
   config.batch_size = 16
   config.data.sentences = 2  # An image's lower blocks serve both.

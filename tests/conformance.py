@@ -135,6 +135,10 @@ def check_kept_features(case):
   parts = [pairs(image, text[:, half], mask[:, half])
            for half in (slice(0, TEXTS // 2), slice(TEXTS // 2, TEXTS))]
   close(whole, jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts))
+  if model.offers('image_only', 'detection'):
+    found = case.call('detect', image)
+    view = case.run()['image_only']
+    close(found, {k: view[k] for k in found})
 
 
 def check_heads_of_config(case):
