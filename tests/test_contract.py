@@ -1,4 +1,6 @@
 """Every model keeps the promises of models/contract.py."""
+import pathlib
+
 import pytest
 
 from e2e_vlp_jax import cli
@@ -7,6 +9,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from tests import conformance
 
+_CONFIGS = pathlib.Path(__file__).resolve().parent.parent / 'configs'
 # Smaller than `tiny`, where a model has these keys.
 _SMALL = {'data.buckets': ((48, 48),), 'data.max_text': 12, 'model.width': 32,
           'model.ffn': 48, 'model.attention_heads': 4, 'model.max_text': 24,
@@ -22,7 +25,7 @@ _SMALL = {'data.buckets': ((48, 48),), 'data.max_text': 12, 'model.width': 32,
 
 def small_config(name):
   """A model's `tiny`, smaller still."""
-  config = cli.load_config(f'configs/{name}.py:tiny')
+  config = cli.load_config(f'{_CONFIGS}/{name}.py:tiny')
   for key, value in _SMALL.items():
     *groups, last = key.split('.')
     node = config

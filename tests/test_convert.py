@@ -40,12 +40,13 @@ CONFIG = {  # small models of each kind; 'scenes' has 6 classes
              'model.num_queries': 8},
     'soho': {'spec': f'{REPO}/configs/soho.py:r18,data=scenes,side=64',
              'dtype': 'float32', 'model.backbone.stem': 8,
-             'model.backbone.width': 8, 'model.width': 32, 'model.attention_heads': 4,
-             'model.ffn': 48, 'model.max_text': 24, 'model.remat': 'none',
-             'data.tokenizer.path': 'scenes'},
+             'model.backbone.width': 8, 'model.width': 32,
+             'model.attention_heads': 4, 'model.ffn': 48, 'model.max_text': 24,
+             'model.remat': 'none', 'data.tokenizer.path': 'scenes'},
     'bert': {'spec': f'{BASE}:r50,data=scenes,side=64', 'dtype': 'float32',
              'data.tokenizer.path': 'scenes',
-             'model.backbone.depth': 18, 'model.width': 32, 'model.attention_heads': 4,
+             'model.backbone.depth': 18, 'model.width': 32,
+             'model.attention_heads': 4,
              'model.ffn': 48, 'model.encoder_layers': 2,
              'model.decoder_layers': 1, 'model.num_queries': 8,
              'model.max_text': 24, 'model.text_types': 2, 'model.act': 'gelu',
@@ -333,7 +334,8 @@ def test_of_another_model(files, tmp_path, capsys):
     assert part in error
   advice = re.findall(r'--config\.\S+=\S+', error)
   run(*args, '--config', spec, *advice, '--config.model.attention_heads=4')
-  assert 'model.attention_heads=4 is taken from --config' in capsys.readouterr().out
+  assert ('model.attention_heads=4 is taken from --config'
+          in capsys.readouterr().out)
 
 
 def test_of_another_trunk(files, tmp_path, capsys):
@@ -518,8 +520,8 @@ def test_transformers_files(torch_extra, tmp_path, capsys):
   from tests import parity_torch  # pylint: disable=import-outside-toplevel
   import transformers  # pylint: disable=import-outside-toplevel
   c = CONFIG['detr']
-  case = parity.Detr(18, c['model.width'], c['model.attention_heads'], c['model.ffn'],
-                     1, 2, 8, 6, (64, 64), ((64, 64),), (1,))
+  case = parity.Detr(18, c['model.width'], c['model.attention_heads'],
+                     c['model.ffn'], 1, 2, 8, 6, (64, 64), ((64, 64),), (1,))
   model = parity_torch.detr(case)
   model.save_pretrained(tmp_path / 'hf')
   file = tmp_path / 'hf' / 'model.safetensors'

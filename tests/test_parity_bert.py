@@ -75,9 +75,10 @@ def minilm_config():
   config = config_lib.get_config('r50')
   config.dtype = 'float32'
   config.model.backbone.depth = 18
-  config.model.update(dict(width=384, attention_heads=12, ffn=1536, encoder_layers=6,
-                           decoder_layers=1, max_text=512, text_types=2,
-                           act='gelu', epsilon=1e-12))
+  config.model.update(dict(
+      width=384, attention_heads=12, ffn=1536, encoder_layers=6,
+      decoder_layers=1, max_text=512, text_types=2, act='gelu',
+      epsilon=1e-12))
   return config
 
 
@@ -89,7 +90,8 @@ def test_real_minilm_gives_the_golden_states(record_property, shared, minilm):
   tensors = mapping.spelled(hf_bert, files.read(minilm), minilm)
   facts = {**hf_bert.describe({k: x for k, (_, x) in tensors.items()}),
            **hf_bert.read_config(files.read_config(minilm))}
-  assert facts['model.attention_heads'] == 12  # from config.json beside the weights
+  # From config.json beside the weights.
+  assert facts['model.attention_heads'] == 12
   mapping.check_config(
       facts, config, {'vocabulary': ('data.tokenizer.path', 30522, {})},
       minilm)

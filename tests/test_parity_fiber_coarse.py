@@ -746,8 +746,8 @@ def test_resolution_change(record_property, reference):
   compare(record_property, 'another resolution: dual and fused features', {
       'fused text': (text, want['fused128.text_feats']),
       'fused image': (image, want['fused128.image_feats']),
-      'fused pair': (model.apply({'params': params}, text, image,
-                                 None, method='pool'), want['fused128.cls_feats']),
+      'fused pair': (model.apply({'params': params}, text, image, None,
+                                 method='pool'), want['fused128.cls_feats']),
       'dual': (out['image_only']['image_embedding'],
                want['dual128.image_cls']),
       'stage 0': (get('swin/merges_0'), want['dual128.stage0_out'])},

@@ -77,7 +77,8 @@ def reference_config(**model):
   config = config_lib.get_config('r18')
   config.dtype = 'float32'
   config.model.update(dict(
-      width=32, attention_heads=4, ffn=64, max_text=24, dropout=0., remat='none',
+      width=32, attention_heads=4, ffn=64, max_text=24, dropout=0.,
+      remat='none',
       # The pack's images are normalised: 255 times what we divide by 255.
       image_mean=(0., 0., 0.), image_std=(1 / 255.,) * 3))
   config.model.backbone.update(dict(stem=8, width=8, mask_padding=False,
@@ -560,11 +561,12 @@ def test_vqa_model(pack, note):
                              1)[:, 0]
   # The joint view computes the states of the text alone: those of the image
   # are asked for by name.
-  def fuse(m):
+  def states_of(m):
     image = m.encode_image(batch)
     text = m.encode_text(batch['text'], batch['text_mask'])
     return image['mask'], m.fuse(image, text)
-  mask, fused = jax.jit(lambda v: model.apply(v, method=fuse))(variables)
+  mask, fused = jax.jit(lambda v: model.apply(
+      v, method=states_of))(variables)
   states = jnp.concatenate([fused.text, fused.image], 2)[:, 0]
   of = lambda tree: tree['__call__'][0]
   note('vqa: valid cells', np.asarray(mask, int), want['neck.1'], 0)

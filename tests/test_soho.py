@@ -23,6 +23,7 @@ from e2e_vlp_jax.models import visual_dictionary
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import train_step
+from e2e_vlp_jax.weights import mapping
 from tests import test_train as training
 from tests import parity
 
@@ -170,15 +171,15 @@ def test_usage():
 
 
 # --- Masked visual modelling ------------------------------------------------
-def test_all_cells_of_the_drawn_word_are_hidden():
-  words = jnp.array([[3, 1, 3, 2, 3]])
+def test_all_cells_of_the_chosen_code_are_hidden():
+  codes = jnp.array([[3, 1, 3, 2, 3]])
   mask = jnp.array([[True, True, True, True, False]])
   hide = lambda cell, keep=True: np.asarray(necks.same_code_mask(
-      words, mask, jnp.array([cell]), jnp.array([keep])))[0].tolist()
+      codes, mask, jnp.array([cell]), jnp.array([keep])))[0].tolist()
   assert hide(0) == [True, False, True, False, False]
   assert hide(1) == [False, True, False, False, False]
   assert not any(hide(0, keep=False))
-  assert not any(hide(4))  # padding was drawn
+  assert not any(hide(4))  # padding was chosen
 
 
 @pytest.mark.parametrize('cell', ['batch', 'pair'])
@@ -362,18 +363,19 @@ def convert_state(tmp_path):
       ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]',
        *(f'w{i}' for i in range(115))]) + '\n')
 
-  def run_(tensors, kind='soho', **changes):
+  def run_(tensors, kind='soho', flags=(), **changes):
     name = f'w{len(list(tmp_path.iterdir()))}'
     path = tmp_path / f'{name}.safetensors'
     safetensors.numpy.save_file(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
     options = {'data.tokenizer.path': vocabulary, 'model.width': 32,
-               'model.attention_heads': 4, 'model.ffn': 64, 'model.max_text': 24,
+               'model.attention_heads': 4, 'model.ffn': 64,
+               'model.max_text': 24,
                'model.dictionary.size': 16, 'model.backbone.stem': 8,
                'model.backbone.width': 8, **changes}
     convert.main(['--format', kind, '--input', str(path), '--config',
                   f'{SPEC}:r18,data=scenes', '--output',
-                  str(tmp_path / name),
+                  str(tmp_path / name), *flags,
                   *(f'--config.{k}={v}' for k, v in options.items())])
     return tmp_path / name
   return run_
@@ -446,6 +448,39 @@ def test_missing_and_extra_tensors(state, convert_state, capsys):
   with pytest.raises(SystemExit):  # of the VQA fine-tuning
     convert_state({k: v for k, v in state.items() if 'neck.vq' not in k})
   assert '--config.model.dictionary.size=0' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('stem, width', [(12, 12), (12, 10)])
+def test_a_stem_as_wide_as_it_likes(stem, width):
+  """The first block has a shortcut exactly where its tensors are mapped."""
+  config = resnet_config(**{'model.backbone.stem': stem,
+                            'model.backbone.width': width})
+  model = models.build(config, **SIZES)
+  batch = synthetic.synthetic_batch(config.data, batch_size=1, **SIZES)
+  shapes = parity.flat(jax.eval_shape(lambda b: model.init(
+      jax.random.key(0), b, {'joint_masked': ('mlm', 'itm', 'mvm')}), batch))
+  mapped = {e.ours for e in mapping.find('soho').entries(config)}
+  assert set(shapes) == mapped
+  assert ('params/backbone/layer1_0/downsample_conv/kernel' in shapes) == (
+      stem != width)
+
+
+def test_a_module_that_is_covered_in_part_is_an_error(
+    state, convert_state, capsys, monkeypatch):
+  """A format that forgets a variable would leave it random."""
+  source = mapping.find('soho')
+  entries = source.entries
+  monkeypatch.setattr(source, 'entries', lambda config: [
+      e for e in entries(config) if 'token_norm' not in e.ours])
+  with pytest.raises(SystemExit):
+    convert_state(state)
+  error = capsys.readouterr().err
+  assert ('no tensor for params/neck/token_norm/norm/bias and 1 more variables'
+          in error and '--allow_random' in error)
+  output = convert_state(state, flags=['--allow_random'])
+  record = json.loads((output / 'conversion.json').read_text())
+  assert sorted(k.split('/')[-1] for k in record['missing']) == ['bias',
+                                                                 'scale']
 
 
 # --- Bad input --------------------------------------------------------------

@@ -11,7 +11,7 @@ be kept and used again with other texts or images.
   `batch['image_mask']` -> image features, before any text is known.
 - `encode_text(ids, mask, train)`: [B, S, L] -> text features.
 - `fuse(image, text, train, want)`: image features [B] and text features
-  [B, P] -> `Fused`, of which only the parts named in `want` are computed.
+  [B, P] -> `Fused`, of which at least the parts named in `want` are there.
 - `pairs(image, text, heads, train)`: `fuse` and the outputs of `heads`.
 
 **Views and heads.** A view is a named combination of these calls; a head makes
@@ -65,7 +65,7 @@ FUSED = ('text', 'image', 'pooled')
 
 
 class Fused(NamedTuple):
-  """What `fuse` returns; parts that nobody wants are None.
+  """What `fuse` returns; parts that were not asked for may be None.
 
   Attributes:
     text: [B, P, L, E] states of the text's tokens.
@@ -172,7 +172,7 @@ class BaseModel(nn.Module):
   def views(self) -> Dict[str, View]:
     """`table` with the heads of `config.model.heads`."""
     views = self.table
-    if any('joint' == name for name in views):
+    if 'joint' in views:
       views['pair'] = View('paired_states', ('image', 'second_image', 'text'),
                            (), ('pooled',))
     for name, options in self.head_options.items():

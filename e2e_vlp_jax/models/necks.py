@@ -1,9 +1,9 @@
 """From a trunk's features to visual tokens (SOHO).
 
 The order of the released code: max-pool, 1x1 convolution, BatchNorm, codes of
-the visual dictionary, a learned mixture of features and codes; then the mask of
-masked visual modelling, positions and LayerNorm. Without a dictionary it is the neck
-of the released VQA fine-tuning.
+the visual dictionary, a learned mixture of features and codes; then the mask
+of masked visual modelling, positions and LayerNorm. Without a dictionary it is
+the neck of the released VQA fine-tuning.
 """
 from typing import Any
 

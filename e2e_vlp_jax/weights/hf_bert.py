@@ -66,7 +66,8 @@ def read_config(c):
     raise errors.UserError(
         'config.json beside --input: position_embedding_type is '
         f'{c["position_embedding_type"]!r}; expected \'absolute\'')
-  names = {'num_attention_heads': 'model.attention_heads', 'hidden_act': 'model.act',
+  names = {'num_attention_heads': 'model.attention_heads',
+           'hidden_act': 'model.act',
            'layer_norm_eps': 'model.epsilon'}
   return {ours: c[k] for k, ours in names.items() if c.get(k) is not None}
 

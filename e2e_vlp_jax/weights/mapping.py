@@ -257,10 +257,24 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     names[e.key] = [name, str(tensors[e.theirs][1].dtype)]
   if wrong:
     raise errors.UserError(f'--input {path!r} does not fit: ' + _some(wrong))
+  copies, surplus = _left_over(source, tensors, every,
+                               {e.theirs for e in entries})
+  return variables, {
+      'tensors': names, 'copies': copies, 'surplus': surplus,
+      'missing': [k for k in shapes if k not in variables],
+      'resized': resized}
 
+
+def _left_over(source, tensors, entries, used):
+  """({copy: name of the equal tensor}, {surplus tensor: reason}).
+
+  Args:
+    source, tensors: see `to_ours`.
+    entries: all of the source's, for this config.
+    used: canonical names of the tensors that became variables.
+  """
   copies, surplus = {}, {}
-  used = {e.theirs for e in entries}
-  places = {e.theirs: e.ours for e in every}
+  places = {e.theirs: e.ours for e in entries}
   for canonical, (name, x) in tensors.items():
     if canonical in used:
       continue
@@ -278,10 +292,7 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
       surplus[name] = next((why for pattern, why in source.SURPLUS
                             if re.fullmatch(pattern, canonical)),
                            'unknown to this format')
-  return variables, {
-      'tensors': names, 'copies': copies, 'surplus': surplus,
-      'missing': [k for k in shapes if k not in variables],
-      'resized': resized}
+  return copies, surplus
 
 
 def to_theirs(source, variables, config, record=None):
