@@ -16,6 +16,8 @@ A new op is a new file `data/ops_NAME.py`; this module finds it. It holds
   KEYS   {op: (keys.Key, ...)}, the batch keys that the op makes or changes
   SIZES  optional, {op: function}: called with the op's arguments by name it
          returns {letter: size}, for this op and those after it
+An op must also work on `records.nothing()`, on which every pipeline tries its
+ops first.
 """
 import ast
 import dataclasses
