@@ -50,12 +50,15 @@ def find_ops():
     if not name.startswith('ops_'):
       continue
     module = importlib.import_module(f'{_PACKAGE}.{name}')
+    made, sizes = (getattr(module, table, {}) for table in ('KEYS', 'SIZES'))
+    for op in {**made, **sizes}.keys() - module.OPS.keys():
+      raise UserError(f'data/{name}.py: KEYS or SIZES name the op {op!r}'
+                      + nearest(op, module.OPS))
     for op, make in module.OPS.items():
       if op in found:
         raise UserError(f'data/{name}.py: the op {op!r} is already in '
                         f'{found[op].make.__module__}')
-      found[op] = Op(make, tuple(getattr(module, 'KEYS', {}).get(op, ())),
-                     getattr(module, 'SIZES', {}).get(op, Op.sizes))
+      found[op] = Op(make, tuple(made.get(op, ())), sizes.get(op, Op.sizes))
   return found
 
 
