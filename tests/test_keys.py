@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import e2e_vlp_jax.data
-from e2e_vlp_jax.data import answer_list, keys, ops_image, pp as pp_lib
-from e2e_vlp_jax.data import records, synthetic, vocabularies
+from e2e_vlp_jax.data import answer_list, keys, pp as pp_lib, records
+from e2e_vlp_jax.data import synthetic, vocabularies
 from e2e_vlp_jax.errors import UserError
 from tests import test_pipeline
 from tests.test_pipeline import CONFIG, FakeSplit, open_  # noqa: F401
@@ -100,7 +100,10 @@ def test_an_op_may_use_the_answer_list(op_file, open_):  # noqa: F811
     (("np.int16, 'N'", "np.int16, 'Q'"), "letter 'Q'"),
     (("np.full(\n      most", "np.full(\n      most + 1"),
      r"'object_count' is declared as int16 \[B,N\].*\(4,\).*expected \(3,\)"),
-    (("{'length': length}", "{'flip': length}"), "'flip' is already in"),
+    (("OPS = {'length': length}", "OPS = {'length': length, 'flip': length}"),
+     "'flip' is already in"),
+    (("KEYS = {'length'", "KEYS = {'lenght'"),
+     "name the op 'lenght'; did you mean 'length'"),
 ])
 def test_wrong_declarations(op_file, open_, change, expected):  # noqa: F811
   assert change[0] in OP
@@ -175,9 +178,3 @@ def test_the_table_in_the_docs_is_of_today():
   text = DOCS.read_text(encoding='utf-8')
   assert pp_lib.table() == text.partition('<!-- keys -->\n')[2].partition(
       '\n<!-- end of keys -->')[0]
-
-
-def test_every_declared_key_has_an_op():
-  assert {name for op in pp_lib.OPS.values() for name in [
-      k.name for k in op.keys]} >= {'image', 'text', 'boxes', 'itm_labels'}
-  assert set(ops_image.KEYS) <= set(ops_image.OPS)

@@ -188,7 +188,7 @@ class Pipeline:
     if not self._needs_names:
       return
     for name, record in self._sources.first_records(_LABELS_CHECKED):
-      with _naming(name):
+      with _naming(lambda: name):  # pylint: disable=cell-var-from-loop
         for item in record['objects']:
           self._labels.class_id(item['label'])
           for attribute in item['attributes']:
@@ -284,8 +284,7 @@ class Pipeline:
   def _row(self, example_id, record, bucket, seed=0, partner_texts=(),
            has_boxes=False):
     """One row of a batch, its image still encoded."""
-    with (_naming(self.name(example_id)) if example_id >= 0
-          else contextlib.nullcontext()):
+    with _naming(lambda: example_id >= 0 and self.name(example_id)):
       row = self._apply({
           **record, 'texts': self._texts(record),
           'partner_texts': partner_texts, 'has_boxes': has_boxes,
@@ -352,11 +351,13 @@ class Pipeline:
 
 @contextlib.contextmanager
 def _naming(name):
-  """Adds the name of a record to a UserError."""
+  """Adds the record's name, which `name` returns if there is one."""
   try:
     yield
   except UserError as e:
-    raise UserError(f'data: {name}: {e}') from None
+    if not (found := name()):
+      raise
+    raise UserError(f'data: {found}: {e}') from None
 
 
 @functools.cache

@@ -16,6 +16,8 @@ A new op is a new file `data/ops_NAME.py`; this module finds it. It holds
   KEYS   {op: (keys.Key, ...)}, the batch keys that the op makes or changes
   SIZES  optional, {op: function}: called with the op's arguments by name it
          returns {letter: size}, for this op and those after it
+An op must also work on `records.nothing()`, on which every pipeline tries its
+ops first.
 """
 import ast
 import dataclasses
@@ -48,12 +50,15 @@ def find_ops():
     if not name.startswith('ops_'):
       continue
     module = importlib.import_module(f'{_PACKAGE}.{name}')
+    made, sizes = (getattr(module, table, {}) for table in ('KEYS', 'SIZES'))
+    for op in {**made, **sizes}.keys() - module.OPS.keys():
+      raise UserError(f'data/{name}.py: KEYS or SIZES name the op {op!r}'
+                      + nearest(op, module.OPS))
     for op, make in module.OPS.items():
       if op in found:
         raise UserError(f'data/{name}.py: the op {op!r} is already in '
                         f'{found[op].make.__module__}')
-      found[op] = Op(make, tuple(getattr(module, 'KEYS', {}).get(op, ())),
-                     getattr(module, 'SIZES', {}).get(op, Op.sizes))
+      found[op] = Op(make, tuple(made.get(op, ())), sizes.get(op, Op.sizes))
   return found
 
 
