@@ -1,7 +1,7 @@
 """Command lines of the entry points: arguments, config files, overrides.
 
-Only the entry points (train, evaluate, ...) call this; nothing is registered
-globally, so any number of them can be imported into one process.
+Only entry points (train, evaluate, ...) call this. Nothing is registered
+globally, so one process can import any number of them.
 """
 import argparse
 import ast
@@ -15,14 +15,14 @@ import ml_collections
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.training import old_names
 
-# TensorFlow only reads data here; the notes that it prints when imported
-# would bury our one line. Entry points import this module before it.
+# Hide what TensorFlow prints when it is imported: our messages are one line.
+# Entry points import this module first.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 
 class _Parser(argparse.ArgumentParser):
-  """argparse whose errors are `UserError`s instead of a page of usage."""
+  """argparse that raises `UserError` instead of printing its usage."""
 
   def error(self, message):
     raise errors.UserError(f'{message} (see --help)')
@@ -45,7 +45,7 @@ def parser(doc, config=False, workdir=False):
 def parse(p, argv=None):
   """Parses `argv`; returns (args, config or None).
 
-  args.overrides has the (key, text) pairs that went into the config.
+  args.overrides holds the (key, text) pairs of --config.KEY=TEXT.
 
   Args:
     p: a parser from `parser()`.

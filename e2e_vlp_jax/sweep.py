@@ -1,20 +1,20 @@
-"""Runs of one config that differ in some values: its file's `get_sweep`.
+"""Trains one config several times with different values: a sweep.
 
   python -m e2e_vlp_jax.sweep --config configs/e2e_vlp.py:tiny --workdir W
 
-`get_sweep(ARG)` gives dicts {config key: value}, one a run; ARG is that of
-`get_config`. --config.a.b=value holds for all runs. Each run is a training of
-its own in W/NAME, NAME saying what is particular to it.
+The config file's `get_sweep(ARG)` returns one dict {config key: value} per
+run; ARG is that of `get_config`. --config.a.b=value applies to all runs. Each
+run trains in its own folder W/NAME, named after its values.
 
-  --mode local  one after the other. Again: what is done is skipped, what was
-                stopped goes on. A run that fails is named at the end (exit
-                code 1) and keeps no other from running.
-  --mode slurm  writes W/sweep.sbatch, one array task a run, each as
-                launch/slurm.sbatch does it, and prints how to submit it.
+  --mode local  trains one run after the other. The same command skips finished
+                runs and resumes interrupted ones. If a run fails, the others
+                still run; the end names it (exit code 1).
+  --mode slurm  writes W/sweep.sbatch, a job array with one task per run that
+                works as launch/slurm.sbatch, and prints how to submit it.
   --mode print  prints the commands.
-  --mode table  what the runs have come to so far.
+  --mode table  compares the runs as far as they are.
 
-Local runs and `table` write W/sweep.json and W/sweep.html: overrides and last
+`local` and `table` write W/sweep.json and W/sweep.html: values and latest
 metrics of every run, the best by --metric first.
 """
 import functools
@@ -45,10 +45,10 @@ class Run(NamedTuple):
 
   Attributes:
     name: of its folder.
-    overrides: {config key: value}, what the sweep gives it.
-    config: with them.
+    overrides: {config key: value} from the sweep.
+    config: with these values.
     workdir: path.
-    arguments: of train.
+    arguments: of the command train.
   """
   name: str
   overrides: dict
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 def runs_of(spec, common, workdir):
-  """The runs of a sweep, every one with a config that holds.
+  """The runs of a sweep, each with a valid config.
 
   Args:
     spec: 'path.py:ARG'.
@@ -66,7 +66,7 @@ def runs_of(spec, common, workdir):
     workdir: folder of the sweep.
 
   Raises:
-    UserError: an unknown key, a value of another type, two runs alike.
+    UserError: an unknown key, a value of another type, two equal runs.
   """
   sweep = cli.load_sweep(spec)
   today = functools.partial(cli.current_key, cli.load_config(spec))
@@ -85,7 +85,7 @@ def runs_of(spec, common, workdir):
     name = _name(overrides, sweep)
     if name in seen:
       raise errors.UserError(f'get_sweep of {spec}: runs {seen[name]} and '
-                             f'{number} are both {name!r}')
+                             f'{number} have the same name {name!r}')
     seen[name] = number
     folder = os.path.join(workdir, name)
     out.append(Run(name, overrides, config, folder, [
@@ -102,14 +102,14 @@ def _text(value):
 
 
 def _name(overrides, sweep):
-  """'learning_rate=0.001,seed=1', or full keys where those would not do."""
+  """'learning_rate=0.001,seed=1'; full keys where short ones are ambiguous."""
   keys = {key for run in sweep for key in run}
   last = lambda key: key.rpartition('.')[2]
   alone = lambda key: sum(last(k) == last(key) for k in keys) == 1
   name = ','.join(f'{last(k) if alone(k) else k}={_text(v)}'
                   for k, v in overrides.items()) or 'base'
   plain = re.sub(r'[^-\w.=,+]+', '_', name, flags=re.ASCII)
-  if plain != name or len(plain) > _LONGEST:  # What was cut makes no two alike.
+  if plain != name or len(plain) > _LONGEST:  # A checksum keeps names unique.
     plain = f'{plain[:_LONGEST]}-{zlib.crc32(name.encode()):08x}'
   return plain
 
@@ -118,8 +118,8 @@ def _name(overrides, sweep):
 def table(runs, metric=None):
   """[{'name', 'overrides', 'workdir', 'step', 'finished', 'metrics'}].
 
-  The last value of each eval/ metric and of the loss; the best by `metric`
-  first, which is the largest, or of a loss the smallest.
+  `metrics` has the latest value of each eval/ metric and of the loss. The best
+  row by `metric` comes first: the largest value, or the smallest loss.
   """
   rows = []
   for run in runs:
@@ -245,7 +245,7 @@ def write_slurm(runs, workdir):
 
 
 def check_metric(metric, config):
-  """UserError unless the runs of `config` can have this metric."""
+  """UserError unless an evaluator of `config` can report this metric."""
   names = [f'eval/{name}/' for name in config.evals]
   if metric != 'train/loss' and not any(map(metric.startswith, names)):
     raise errors.UserError(
@@ -274,7 +274,7 @@ def main(argv=None):
     elif args.mode == 'slurm':
       print(write_slurm(runs, workdir))
     else:
-      collect()  # A folder that cannot be written is found out here.
+      collect()  # Fails early if the folder cannot be written.
       if args.mode == 'local':
         code = run_here(runs, collect)
       show(collect(), args.metric)

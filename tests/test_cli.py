@@ -96,7 +96,7 @@ def test_arguments_that_cannot_be(config_file):
       ([], ['--config']),
       (['--config', config_file, '--workdirs=w'], ["'--workdirs'",
                                                    "'--workdir'"]),
-      # The misspelt argument, not the one that it leaves missing.
+      # The misspelt argument, not the missing one.
       (['--confg', config_file], ["'--confg'", "'--config'"]),
       (['--config', config_file, 'more'], ["'more'"]),
       (['--config', config_file, '--config.seed'], ['--config.seed', 'value']),

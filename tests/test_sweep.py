@@ -1,4 +1,4 @@
-"""Sweeps: their runs, the commands, what is done again and what is not."""
+"""Sweeps: their runs, the commands, what a second start repeats."""
 import json
 import os
 import shlex
@@ -102,7 +102,7 @@ def test_values_reach_train_as_they_are(place, tmp_path, capsys):
 @pytest.mark.parametrize('runs, argv, parts', [
     ([{'sed': 1}], [], ["run 1: unknown config key 'sed'", "'seed'"]),
     ([{'seed': 1}, {'seed': .5}], [], ["run 2: config key 'seed'", 'int']),
-    ([{'seed': 1}, {'seed': 1}], [], ["runs 1 and 2 are both 'seed=1'"]),
+    ([{'seed': 1}, {'seed': 1}], [], ['runs 1 and 2', "name 'seed=1'"]),
     ([{'seed': 1}], ['--config.seed=2'], ['--config.seed', 'the sweep']),
     # Under its old name, too.
     ([{'warm_start.optim.learning_rate': 1.}],

@@ -1,14 +1,14 @@
 """Config keys that had another name before December 2026.
 
-Checkpoints, WORKDIRs, sweeps and command lines hold them. One table maps an
-old key to today's, for all of these; a key that was never read by anything is
-dropped from a stored config and refused on the command line.
+Stored configs (checkpoints, WORKDIRs), sweeps and command lines may use the
+old names; one table translates all of them. Keys that nothing ever read are
+dropped from a stored config and refused on a command line.
 """
 import re
 
 from e2e_vlp_jax import errors
 
-# (old key, new key) of values, as regular expressions; the first match wins.
+# (old key, new key) as regular expressions; the first match wins.
 _RENAMED = (
     (r'evals\.(.+)\.training_examples', r'evals.\1.examples_during_training'),
     (r'samples\.pp', r'data.pp_eval'),
@@ -36,7 +36,7 @@ _GONE = (
      r'it never had an effect; set optim.\1 for both stages'),
 )
 
-# Values that are called otherwise: new key -> a function of the old value.
+# Renamed values: {new key: function of the old value}.
 _VALUES = {
     'model.beam_search': lambda v: {'mean': 'released',
                                     'sum': 'standard'}.get(v, v),
@@ -51,11 +51,11 @@ _VALUES = {
 _GROUP = {'lr': 'lr_multiplier', 'wd': 'weight_decay'}
 _WEIGHTS = {'images': 'by_rows', 'texts': 'by_texts'}
 
-# Keys that are new, with the value that means what was done before; they
-# belong to a config that has the group they are in.
+# New keys, with the value that keeps the old behaviour. A config gets them if
+# it has the group that they belong to.
 ADDED = {'model.heads': {}, 'data.unit': 'image'}
 
-# All keys that a config could have under the old names; * = anything.
+# Every key that an old config could have; * stands for anything.
 _OLD_KEYS = '''
 seed dtype accumulate ema_decay max_bad_steps init_from sharding_rules
 tensorboard batch_size total_steps log_every_steps eval_every_steps
@@ -86,7 +86,7 @@ def rename(key):
 
 
 def gone(key):
-  """Why a config key is no longer there, or None."""
+  """Why a config key was removed, or None if it was not."""
   if rename(key) == key:
     for old, why in _GONE:
       if re.fullmatch(old, key):
@@ -95,7 +95,7 @@ def gone(key):
 
 
 def value(key, found):
-  """The value of a (new) key, in today's words."""
+  """The value of a key (today's name), with renamed words translated."""
   return _VALUES[key](found) if key in _VALUES and found else found
 
 
@@ -103,15 +103,15 @@ def modernise(config, where='config'):
   """A stored config under today's names.
 
   Args:
-    config: dict, as `to_dict` of a ConfigDict or as JSON gives it. One that
-      has today's names already comes back as it is.
-    where: it was found, for the message.
+    config: dict, from a ConfigDict or from JSON. If it has today's names
+      already, an equal dict is returned.
+    where: the config was found, for the message.
 
   Returns:
     a new dict.
 
   Raises:
-    UserError: a config of before has a key that no config had.
+    UserError: a config with old names has an unknown key.
   """
   flat = flatten(config)
   if 'samples.pp' in flat:
@@ -125,7 +125,7 @@ def modernise(config, where='config'):
   found = {}
   for key, x in flat.items():
     if not gone(key):
-      # An empty group is no value, and has today's name.
+      # Only values were renamed; {} is an empty group.
       key = key if isinstance(x, dict) else rename(key)
       found[key] = value(key, x)
   _drop_unread(found)

@@ -27,11 +27,12 @@ _OPTIMIZERS = ('adamw', 'adamw_hf', 'sgd')
 def make_schedule(options, total_steps, start=0, key='optim'):
   """Learning rate as a function of the optimizer's own step count.
 
-  Linear warm-up over `warmup_steps`, then by `schedule`:
-    'constant'; 'cosine' and 'linear' down to `final_fraction` at total_steps;
-    'step': times `decay_factor` at each step of `decay_steps`.
-  The warm-up's first step has 1 / warmup_steps of the rate, or the fraction
-  `warmup_init` where the config has one (transformers: 0, SOHO: 1/3).
+  A linear warm-up over `warmup_steps`, then one of these schedules:
+    'constant'
+    'cosine', 'linear': down to `final_fraction` of the rate at total_steps
+    'step': multiplied by `decay_factor` at each step of `decay_steps`
+  The first step has 1 / warmup_steps of the rate, or the fraction
+  `warmup_init` if the config has it (transformers: 0, SOHO: 1/3).
 
   Args:
     options: config.optim or config.warm_start.schedule.
@@ -79,7 +80,11 @@ def make_schedule(options, total_steps, start=0, key='optim'):
 
 
 def group_of(params, groups):
-  """Tree of group indices, as strings. UserError as the module says."""
+  """Tree of each parameter's group: its index in `groups`, as a string.
+
+  Raises:
+    UserError: a parameter without a group, or a group without parameters.
+  """
   used = set()
 
   def label(path, _):
@@ -174,7 +179,7 @@ def make_optimizer(optim, params, schedule):
                              + errors.nearest(kind, _OPTIMIZERS))
     return optax.chain(*steps, optax.scale_by_learning_rate(rate))
 
-  # Frozen parameters must not weigh in the gradient norm.
+  # Frozen parameters must not count in the gradient norm.
   chain = [optax.masked(optax.set_to_zero(), frozen)]
   if optim.clip_norm:
     chain.append(optax.clip_by_global_norm(optim.clip_norm))

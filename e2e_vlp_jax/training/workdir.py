@@ -1,4 +1,4 @@
-"""WORKDIR: whose run it holds, and what it was started from."""
+"""WORKDIR: the run that it holds, and what that run started from."""
 import glob
 import json
 import os
@@ -9,8 +9,8 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax.training import old_names
 
-# Keys that may differ when a run is continued: they change what is written,
-# where it runs or how fast, not what is learnt.
+# Keys that may change when a run is resumed: they affect output, hardware or
+# speed, not what is learnt.
 FREE_KEYS = ('log_every_steps', 'eval_every_steps', 'checkpoint', 'mesh',
              'evals', 'samples', 'tensorboard', 'data.dir', 'data.threads',
              'data.pp_eval', 'profile')
@@ -49,15 +49,15 @@ def finished(workdir, config):
 
 
 def open_workdir(workdir, config, allow_changes=False):
-  """Creates a run's folder, or checks that it holds this very run.
+  """Creates a run's folder, or checks that it holds the same run.
 
   Writes config.json.
 
   Args:
     workdir: a path that every host sees.
     config: of the run.
-    allow_changes: go on with a run whose config differs in keys that matter
-      (another dataset or seed, say), and name them.
+    allow_changes: resume a run even if keys that matter differ (another
+      dataset or seed, say), and print them.
 
   Raises:
     UserError: the folder cannot be written, or holds another run.
@@ -90,7 +90,7 @@ def _read(path):
 
 
 def _compare(workdir, old, new, allow_changes):
-  """UserError, or with `allow_changes` a print, where the configs differ."""
+  """Raises UserError if the configs differ; `allow_changes` prints instead."""
   diff = differences(old, new, FREE_KEYS)
   if not diff:
     return
@@ -112,7 +112,7 @@ def _compare(workdir, old, new, allow_changes):
 
 
 def report_loaded(workdir, path, report):
-  """Prints what `init_from` gave, and writes all of it to WORKDIR.
+  """Prints which parameters `init_from` loaded; writes all names to WORKDIR.
 
   Args:
     workdir: gets init_from.json.
