@@ -18,7 +18,7 @@ def get_config(size='tiny', **model):
   """Config of the small model; `model`: other values of config.model."""
   config = config_lib.get_config(size)
   config.dtype = 'float32'
-  config.model.update(dict(width=32, heads=4, ffn=48, num_queries=5,
+  config.model.update(dict(width=32, ffn=48, num_queries=5,
                            encoder_layers=1, decoder_layers=1))
   config.model.backbone = dict(name='patch_cnn', stem=8, width=16, blocks=1)
   config.model.update(model)

@@ -173,7 +173,7 @@ def golden_config(system):
   config.dtype = 'float32'
   config.data.buckets = ((96, 72), (72, 96), (84, 84))
   if system == 'e2e_vlp':
-    config.model.update(dict(width=32, heads=4, ffn=48, encoder_layers=1,
+    config.model.update(dict(width=32, ffn=48, encoder_layers=1,
                              num_queries=5, decoder_layers=1))
     config.model.backbone = dict(name='patch_cnn', stem=8, width=16, blocks=1)
   else:
