@@ -11,19 +11,16 @@ Environment variables:
 import os
 import pathlib
 
+from tests import xla_flags
+
 # These act only if they are set before jax or tensorflow is first imported,
 # hence before the imports below.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-for _flag, _value in (
-    # Eight virtual CPU devices let every test build a mesh; a test that names
-    # no mesh runs on the first one, as fast as without (measured).
-    ('--xla_force_host_platform_device_count', 8),
-    # Tests compile much and run little: with these, half the time to compile
-    # a train step (11 s instead of 23 s) for steps that take a third longer.
-    ('--xla_backend_optimization_level', 0),
-    ('--xla_llvm_disable_expensive_passes', 'true')):
+# Eight virtual CPU devices let every test build a mesh; a test that names no
+# mesh runs on the first one, as fast as without (measured).
+for _flag, _value in xla_flags.flags(devices=8):
   if _flag not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = (
         f'{os.environ.get("XLA_FLAGS", "")} {_flag}={_value}')

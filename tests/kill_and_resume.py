@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests import xla_flags
+
 REPO = pathlib.Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY, COMPARED = 24, 4, 3
 PATIENCE = 600  # seconds for a run of seconds, on a busy machine
@@ -69,10 +71,8 @@ def start(layout, workdir, data_dir, overrides=(),
              *(f'--config.{k}={v}' for k, v in values.items())]
   processes = []
   for i in range(layout.processes) if only is None else (only,):
-    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join((
-        f'--xla_force_host_platform_device_count={layout.devices}',
-        '--xla_backend_optimization_level=0',
-        '--xla_llvm_disable_expensive_passes=true'))}
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(
+        f'{k}={v}' for k, v in xla_flags.flags(layout.devices))}
     env.setdefault('JAX_COMPILATION_CACHE_DIR', f'{data_dir}/jax_cache')
     env.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
     if layout.processes > 1:
