@@ -1,6 +1,5 @@
 """Retrieval: recalls against a derivation by hand, and what is scored."""
 import threading
-import types
 
 import numpy as np
 import pytest
@@ -59,14 +58,23 @@ def test_a_model_that_cannot_tell_finds_nothing():
   assert set(retrieval.recalls(np.eye(20), np.eye(20), owner).values()) == {1.}
 
 
+class Heads:
+  """A model as far as it tells which heads it has."""
+
+  def __init__(self, views):
+    self.views = views
+
+  def offers(self, view, head):
+    return head in self.views.get(view, ())
+
+
 class Table(predictor_lib.Predictor):
   """Vectors and logits come from tables, by example and by text."""
 
   def __init__(self, built, config, itc=True):
     super().__init__(built[0].model, config, built[0].vocabularies)
     views = {'joint': ('itm',), 'image_only': ('itc',), 'text_only': ('itc',)}
-    self.model = types.SimpleNamespace(
-        views=views if itc else {'joint': ('itm',)})
+    self.model = Heads(views if itc else {'joint': ('itm',)})
     self.calls = []
 
   def _of(self, kind, key, size):
