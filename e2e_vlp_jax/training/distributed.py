@@ -10,8 +10,10 @@ Elsewhere three variables say it (the launch scripts set them):
   E2E_VLP_COORDINATOR   host:port of process 0
   E2E_VLP_PROCESSES     how many there are
   E2E_VLP_PROCESS       which one this is
-Peers that do not come within E2E_VLP_JOIN_TIMEOUT seconds (300 by default)
-end the run instead of holding the other machines for hours.
+Peers that do not come within E2E_VLP_JOIN_TIMEOUT seconds end the run instead
+of holding the other machines for hours. By default that is 300, where all
+processes start together, and 1800 on TPU pods, where a slice that is repaired
+or newly made can come half an hour after the others.
 """
 import ipaddress
 import os
@@ -29,6 +31,8 @@ from e2e_vlp_jax import errors
 
 _VARIABLES = ('E2E_VLP_COORDINATOR', 'E2E_VLP_PROCESSES', 'E2E_VLP_PROCESS')
 _NAME_BYTES = 64  # of a host's name, in the exchange of names
+# sysexits.h: a failure that passes. The launchers start the run again.
+EXIT_TRY_AGAIN = 75
 
 
 def join():
@@ -36,8 +40,8 @@ def join():
 
   Prints, on process 0, which hosts were found.
 
-  Ends the process with exit code 2 and one line if somebody does not come in
-  time.
+  Ends the process with exit code 75 and one line if somebody does not come in
+  time: nobody's mistake, so the launchers start the run again.
 
   Raises:
     UserError: variables are missing or senseless.
@@ -54,12 +58,15 @@ def join():
     raise errors.UserError(
         f'{missing}: not set, but a run of several processes needs '
         f'{", ".join(_VARIABLES)}')
-  timeout = _integer('E2E_VLP_JOIN_TIMEOUT', '300', 1)
+  timeout = _integer('E2E_VLP_JOIN_TIMEOUT', '1800' if automatic else '300', 1)
   address, options = 'the platform', {}
   if not automatic:
     address, count = found[0], _integer(_VARIABLES[1], found[1], 1)
+    # Under srun jax would also read Slurm's variables, and use the one GPU of
+    # the number SLURM_LOCALID; the devices that are visible are all ours.
     options = dict(coordinator_address=address, num_processes=count,
-                   process_id=_integer(_VARIABLES[2], found[2], 0, count - 1))
+                   process_id=_integer(_VARIABLES[2], found[2], 0, count - 1),
+                   cluster_detection_method='deactivate')
   # CPU processes exchange arrays through gloo; accelerators ignore this.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
 
@@ -68,7 +75,7 @@ def join():
           f'{options.get("process_id", "?")} of '
           f'{options.get("num_processes", "?")} waited {timeout} s at '
           f'{address}; {_seen(options)}', file=sys.stderr, flush=True)
-    os._exit(2)  # jax holds this process in C++, and would abort it.
+    os._exit(EXIT_TRY_AGAIN)  # jax holds this process in C++, and would abort it.
   watch = threading.Timer(timeout, give_up)
   watch.daemon = True
   start = time.perf_counter()
