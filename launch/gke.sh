@@ -1,17 +1,12 @@
 #!/usr/bin/env bash
 # Trains on TPU slices of a Kubernetes cluster (GKE): writes a JobSet and
-# applies it with kubectl. The cluster starts it on every host of every slice
-# and starts all of them again when one is lost; the run goes on from its
-# checkpoint. Where xpk made the cluster, its own command does as well
-# (launch/README.md).
+# applies it with kubectl. The cluster starts train on every host of every slice,
+# and again on all of them when one is lost; the run goes on. launch/README.md
+# explains the options, and says how xpk does the same.
 #
 #   bash launch/gke.sh --name N --topology v5e:4x4 --image I --bucket B \
-#       [--slices 1] [--spot] [--env K=V]... [--node-selector K=V]... \
-#       [--label K=V]... [--service-account default] [--restarts 100] \
-#       [--chips-per-host 4] [--cache-gb 50] [--dry-run] \
+#       [--slices 2] [--spot] ... \
 #       -- --config C.py:ARG --workdir /mnt/gcs/runs/R [--config.key=value ...]
-#
-# launch/README.md explains the options.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/launcher.sh
@@ -30,20 +25,15 @@ check restarts '[1-9][0-9]{0,3}' 'a number'
 check chips_per_host '[1248]' '1, 2, 4 or 8'
 check_options
 
-case "$generation" in
-  v4) accelerator=tpu-v4-podslice ;;
-  v5e) accelerator=tpu-v5-lite-podslice ;;
-  v5p) accelerator=tpu-v5p-slice ;;
-  v6e) accelerator=tpu-v6e-slice ;;
-  v7x) accelerator=tpu7x ;;
-esac
+declare -A names=([v4]=tpu-v4-podslice [v5e]=tpu-v5-lite-podslice
+  [v5p]=tpu-v5p-slice [v6e]=tpu-v6e-slice [v7x]=tpu7x)
 ((chips >= chips_per_host)) || chips_per_host="$chips"
 ((chips % chips_per_host == 0)) ||
   die "--chips-per-host: found $chips_per_host, which does not divide $chips"
 hosts=$((chips / chips_per_host))
 ((slices == 1 || hosts > 1)) ||
   die "--slices: found $slices, but GKE joins no slices of one host ($topology)"
-node_selector+=("cloud.google.com/gke-tpu-accelerator=$accelerator"
+node_selector+=("cloud.google.com/gke-tpu-accelerator=${names[$generation]}"
   "cloud.google.com/gke-tpu-topology=$shape")
 tolerations='[]' host_network=false
 options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
@@ -61,15 +51,13 @@ fi
 # pairs K=V as an object or (env) a list of objects. Kubernetes expands $(NAME)
 # in commands and variables, where it reads $$ as $.
 json() {
-  python3 - "$@" <<'PYTHON'
-import json, sys
+  python3 -c 'import json, sys
 what, *words = sys.argv[1:]
-pairs = [w.partition('=')[::2] for w in words]
-print(json.dumps({
-    'list': [w.replace('$', '$$') for w in words], 'object': dict(pairs),
-    'env': [{'name': k, 'value': v.replace('$', '$$')} for k, v in pairs]
-}[what]))
-PYTHON
+pairs = [w.partition("=")[::2] for w in words]
+print(json.dumps({"object": dict(pairs),
+    "list": [w.replace("$", "$$") for w in words],
+    "env": [{"name": k, "value": v.replace("$", "$$")} for k, v in pairs]}[what]))
+' "$@"
 }
 
 manifest() {
@@ -97,10 +85,8 @@ spec:
         parallelism: $hosts
         completions: $hosts
         backoffLimit: 0  # one host lost: all start again, together
-        podFailurePolicy:
-          rules:
-          - action: FailJob
-            onExitCodes: {containerName: train, operator: In, values: [2]}
+        podFailurePolicy: {rules: [{action: FailJob, onExitCodes: {
+          containerName: train, operator: In, values: [2]}}]}
         template:
           metadata:
             annotations: {gke-gcsfuse/volumes: "true"}
@@ -117,16 +103,11 @@ spec:
               image: $image
               command: $(json list bash launch/worker.sh "${train[@]}")
               env: $(json env "${env[@]}")
-              resources:
-                requests: {google.com/tpu: $chips_per_host}
-                limits: {google.com/tpu: $chips_per_host}
-              volumeMounts:
-              - {name: gcs, mountPath: $MOUNT}
-            volumes:
-            - name: gcs
-              csi:
-                driver: gcsfuse.csi.storage.gke.io
-                volumeAttributes: $(json object "${volume[@]}")
+              resources: {requests: {google.com/tpu: $chips_per_host},
+                limits: {google.com/tpu: $chips_per_host}}
+              volumeMounts: [{name: gcs, mountPath: $MOUNT}]
+            volumes: [{name: gcs, csi: {driver: gcsfuse.csi.storage.gke.io,
+              volumeAttributes: $(json object "${volume[@]}")}}]
 YAML
 }
 

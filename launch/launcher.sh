@@ -10,51 +10,38 @@ MOUNT=/mnt/gcs  # where every machine sees the bucket
 say() { echo "[launch] $*"; }
 
 # A mistake of the user: one line, exit code 2.
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
+die() { echo "error: $*" >&2; exit 2; }
 
 # Prints words so that a shell reads these very words again.
 quoted() { [[ $# == 0 ]] || printf ' %q' "$@"; }
 
 # Does a command; in a dry run, prints it.
-run() {
-  if [[ $DRY_RUN == 1 ]]; then
-    echo "+$(quoted "$@")"
-  else
-    "$@"
-  fi
-}
+run() { if [[ $DRY_RUN == 1 ]]; then echo "+$(quoted "$@")"; else "$@"; fi; }
 
 # Reads a command line. The caller lists its options: $single (one value),
 # $several (an array of values) and $flags. --some-name V or --some-name=V sets
 # the variable some_name; what follows -- becomes the array train.
 read_options() {
-  local option _variable
+  local _variable
   while [[ $# -gt 0 && $1 != -- ]]; do
-    option="${1%%=*}" _variable="${1%%=*}"
-    _variable="${_variable#--}" _variable="${_variable//-/_}"
+    _variable="${1%%=*}" _variable="${_variable#--}" _variable="${_variable//-/_}"
     if [[ " $flags " == *" $1 "* ]]; then
       printf -v "$_variable" 1
       shift
       continue
     fi
-    [[ " $single $several " == *" $option "* ]] ||
-      die "unknown option '$option' (arguments of train come after --)"
-    if [[ $1 == *=* ]]; then
-      set -- "$option" "${1#*=}" "${@:2}"
-    elif [[ ${2:-} == -* ]]; then
-      set -- "$1" '' "${@:2}"
-    fi
-    [[ -n ${2:-} ]] || die "$option needs a value"
-    if [[ " $several " == *" $option "* ]]; then
+    [[ " $single $several " == *" ${1%%=*} "* ]] ||
+      die "unknown option '${1%%=*}' (arguments of train come after --)"
+    [[ $1 != *=* ]] || set -- "${1%%=*}" "${1#*=}" = "${@:2}"
+    [[ -n ${2:-} && ($2 != -* || ${3:-} == =) ]] || die "$1 needs a value"
+    if [[ " $several " == *" $1 "* ]]; then
       local -n _values="$_variable"
       _values+=("$2")
     else
       printf -v "$_variable" '%s' "$2"
     fi
     shift 2
+    [[ ${1:-} != = ]] || shift
   done
   [[ $# -gt 0 ]] || die 'expected -- and the arguments of train'
   train=("${@:2}")
@@ -120,14 +107,11 @@ check_train() {
 # The exit code of a run from that of train, which is 0 also where SIGTERM
 # stopped it: 75, to be started again, unless the last step is there.
 outcome() {
-  python - "$1" "$workdir" <<'PYTHON' || echo "$1"
-import json, os, sys
-code, workdir = sys.argv[1:]
-if code == '0':
-  with open(os.path.join(workdir, 'config.json')) as f:
-    last = str(json.load(f)['total_steps'])
-  if not os.path.isdir(os.path.join(workdir, 'checkpoints', last)):
-    code = '75'
-print(code)
-PYTHON
+  if [[ $1 != 0 ]] || python -c 'import json, os, sys
+step = json.load(open(sys.argv[1] + "/config.json"))["total_steps"]
+sys.exit(not os.path.isdir(f"{sys.argv[1]}/checkpoints/{step}"))' "$workdir"; then
+    echo "$1"
+  else
+    echo 75
+  fi
 }

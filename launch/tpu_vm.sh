@@ -5,8 +5,7 @@
 # script watches, asks again when the slice was taken away, and deletes it.
 #
 #   bash launch/tpu_vm.sh --name N --zone Z --topology v5e:4x4 --bucket B \
-#       [--project P] [--slices 1] [--spot] [--keep] [--env K=V]... \
-#       [--create-arg=A]... [--cache-gb 50] [--dry-run] \
+#       [--slices 2] [--spot] [--keep] ... \
 #       -- --config C.py:ARG --workdir /mnt/gcs/runs/R [--config.key=value ...]
 #
 # launch/README.md explains the options. Exit code: 0 finished, 1 given up, 2 a
@@ -47,12 +46,12 @@ remote="gs://$bucket/launch/$name"
 here="$(mktemp -d)"
 trap 'rm -rf "$here"' EXIT
 
-# What a host runs: the words of train quoted once more, for the shell there.
+# What a host runs, the words of train quoted once more, for the shell there;
 start="cd /opt/e2e_vlp_jax && exec env HOME=/root$(quoted "${env[@]}") bash \
 launch/tpu_vm_host.sh $bucket $name $cache_gb$(quoted "${train[@]}")"
-echo "$start" >"$here/start.sh"
-# What starts it, at each start of the machine. A unit of its own gets SIGTERM
+# and what starts that with the machine, as a unit of its own: it gets SIGTERM
 # while network and bucket are still there, and the time to save.
+echo "$start" >"$here/start.sh"
 cat >"$here/startup.sh" <<BASH
 #!/bin/bash
 mkdir -p /opt/e2e_vlp_jax && cd /opt/e2e_vlp_jax
@@ -101,9 +100,7 @@ news() {
 }
 
 if [[ $DRY_RUN == 1 ]]; then
-  echo "+ cat <<'START'"
-  cat "$here/startup.sh" "$here/start.sh"
-  echo START
+  printf "+ cat <<'START'\n%s\nSTART\n" "$(cat "$here"/start{up,}.sh)"
   send
   create
   [[ -n $keep ]] || delete
@@ -114,10 +111,9 @@ ask_train
 now="$(state)" same=''
 [[ $now != unknown* ]] || die "$now"
 [[ $(remote start.sh) != "$start" ]] || same=1
-if [[ $now != NONE ]]; then  # goes on, if it is what is asked for
-  [[ -n $same ]] || die "--name: '$name' is there and runs something else, or" \
-    "the bucket cannot be read: gcloud storage cat $remote/start.sh"
-elif [[ -z $same || $(remote exit) != 0 ]]; then
+[[ $now == NONE || -n $same ]] || die "--name: '$name' runs something else, or" \
+  "the bucket cannot be read: gcloud storage cat $remote/start.sh"
+if [[ $now == NONE ]] && [[ -z $same || $(remote exit) != 0 ]]; then
   gcloud storage rm "$remote/exit" 2>/dev/null || true
 fi
 made='' sent='' failures=0 last=''

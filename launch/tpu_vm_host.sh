@@ -5,9 +5,9 @@
 #
 #   bash launch/tpu_vm_host.sh BUCKET NAME CACHE_GB  arguments of train
 #
-# In the bucket, launch/NAME/log/SLICE-HOST is this host's log, at most a minute
-# old; launch/NAME/exit, once it is there, is the end of the run (exit codes of
-# worker.sh; 1: five crashes without a new checkpoint between them).
+# In the bucket, launch/NAME/log/SLICE-HOST is this host's log, a minute old at
+# most; launch/NAME/exit comes at the end (exit codes of worker.sh; 1: five
+# crashes without a new checkpoint).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/launcher.sh
@@ -61,12 +61,9 @@ install() {
   E2E_VLP_EXTRAS="${E2E_VLP_EXTRAS:-tpu}" bash launch/common.sh
 }
 
-attribute() {  # of this host, as the TPU's metadata have it
-  sed -n "s/^$1: *'\(.*\)'/\1/p" <<<"$tpu_env"
-}
-metadata=http://metadata.google.internal/computeMetadata/v1/instance
-tpu_env="$(curl -fs -H 'Metadata-Flavor: Google' \
-  "$metadata/attributes/tpu-env")"
+tpu_env="$(curl -fs -H 'Metadata-Flavor: Google' http://metadata.google.internal\
+/computeMetadata/v1/instance/attributes/tpu-env)"
+attribute() { sed -n "s/^$1: *'\(.*\)'/\1/p" <<<"$tpu_env"; }  # of this host
 host="$(attribute MEGASCALE_SLICE_ID)"
 host="${host:-0}-$(attribute WORKER_ID)"
 again mount_bucket
@@ -77,13 +74,11 @@ copies=$!
 tee /sys/kernel/mm/transparent_hugepage/enabled <<<always >/dev/null
 again install
 
-stopped=''
 trap 'stopped=1' TERM  # the machine is stopping; worker.sh is told as well
-crashes=0 newest=none
+stopped='' crashes=0 newest=none
 while [[ -z $stopped && ! -s $folder/exit ]]; do
   bash launch/worker.sh "$@"
-  code=$?
-  before="$newest"
+  code=$? before="$newest"
   newest="$(find "$workdir/checkpoints" -maxdepth 1 2>/dev/null | sort)"
   case $code in
     0 | 2) echo "$code" >"$folder/exit" ;;

@@ -4,13 +4,8 @@
 #
 #   bash launch/worker.sh --config C --workdir W [--config.key=value ...]
 #
-# The exit code says what to do next:
-#   0    the run is finished
-#   2    a mistake in the arguments or the data: starting again changes nothing
-#   75   start it again: SIGTERM stopped it and a checkpoint is saved, or its
-#        peers did not come
-#   else a crash: start it again, but not for ever
-# launch/common.sh lists environment variables.
+# Exit code: 0 finished; 2 a mistake, starting again changes nothing; 75 not
+# finished, start it again; else a crash. launch/common.sh lists variables.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/launcher.sh
@@ -23,8 +18,7 @@ export E2E_VLP_DISTRIBUTED="${E2E_VLP_DISTRIBUTED:-auto}"
 # Without a working TPU stop here, rather than train on the CPU unnoticed.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
 # The next machine finds the compiled step beside the checkpoints.
-cache="${JAX_COMPILATION_CACHE_DIR:-$workdir/jax_cache}"
-export JAX_COMPILATION_CACHE_DIR="$cache"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/jax_cache}"
 # shellcheck source=launch/common.sh
 source launch/common.sh || exit 75  # no network, say
 
@@ -32,12 +26,11 @@ source launch/common.sh || exit 75  # no network, say
 # stops a pod signals this shell, so it is passed on.
 python -m e2e_vlp_jax.train "$@" &
 child=$!
-trap 'signalled=1; kill -TERM "$child" 2>/dev/null' TERM INT HUP
+trap 'kill -TERM "$child" 2>/dev/null' TERM INT HUP
 while true; do
-  signalled=''
   wait "$child"
   code=$?
-  [[ -n $signalled ]] || break  # else it was the signal that ended the wait
+  kill -0 "$child" 2>/dev/null || break  # else a signal ended the wait
 done
 code="$(outcome "$code")"
 say "host $(hostname): train ended with code $code"

@@ -1,12 +1,19 @@
 """Two real processes are one run; peers that do not come are named."""
 import json
+import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from e2e_vlp_jax.training import distributed
 from tests import kill_and_resume as runs
 
 ALONE = runs.Layout(1, 4)
@@ -81,12 +88,67 @@ def test_peers_that_do_not_come_are_named(number, tiny_scenes, tmp_path,
                                           monkeypatch):
   monkeypatch.setenv('E2E_VLP_JOIN_TIMEOUT', '5')
   processes = runs.start(PAIR, tmp_path / 'w', tiny_scenes, only=number)
-  assert processes[0].wait(runs.PATIENCE) == 2
+  assert processes[0].wait(runs.PATIENCE) == 75  # to be started again
   log = (tmp_path / f'w.{number}.log').read_text()
   errors = [x for x in log.splitlines() if x.startswith('error:')]
   assert len(errors) == 1 and re.search(r'localhost:\d+', errors[0]), log
   assert '5 s' in errors[0]
   assert ('0 of 1 peers seen', 'nobody answers there')[number] in errors[0]
+
+
+JOIN = '''
+from e2e_vlp_jax.training import distributed
+distributed.join()
+import jax
+from jax._src import xla_bridge
+print('visible', xla_bridge.CUDA_VISIBLE_DEVICES.value, jax.device_count())
+'''
+
+
+@pytest.mark.parametrize('late', [0, 8])
+def test_joining_under_slurm(late, monkeypatch):
+  """With all that srun sets: jax must not take one device of each for ours.
+
+  One peer comes late, after nearly all of the time that the other waits: ten
+  of thirty minutes, on a clock that is shortened.
+  """
+  monkeypatch.setenv('E2E_VLP_JOIN_TIMEOUT', '60' if late else '300')
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  processes = []
+  for i in range(2):
+    time.sleep(late * i)
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':
+           '--xla_force_host_platform_device_count=4',
+           'E2E_VLP_COORDINATOR': f'localhost:{port}',
+           'E2E_VLP_PROCESSES': '2', 'E2E_VLP_PROCESS': str(i),
+           'SLURM_JOB_ID': '4100', 'SLURM_STEP_NODELIST': 'n[1-2]',
+           'SLURM_NTASKS': '2', 'SLURM_PROCID': str(i), 'SLURM_LOCALID': '0',
+           'SLURM_STEP_NUM_NODES': '2'}
+    processes.append(subprocess.Popen(
+        [sys.executable, '-c', JOIN], cwd=runs.REPO, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+  for process in processes:
+    said, _ = process.communicate(timeout=runs.PATIENCE)
+    assert process.returncode == 0, said
+    assert 'visible all 8' in said, said
+
+
+def test_pods_wait_longest(monkeypatch):
+  """A slice may come half an hour after the others."""
+  monkeypatch.setenv('E2E_VLP_DISTRIBUTED', 'auto')
+  monkeypatch.delenv('E2E_VLP_JOIN_TIMEOUT', raising=False)
+  jax = mock.MagicMock()
+  jax.distributed.initialize.side_effect = InterruptedError
+  monkeypatch.setattr(distributed, 'jax', jax)
+  timer = mock.MagicMock()
+  monkeypatch.setattr(distributed.threading, 'Timer', timer)
+  with pytest.raises(InterruptedError):
+    distributed.join()
+  assert timer.call_args.args[0] == 1800
+  assert jax.distributed.initialize.call_args.kwargs == {
+      'initialization_timeout': 1860}
 
 
 def test_half_of_the_variables_is_an_error(tiny_scenes, tmp_path,
