@@ -629,3 +629,48 @@ def test_mistakes_are_one_line(place, script, args, found):
   assert err.startswith('error: ') and err.count('\n') == 1
   assert found in err
   assert not place.calls()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('device, code', [('cpu', 0), ('gpu-cuda13', 2)])
+def test_the_steps_of_docker_build(tmp_path, device, code):
+  """In a clean folder; dependencies are left out, for the time they take."""
+  text = (REPO / 'launch/Dockerfile').read_text().replace('\\\n', '')
+  env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path), 'DEVICE': device,
+         'PYTHON': sys.executable, 'PIP_NO_DEPS': '1'}
+  for step, _, rest in (x.partition(' ') for x in text.splitlines()):
+    if step == 'COPY':
+      *found, target = rest.split()
+      for pattern in found:
+        for path in REPO.glob(pattern) if pattern != '.' else ():
+          to = tmp_path / target
+          to.mkdir(exist_ok=True)
+          shutil.copy(path, to)
+    elif step == 'RUN':
+      done = subprocess.run(['bash', '-euo', 'pipefail', '-c', rest], env=env,
+                            cwd=tmp_path, capture_output=True, text=True,
+                            check=False)
+      assert done.returncode == code, done.stderr
+  if code == 0:
+    import_ = '.venv/bin/python', '-c', 'import e2e_vlp_jax'
+    subprocess.run(import_, cwd=tmp_path, check=True)
+    assert (tmp_path / '.venv/installed-test').exists()
+
+
+def test_one_installation_at_a_time(tmp_path):
+  """Of the tasks of a job array, which all find .venv out of date."""
+  shutil.copytree(REPO / 'launch', tmp_path / 'launch')
+  (tmp_path / 'setup.py').touch()
+  (tmp_path / '.venv/bin').mkdir(parents=True)
+  python = tmp_path / '.venv/bin/python'
+  python.write_text('''#!/usr/bin/env bash
+case "$*" in
+  *' install '*) echo "begin $*" >>log; sleep .3; echo end >>log ;;
+esac''')
+  python.chmod(0o755)
+  env = {'PATH': os.environ['PATH'], 'E2E_VLP_EXTRAS': 'gpu_cuda12'}
+  tasks = [subprocess.Popen(['bash', 'launch/common.sh'], cwd=tmp_path, env=env)
+           for _ in range(3)]
+  assert [task.wait(60) for task in tasks] == [0] * 3
+  log = (tmp_path / 'log').read_text().splitlines()
+  assert len(log) == 2 and log[0].endswith('.[gpu-cuda12]') and log[1] == 'end'
