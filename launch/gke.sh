@@ -43,9 +43,8 @@ if [[ -n $spot ]]; then
   node_selector+=(cloud.google.com/gke-spot=true)
   tolerations='[{key: cloud.google.com/gke-spot, operator: Exists}]'
 fi
-if ((slices > 1)); then  # They talk over the network of their hosts.
-  host_network=true volume+=(hostNetworkPodKSA=true)
-fi
+# Slices talk over the network of their hosts.
+((slices == 1)) || host_network=true volume+=(hostNetworkPodKSA=true)
 
 # Words as JSON, which YAML reads as it stands, whatever is in them: a list, or
 # pairs K=V as an object or (env) a list of objects. Kubernetes expands $(NAME)
@@ -128,6 +127,5 @@ elif [[ $found != *NotFound* ]]; then
   die "kubectl: $(tail -n 1 <<<"$found")"
 fi
 manifest | kubectl apply -f -
-say "watch:  kubectl get jobset $name;  kubectl logs -f --tail=-1 -c train -l" \
-  "jobset.sigs.k8s.io/jobset-name=$name --max-log-requests $((slices * hosts))"
-say "stop:   kubectl delete jobset $name"
+say "watch: kubectl logs -f --tail=-1 -c train --max-log-requests 999 -l" \
+  "jobset.sigs.k8s.io/jobset-name=$name; stop: kubectl delete jobset $name"

@@ -13,7 +13,13 @@ say() { echo "[launch] $*"; }
 die() { echo "error: $*" >&2; exit 2; }
 
 # Prints words so that a shell reads these very words again.
-quoted() { [[ $# == 0 ]] || printf ' %q' "$@"; }
+quoted() {
+  local word quote="'\\''"
+  for word in "$@"; do
+    [[ $word =~ ^[-_./:=@%+,a-zA-Z0-9]+$ ]] || word="'${word//\'/"$quote"}'"
+    printf ' %s' "$word"
+  done
+}
 
 # Does a command; in a dry run, prints it.
 run() { if [[ $DRY_RUN == 1 ]]; then echo "+$(quoted "$@")"; else "$@"; fi; }
