@@ -59,7 +59,7 @@ setuptools.setup(
         'torch': ['torch', 'transformers'],  # live parity tests
         'meteor': ['pycocoevalcap'],         # METEOR, which also needs Java
         'gpu': ['jax[cuda13]'],
-        'gpu_cuda12': ['jax[cuda12]'],       # drivers older than CUDA 13
+        'gpu-cuda12': ['jax[cuda12]'],       # drivers older than CUDA 13
         'tpu': ['jax[tpu]'],                 # brings the libtpu that fits
         'preflight': ['jax[tpu]'],           # and its compiler, no TPU needed
     },

@@ -1,83 +1,63 @@
 #!/usr/bin/env bash
 # Trains on TPU slices of a Kubernetes cluster (GKE): writes a JobSet and
-# applies it with kubectl. The cluster starts it on every host of every slice
-# and starts all of them again when one is lost; the run goes on from its
-# checkpoint.
+# applies it with kubectl. The cluster starts train on every host of every slice,
+# and again on all of them when one is lost; the run goes on. launch/README.md
+# explains the options, and says how xpk does the same.
 #
 #   bash launch/gke.sh --name N --topology v5e:4x4 --image I --bucket B \
-#       [--slices 1] [--spot] [--service-account default] [--restarts 100] \
-#       [--chips-per-host 4] [--dry-run] \
+#       [--slices 2] [--spot] ... \
 #       -- --config C.py:ARG --workdir /mnt/gcs/runs/R [--config.key=value ...]
-#
-#   --topology   of one slice, in preflight's words; the cluster has a node
-#                pool of that shape for every slice
-#   --image      made from launch/Dockerfile with DEVICE=tpu
-#   --bucket     seen by every host as /mnt/gcs
-#   --restarts   how often the whole set is started again
-#   --dry-run    print the command and the manifest, do nothing (or DRY_RUN=1)
-# Needs kubectl and python3 here; in the cluster JobSet and the Cloud Storage
-# FUSE driver, both of which launch/README.md turns on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/launcher.sh
 source launch/launcher.sh
 
-name='' topology='' image='' bucket='' slices=1 spot=''
-service_account=default restarts=100 chips_per_host=4
-while [[ $# -gt 0 && $1 != -- ]]; do
-  case "$1" in
-    --name | --topology | --image | --bucket | --slices | --restarts | \
-      --service-account | --chips-per-host)
-      needs_value "$@"
-      option="${1#--}"
-      printf -v "${option//-/_}" '%s' "$2"
-      shift 2 ;;
-    --spot) spot=1; shift ;;
-    --dry-run) DRY_RUN=1; shift ;;
-    *) die "unknown option '$1' (arguments of train come after --)" ;;
-  esac
-done
-[[ $# -gt 0 ]] || die 'expected -- and the arguments of train'
-shift
-for option in name topology image bucket; do
-  [[ -n ${!option} ]] || die "--$option is missing"
-done
-check_name --name "$name"
-check_name --service-account "$service_account"
-check_topology "$topology"
-check_bucket "$bucket"
-check_count --slices "$slices"
-check_count --restarts "$restarts"
-check_count --chips-per-host "$chips_per_host"
-[[ $image =~ ^[-_./:@a-zA-Z0-9]+$ ]] ||
-  die "--image: found '$image', expected REGISTRY/NAME:TAG"
-check_train "$@"
-check_workdir_is_kept
+single='--name --topology --image --bucket --slices --restarts --cache-gb'
+single+=' --service-account --chips-per-host'
+several='--env --node-selector --label' flags='--spot --dry-run'
+name='' topology='' image='' bucket='' slices=1 cache_gb=50 restarts=100
+service_account=default chips_per_host=4 spot='' dry_run=''
+env=() node_selector=() label=() train=()
+read_options "$@"
+check image '[-_./:@a-zA-Z0-9]+' 'REGISTRY/NAME:TAG'
+check service_account '[a-z]([-a-z0-9]*[a-z0-9])?' 'a-z, 0-9 and -'
+check restarts '[1-9][0-9]{0,3}' 'a number'
+check chips_per_host '[1248]' '1, 2, 4 or 8'
+check_options
 
-case "$generation" in
-  v4) accelerator=tpu-v4-podslice ;;
-  v5e) accelerator=tpu-v5-lite-podslice ;;
-  v5p) accelerator=tpu-v5p-slice ;;
-  v6e) accelerator=tpu-v6e-slice ;;
-esac
+declare -A names=([v4]=tpu-v4-podslice [v5e]=tpu-v5-lite-podslice
+  [v5p]=tpu-v5p-slice [v6e]=tpu-v6e-slice [v7x]=tpu7x)
 ((chips >= chips_per_host)) || chips_per_host="$chips"
 ((chips % chips_per_host == 0)) ||
   die "--chips-per-host: found $chips_per_host, which does not divide $chips"
 hosts=$((chips / chips_per_host))
+((slices == 1 || hosts > 1)) ||
+  die "--slices: found $slices, but GKE joins no slices of one host ($topology)"
+node_selector+=("cloud.google.com/gke-tpu-accelerator=${names[$generation]}"
+  "cloud.google.com/gke-tpu-topology=$shape")
+tolerations='[]' host_network=false
+options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
+volume=("bucketName=$bucket" "mountOptions=$options"  # as in tpu_vm_host.sh
+  "fileCacheCapacity=${cache_gb}Gi" fileCacheForRangeRead=true)
+if [[ -n $spot ]]; then
+  node_selector+=(cloud.google.com/gke-spot=true)
+  tolerations='[{key: cloud.google.com/gke-spot, operator: Exists}]'
+fi
+# Slices talk over the network of their hosts.
+((slices == 1)) || host_network=true volume+=(hostNetworkPodKSA=true)
 
-# A list of words as JSON, which YAML reads as it stands, whatever is in them.
+# Words as JSON, which YAML reads as it stands, whatever is in them: a list, or
+# pairs K=V as an object or (env) a list of objects. Kubernetes expands $(NAME)
+# in commands and variables, where it reads $$ as $.
 json() {
-  python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"
+  python3 -c 'import json, sys
+what, *words = sys.argv[1:]
+pairs = [w.partition("=")[::2] for w in words]
+print(json.dumps({"object": dict(pairs),
+    "list": [w.replace("$", "$$") for w in words],
+    "env": [{"name": k, "value": v.replace("$", "$$")} for k, v in pairs]}[what]))
+' "$@"
 }
-# Kubernetes expands $(NAME) in a command, and reads $$ as $.
-command="$(json bash launch/worker.sh "${@//\$/\$\$}")"
-mount_options=implicit-dirs,metadata-cache:ttl-secs:0
-mount_options+=,metadata-cache:negative-ttl-secs:0
-spot_lines=''
-[[ -z $spot ]] || spot_lines='
-              cloud.google.com/gke-spot: "true"
-            tolerations:
-            - {key: cloud.google.com/gke-spot, operator: Exists}'
 
 manifest() {
   cat <<YAML
@@ -85,16 +65,17 @@ apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
   name: $name
+  labels: $(json object "${label[@]}")
   annotations:
     # A slice's hosts on one node pool, a node pool for each slice.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
     maxRestarts: $restarts
+    restartStrategy: BlockingRecreate  # no new host meets an old one
     rules:
     # Exit code 2 is a mistake of the user (below): once is enough.
-    - action: FailJobSet
-      onJobFailureReasons: [PodFailurePolicy]
+    - {name: mistake, action: FailJobSet, onJobFailureReasons: [PodFailurePolicy]}
   replicatedJobs:
   - name: slice
     replicas: $slices
@@ -103,40 +84,29 @@ spec:
         parallelism: $hosts
         completions: $hosts
         backoffLimit: 0  # one host lost: all start again, together
-        podFailurePolicy:
-          rules:
-          - action: FailJob
-            onExitCodes: {containerName: train, operator: In, values: [2]}
+        podFailurePolicy: {rules: [{action: FailJob, onExitCodes: {
+          containerName: train, operator: In, values: [2]}}]}
         template:
           metadata:
-            annotations:
-              gke-gcsfuse/volumes: "true"
+            annotations: {gke-gcsfuse/volumes: "true"}
           spec:
             restartPolicy: Never
             serviceAccountName: $service_account
             terminationGracePeriodSeconds: 300  # to save; spot machines: less
-            nodeSelector:
-              cloud.google.com/gke-tpu-accelerator: $accelerator
-              cloud.google.com/gke-tpu-topology: $shape$spot_lines
+            hostNetwork: $host_network
+            dnsPolicy: ClusterFirstWithHostNet
+            nodeSelector: $(json object "${node_selector[@]}")
+            tolerations: $tolerations
             containers:
             - name: train
               image: $image
-              command: $command
-              resources:
-                requests: {google.com/tpu: $chips_per_host}
-                limits: {google.com/tpu: $chips_per_host}
-              volumeMounts:
-              - {name: gcs, mountPath: $MOUNT}
-            volumes:
-            - name: gcs
-              csi:
-                driver: gcsfuse.csi.storage.gke.io
-                volumeAttributes:
-                  bucketName: $bucket
-                  # As in tpu_vm_setup.sh.
-                  mountOptions: $mount_options
-                  fileCacheCapacity: 50Gi
-                  fileCacheForRangeRead: "true"
+              command: $(json list bash launch/worker.sh "${train[@]}")
+              env: $(json env "${env[@]}")
+              resources: {requests: {google.com/tpu: $chips_per_host},
+                limits: {google.com/tpu: $chips_per_host}}
+              volumeMounts: [{name: gcs, mountPath: $MOUNT}]
+            volumes: [{name: gcs, csi: {driver: gcsfuse.csi.storage.gke.io,
+              volumeAttributes: $(json object "${volume[@]}")}}]
 YAML
 }
 
@@ -145,7 +115,17 @@ if [[ $DRY_RUN == 1 ]]; then
   manifest
   exit
 fi
+ask_train
+# A finished JobSet keeps its name, and "apply" would leave it as it is.
+if found="$(kubectl get jobset "$name" -o 'jsonpath=is {.status.terminalState}' \
+  2>&1)"; then
+  [[ $found != 'is ' ]] ||
+    die "--name: JobSet '$name' is running; to stop it: kubectl delete jobset $name"
+  say "deleting the JobSet of that name, which $found"
+  kubectl delete jobset "$name"
+elif [[ $found != *NotFound* ]]; then
+  die "kubectl: $(tail -n 1 <<<"$found")"
+fi
 manifest | kubectl apply -f -
-say "watch:  kubectl get jobset $name;  kubectl logs -f -c train -l" \
-  "jobset.sigs.k8s.io/jobset-name=$name --max-log-requests $((slices * hosts))"
-say "stop:   kubectl delete jobset $name"
+say "watch: kubectl logs -f --tail=-1 -c train --max-log-requests 999 -l" \
+  "jobset.sigs.k8s.io/jobset-name=$name; stop: kubectl delete jobset $name"

@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them.
 #
-#   bash launch/test.sh                  every test
-#   bash launch/test.sh -m 'not slow'    the quick ones
-#   bash launch/test.sh tests/test_matching.py -k ties    pytest's arguments
+#   bash launch/test.sh [-m 'not slow'] [tests/test_matching.py -k ties]
 #
-# launch/common.sh lists the environment variables.
+# launch/common.sh lists environment variables.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"

@@ -1,40 +1,16 @@
 #!/usr/bin/env bash
-# Trains on this machine, one host of a TPU slice; tpu_vm.sh and gke.sh start
-# it on all of them.
+# Trains on this machine, one host of a TPU slice; tpu_vm_host.sh and gke.sh
+# start it on all of them.
 #
 #   bash launch/worker.sh --config C --workdir W [--config.key=value ...]
 #
-# The exit code, also left in .cache/worker.exit, says what to do next:
-#   0    the run is finished
-#   2    a mistake in the arguments or the data: starting again changes nothing
-#   75   SIGTERM stopped it, a checkpoint is saved: start it again
-#   else a crash: start it again, but not for ever
-# launch/common.sh lists more environment variables.
+# Exit code: 0 finished; 2 a mistake, starting again changes nothing; 75 not
+# finished, start it again; else a crash. launch/common.sh lists variables.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/launcher.sh
 source launch/launcher.sh
 check_train "$@"
-if [[ $DRY_RUN == 1 ]]; then
-  run python -m e2e_vlp_jax.train "$@"
-  exit
-fi
-
-# A TPU serves one process. After a lost connection an older one may still
-# hold it: let it save, then insist.
-mkdir -p .cache
-rm -f .cache/worker.exit
-old="$(cat .cache/worker.pid 2>/dev/null)"
-ours() { tr '\0' ' ' 2>/dev/null <"/proc/$old/cmdline" | grep -q e2e_vlp_jax; }
-if [[ -n $old ]] && ours; then
-  say "stopping the run that is still here (process $old)"
-  kill -TERM "$old"
-  for _ in {1..150}; do
-    ours || break
-    sleep 2
-  done
-  ours && kill -KILL "$old"
-fi
 
 export E2E_VLP_EXTRAS="${E2E_VLP_EXTRAS:-tpu}"
 # The hosts find each other by what the TPU tells them.
@@ -42,26 +18,20 @@ export E2E_VLP_DISTRIBUTED="${E2E_VLP_DISTRIBUTED:-auto}"
 # Without a working TPU stop here, rather than train on the CPU unnoticed.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
 # The next machine finds the compiled step beside the checkpoints.
-cache="${JAX_COMPILATION_CACHE_DIR:-$workdir/jax_cache}"
-export JAX_COMPILATION_CACHE_DIR="$cache"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/jax_cache}"
 # shellcheck source=launch/common.sh
-source launch/common.sh
+source launch/common.sh || exit 75  # no network, say
 
 # In the background, as bash acts on a signal only between two commands. What
 # stops a pod signals this shell, so it is passed on.
 python -m e2e_vlp_jax.train "$@" &
 child=$!
-echo "$child" >.cache/worker.pid
-trap 'signalled=1; kill -TERM "$child" 2>/dev/null' TERM INT HUP
+trap 'kill -TERM "$child" 2>/dev/null' TERM INT HUP
 while true; do
-  signalled=''
   wait "$child"
   code=$?
-  [[ -n $signalled ]] || break  # else it was the signal that ended the wait
+  kill -0 "$child" 2>/dev/null || break  # else a signal ended the wait
 done
-if [[ $code == 0 ]] && ! finished "$workdir"; then
-  code=75
-fi
-echo "$code" >.cache/worker.exit
+code="$(outcome "$code")"
 say "host $(hostname): train ended with code $code"
 exit "$code"

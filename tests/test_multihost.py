@@ -1,8 +1,14 @@
 """Two real processes are one run; peers that do not join are named."""
 import json
+import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -88,7 +94,7 @@ def test_peers_that_do_not_join_are_named(tiny_scenes, tmp_path, monkeypatch):
   started = [runs.start(PAIR, tmp_path / f'w{i}', tiny_scenes, only=i)[0]
              for i in range(2)]
   for i, what in enumerate(('0 of 1 peers seen', 'nobody answers there')):
-    assert started[i].wait(runs.PATIENCE) == 2
+    assert started[i].wait(runs.PATIENCE) == 75  # to be started again
     log = (tmp_path / f'w{i}.{i}.log').read_text()
     said = [x for x in log.splitlines() if x.startswith('error:')]
     assert len(said) == 1 and re.search(r'localhost:\d+', said[0]), log
@@ -105,3 +111,58 @@ def test_wrong_variables_are_user_errors(variables, message, monkeypatch):
     monkeypatch.setenv(f'E2E_VLP_{name}', value)
   with pytest.raises(errors.UserError, match=message):
     distributed.join()
+
+
+JOIN = '''
+from e2e_vlp_jax.training import distributed
+distributed.join()
+import jax
+from jax._src import xla_bridge
+print('visible', xla_bridge.CUDA_VISIBLE_DEVICES.value, jax.device_count())
+'''
+
+
+@pytest.mark.parametrize('late', [0, 8])
+def test_joining_under_slurm(late, monkeypatch):
+  """With all that srun sets: jax must not take one device of each for ours.
+
+  One peer comes late, after nearly all of the time that the other waits: ten
+  of thirty minutes, on a clock that is shortened.
+  """
+  monkeypatch.setenv('E2E_VLP_JOIN_TIMEOUT', '60' if late else '300')
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  processes = []
+  for i in range(2):
+    time.sleep(late * i)
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':
+           '--xla_force_host_platform_device_count=4',
+           'E2E_VLP_COORDINATOR': f'localhost:{port}',
+           'E2E_VLP_PROCESSES': '2', 'E2E_VLP_PROCESS': str(i),
+           'SLURM_JOB_ID': '4100', 'SLURM_STEP_NODELIST': 'n[1-2]',
+           'SLURM_NTASKS': '2', 'SLURM_PROCID': str(i), 'SLURM_LOCALID': '0',
+           'SLURM_STEP_NUM_NODES': '2'}
+    processes.append(subprocess.Popen(
+        [sys.executable, '-c', JOIN], cwd=runs.REPO, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+  for process in processes:
+    said, _ = process.communicate(timeout=runs.PATIENCE)
+    assert process.returncode == 0, said
+    assert 'visible all 8' in said, said
+
+
+def test_pods_wait_longest(monkeypatch):
+  """A slice may come half an hour after the others."""
+  monkeypatch.setenv('E2E_VLP_DISTRIBUTED', 'auto')
+  monkeypatch.delenv('E2E_VLP_JOIN_TIMEOUT', raising=False)
+  jax = mock.MagicMock()
+  jax.distributed.initialize.side_effect = InterruptedError
+  monkeypatch.setattr(distributed, 'jax', jax)
+  timer = mock.MagicMock()
+  monkeypatch.setattr(distributed.threading, 'Timer', timer)
+  with pytest.raises(InterruptedError):
+    distributed.join()
+  assert timer.call_args.args[0] == 1800
+  assert jax.distributed.initialize.call_args.kwargs == {
+      'initialization_timeout': 1860}

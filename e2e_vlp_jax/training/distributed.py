@@ -10,8 +10,10 @@ processes. Elsewhere the launch scripts set three variables:
   E2E_VLP_COORDINATOR   host:port of process 0
   E2E_VLP_PROCESSES     number of processes
   E2E_VLP_PROCESS       number of this one
-If one is missing after E2E_VLP_JOIN_TIMEOUT seconds (300 by default), the run
-ends instead of holding the other machines for hours.
+If one is missing after E2E_VLP_JOIN_TIMEOUT seconds, the run ends instead of
+holding the other machines for hours. By default that is 300, where all
+processes start together, and 1800 on TPU pods, where a slice that is repaired
+or newly made can come half an hour after the others.
 """
 import ipaddress
 import os
@@ -29,13 +31,16 @@ from e2e_vlp_jax import errors
 
 _VARIABLES = ('E2E_VLP_COORDINATOR', 'E2E_VLP_PROCESSES', 'E2E_VLP_PROCESS')
 _NAME_BYTES = 64  # longest host name that processes tell each other
+# sysexits.h: a failure that passes. The launchers start the run again.
+EXIT_TRY_AGAIN = 75
 
 
 def join():
   """Joins the other processes, if there are any.
 
   Call it before devices are used. Process 0 prints the hosts that joined. If
-  one is late, every process prints a line and ends with exit code 2.
+  one is late, every process prints a line and ends with exit code 75: nobody
+  made a mistake, so the launchers start the run again.
 
   Raises:
     UserError: a variable is missing or not valid.
@@ -52,12 +57,15 @@ def join():
     raise errors.UserError(
         f'{missing}: not set, but a run of several processes needs '
         f'{", ".join(_VARIABLES)}')
-  timeout = _integer('E2E_VLP_JOIN_TIMEOUT', '300', 1)
+  timeout = _integer('E2E_VLP_JOIN_TIMEOUT', '1800' if automatic else '300', 1)
   address, options = 'the platform', {}
   if not automatic:
     address, count = found[0], _integer(_VARIABLES[1], found[1], 1)
+    # Under srun jax would also read Slurm's variables, and use the one GPU of
+    # the number SLURM_LOCALID; the devices that are visible are all ours.
     options = dict(coordinator_address=address, num_processes=count,
-                   process_id=_integer(_VARIABLES[2], found[2], 0, count - 1))
+                   process_id=_integer(_VARIABLES[2], found[2], 0, count - 1),
+                   cluster_detection_method='deactivate')
   # CPU processes exchange arrays through gloo; accelerators ignore this.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
 
@@ -66,7 +74,8 @@ def join():
           f'{options.get("process_id", "?")} of '
           f'{options.get("num_processes", "?")} waited {timeout} s at '
           f'{address}; {_who_joined(options)}', file=sys.stderr, flush=True)
-    os._exit(2)  # jax blocks in C++ meanwhile and would abort with a dump.
+    # jax blocks in C++ meanwhile and would abort with a dump.
+    os._exit(EXIT_TRY_AGAIN)
   watch = threading.Timer(timeout, give_up)
   watch.daemon = True
   start = time.perf_counter()
