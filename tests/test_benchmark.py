@@ -101,8 +101,9 @@ benchmark.main(['--config', '{TINY}', '--steps', '3', '--batch-size', '4',
 @pytest.mark.slow
 def test_benchmark_on_data_of_its_own(tiny_scenes, tmp_path):
   out = tmp_path / 'report.json'
-  benchmark.main(['--config', TINY, '--steps', '2', '--data',
-                  f'--config.data.dir={tiny_scenes}', '--json', str(out)])
+  benchmark.main(['--config', 'tests/small_run.py:light', '--steps', '2',
+                  '--data', f'--config.data.dir={tiny_scenes}', '--json',
+                  str(out)])
   report = json.loads(out.read_text())
   assert 0 <= report['data_wait'] < 1
   assert report['data_images_per_s'] > 0

@@ -126,7 +126,7 @@ def test_constraints_on_outputs_act():
                                   'configs/fiber.py:tiny,queue=8'])
 def test_models_name_their_outputs_without_a_batch(spec):
   """Every output that does not grow with the batch, and no other."""
-  config = cli.load_config(spec)
+  config = cli.load_config(spec, [('data.sentences', '1')])
   model = models.build(config, **SIZES)
 
   def shapes(size):
