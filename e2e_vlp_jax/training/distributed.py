@@ -75,7 +75,8 @@ def join():
           f'{options.get("process_id", "?")} of '
           f'{options.get("num_processes", "?")} waited {timeout} s at '
           f'{address}; {_seen(options)}', file=sys.stderr, flush=True)
-    os._exit(EXIT_TRY_AGAIN)  # jax holds this process in C++, and would abort it.
+    # jax holds this process in C++, and would abort it.
+    os._exit(EXIT_TRY_AGAIN)
   watch = threading.Timer(timeout, give_up)
   watch.daemon = True
   start = time.perf_counter()
