@@ -61,8 +61,8 @@ install() {
   E2E_VLP_EXTRAS="${E2E_VLP_EXTRAS:-tpu}" bash launch/common.sh
 }
 
-tpu_env="$(curl -fs -H 'Metadata-Flavor: Google' http://metadata.google.internal\
-/computeMetadata/v1/instance/attributes/tpu-env)"
+until tpu_env="$(curl -fs -H 'Metadata-Flavor: Google' http://metadata.google\
+.internal/computeMetadata/v1/instance/attributes/tpu-env)"; do sleep 5; done
 attribute() { sed -n "s/^$1: *'\(.*\)'/\1/p" <<<"$tpu_env"; }  # of this host
 host="$(attribute MEGASCALE_SLICE_ID)"
 host="${host:-0}-$(attribute WORKER_ID)"
@@ -77,15 +77,16 @@ again install
 trap 'stopped=1' TERM  # the machine is stopping; worker.sh is told as well
 stopped='' crashes=0 newest=none
 while [[ -z $stopped && ! -s $folder/exit ]]; do
+  again mount_bucket
   bash launch/worker.sh "$@"
   code=$? before="$newest"
   newest="$(find "$workdir/checkpoints" -maxdepth 1 2>/dev/null | sort)"
   case $code in
-    0 | 2) echo "$code" >"$folder/exit" ;;
+    0) [[ $host != 0-0 ]] || echo 0 >"$folder/exit" ;;  # it writes the report
+    2) echo 2 >"$folder/exit" ;;
     75) crashes=0 ;;
     *)
-      [[ $newest == "$before" ]] || crashes=0
-      crashes=$((crashes + 1))
+      [[ $newest == "$before" ]] && crashes=$((crashes + 1)) || crashes=1
       say "crash $crashes without a new checkpoint"
       ((crashes < 5)) || echo 1 >"$folder/exit" ;;
   esac
@@ -93,8 +94,7 @@ while [[ -z $stopped && ! -s $folder/exit ]]; do
 done
 kill "$copies"
 cp "$log" "$folder/log/$host"
-# Whoever started this may be away, and the slice is paid for. Needs
-# roles/tpu.admin here.
+# Whoever started this may be away; the slice is paid for. Needs roles/tpu.admin.
 if [[ $host == 0-0 && -s $folder/exit && -z ${E2E_VLP_KEEP:-} ]]; then
   sleep 300
   gcloud compute tpus queued-resources delete "$name" --force --quiet \

@@ -334,7 +334,7 @@ exit "$(next codes)"''')):
       ('systemd-run', 'touch "$FAKES/mounted"; mkdir -p "$FAKES/../gcs"'),
       ('fusermount', ''), ('tee', ''), ('python3.12', ''),
       ('sleep', '[[ $1 == 60 ]] && exec /usr/bin/sleep 600 || true'),
-      ('curl', """echo "WORKER_ID: '3'"; echo "ZONE: 'z'" """)):
+      ('curl', """echo "WORKER_ID: '0'"; echo "ZONE: 'z'" """)):
     place.fake(name, does)
   (place.fakes / 'codes').write_text(''.join(f'{x}\n' for x in codes))
   (place.fakes / 'checkpoints').write_text(
@@ -347,8 +347,9 @@ exit "$(next codes)"''')):
   assert (place.fakes / 'words').read_text() == ''.join(f'{w}\0' for w in words)
   assert 'gcsfuse' in place.calls('systemd-run')[0]
   folder = place.bucket / 'launch/r50'
-  assert (folder / 'log/0-3').read_text() == (
+  assert (folder / 'log/0-0').read_text() == (
       place.folder / 'log-r50.log').read_text()
+  assert ['delete', 'r50'] == place.calls('gcloud')[0][4:6]
   return (folder / 'exit').read_text().strip()
 
 
