@@ -110,7 +110,8 @@ def get_config(arg=None):
                     dilated=False, mask_padding=True, remat='none'),
       image_mean=(.485, .456, .406), image_std=(.229, .224, .225),
       width=256, attention_heads=8, ffn=options.get('ffn', 2048),
-      encoder_layers=12, decoder_layers=6, dropout=.1, pre_norm=False, act='relu', epsilon=1e-5,
+      encoder_layers=12, decoder_layers=6, dropout=.1, pre_norm=False,
+      act='relu', epsilon=1e-5,
       num_queries=100, queries='learned', text_pool='cls', max_text=40,
       text_types=0, remat='none')
 
