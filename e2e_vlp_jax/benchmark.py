@@ -255,11 +255,12 @@ def _make_batches(data, start, count):
   return ids, seconds
 
 
-def _decode(files, threads):
+def _decode(images, threads):
   """Seconds to decode encoded images to RGB."""
   from e2e_vlp_jax.data import photographs  # pylint: disable=g-import-not-at-top
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    return timing.seconds(lambda: list(pool.map(photographs.decode_image, files)))
+    return timing.seconds(
+        lambda: list(pool.map(photographs.decode_image, images)))
 
 
 def _pipeline(config, vocabularies, rows=None):

@@ -8,7 +8,6 @@ import contextlib
 import logging
 
 import jax
-import numpy as np
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
@@ -24,8 +23,8 @@ from e2e_vlp_jax.training import monitor as monitor_lib
 from e2e_vlp_jax.training import nonfinite
 from e2e_vlp_jax.training import profiler as profiler_lib
 from e2e_vlp_jax.training import progress
-from e2e_vlp_jax.training import stages
 from e2e_vlp_jax.training import sharding
+from e2e_vlp_jax.training import stages
 from e2e_vlp_jax.training import stop_signal
 from e2e_vlp_jax.training import workdir as workdir_lib
 
@@ -49,8 +48,8 @@ def train(config, workdir, allow_changes=False):
   with contextlib.ExitStack() as stack:
     # --- Restore, or start --------------------------------------------------
     saver = stack.enter_context(checkpointer.Checkpointer(
-        workdir, {'config': workdir_lib.to_dict(config), **vocabularies.to_dict()},
-        config.checkpoint))
+        workdir, {'config': workdir_lib.to_dict(config),
+                  **vocabularies.to_dict()}, config.checkpoint))
     state = (saver.restore(assembly.state_target())
              or _fresh_state(config, workdir, assembly))
 
@@ -191,7 +190,6 @@ def main(argv=None):
                         help='continue a run whose config has changed')
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
-    np.set_printoptions(precision=4)
     stages.stages(config)  # A wrong config fails before the processes join.
     distributed.join()
     train(config, args.workdir, args.allow_changes)

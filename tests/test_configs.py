@@ -13,7 +13,7 @@ import configs.recipes
 from configs import common
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import evaluation
+from e2e_vlp_jax.evaluation import evaluators as evaluators_lib
 from e2e_vlp_jax import models
 from e2e_vlp_jax import train
 import e2e_vlp_jax.tasks
@@ -102,7 +102,7 @@ def build(config, workdir):
   for number, stage in enumerate(assembly.stages):
     assembly.schedule(stage)(0)
     assembly.step(number)
-  evaluators = evaluation.Evaluators(config, model, vocabularies, mesh)
+  evaluators = evaluators_lib.Evaluators(config, model, vocabularies, mesh)
   evaluators.check_metric('checkpoint.best', config.checkpoint.best)
 
 

@@ -65,32 +65,32 @@ ANSWERS = '''
 import numpy as np
 from e2e_vlp_jax.data.keys import Key
 
-def answers(context):
-  return lambda example: {**example, 'answer_scores': np.isin(
+def replies(context):
+  return lambda example: {**example, 'reply_scores': np.isin(
       context.answers.answers, example['texts'])}
 
-OPS = {'answers': answers}
-KEYS = {'answers': (Key('answer_scores', np.float32, 'A', 0, 'scores',
+OPS = {'replies': replies}
+KEYS = {'replies': (Key('reply_scores', np.float32, 'A', 0, 'scores',
                         lambda draw: draw.rng.random(draw.shape)),)}
 '''
 
 
 def test_an_op_may_use_the_answer_list(op_file, open_):  # noqa: F811
-  op_file('answers', ANSWERS)
+  op_file('replies', ANSWERS)
   words = vocabularies.Vocabularies(
       test_pipeline.tokenizer(), test_pipeline.LABELS,
       answer_list.AnswerList(['a cube 0', 'two', 'a cube 1']))
-  pp = 'decode|fit|text|answers'
+  pp = 'decode|fit|text|replies'
   batch = open_(FakeSplit(2), pp=pp, vocabularies=words,
                 train=False).batch(0)
-  assert batch['answer_scores'].tolist() == [
+  assert batch['reply_scores'].tolist() == [
       [1, 0, 0], [0, 0, 1], *[[0, 0, 0]] * 6]
   made = synthetic.synthetic_batch({**CONFIG, 'pp_train': pp}, batch_size=8,
                                    **words.sizes)
-  assert made['answer_scores'].shape == (8, 3)
+  assert made['reply_scores'].shape == (8, 3)
   # Without an answer list there is no such key.
-  assert 'answer_scores' not in open_(
-      FakeSplit(2), pp='decode|fit|text|answers').batch(0)
+  assert 'reply_scores' not in open_(
+      FakeSplit(2), pp='decode|fit|text|replies').batch(0)
 
 
 @pytest.mark.parametrize('change, expected', [
