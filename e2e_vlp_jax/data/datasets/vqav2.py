@@ -1,0 +1,256 @@
+"""`vqav2`: questions about COCO's photographs, with ten answers each.
+
+  python -m e2e_vlp_jax.prepare vqav2 --source DIR --data_dir data
+
+VQA v2 (Goyal et al., CVPR 2017), https://visualqa.org/download.html. Under
+--source lie, as they are unpacked there,
+  v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json
+  v2_mscoco_{train2014,val2014}_annotations.json
+(or in a folder vqa/ or annotations/), and COCO's images,
+  {train2014,val2014,test2015}/COCO_train2014_000000000009.jpg and so on, or
+  {train2017,val2017,test2017}/000000000009.jpg, which have the same ids,
+as folders or .zip, or the same under images/. The folders of 2014 and 2015
+are used where they are there.
+
+Splits are train, validation, test and test_dev, which is a part of test and
+written only if --splits names it. A record is an image with all its questions;
+`kind` is the official answer_type. Test questions have no answers. The
+official question_type is not stored: the question's first words decide it
+(`vqa_answers.question_type`).
+
+Questions whose image is missing or broken are left out; the report counts and
+names them, and compares the numbers of questions and answers with the
+published ones.
+"""
+import collections
+import functools
+import json
+import os
+import sys
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.data.datasets import base
+from e2e_vlp_jax.data.datasets import image_files
+
+# split: (name of its files, images of 2017 that hold the same ids,
+# published questions, published answers).
+_SPLITS = {
+    'train': ('train2014', ('train2017', 'val2017'), 443_757, 4_437_570),
+    'validation': ('val2014', ('train2017', 'val2017'), 214_354, 2_143_540),
+    'test': ('test2015', ('test2017',), 447_793, 0),
+    'test_dev': ('test-dev2015', ('test2017',), 107_394, 0)}
+_DEFAULT = ('train', 'validation', 'test')
+_FOLDERS = ('', 'vqa', 'annotations')
+
+
+class Builder(base.RecordBuilder):
+  """Joins questions, answers and images by their ids."""
+  name = 'vqav2'
+  NEEDS_SOURCE = True
+  OPTIONS = {
+      'splits': ('', 'which of train,validation,test,test_dev; by default the '
+                 'first three, as far as their questions are there'),
+      'limit': (0, 'keep the first images by id of each split; 0 keeps all')}
+
+  def annotation_files(self):
+    return [path for split in self._wanted() for path in self._files(split)
+            if path]
+
+  def sources(self):
+    return {split: self._read(split) for split in self._wanted()}
+
+  def _wanted(self):
+    """The splits to write."""
+    named = [s for s in self.options['splits'].replace(' ', '').split(',')
+             if s]
+    for split in named:
+      if split not in _SPLITS:
+        raise errors.UserError(f'splits: no split {split!r}'
+                               + errors.nearest(split, _SPLITS))
+    found = named or [s for s in _DEFAULT if self._find(_questions_of(s))]
+    if not found:
+      raise errors.UserError(
+          f'no {_questions_of("train")} in {self.source!r} and no other '
+          'questions of VQA v2: --source should be the folder that holds them')
+    return list(dict.fromkeys(found))
+
+  def _find(self, name):
+    """The path of an official file, or None."""
+    places = [os.path.join(self.source, f, name) for f in _FOLDERS]
+    return next(filter(os.path.isfile, places), None)
+
+  def _files(self, split):
+    """(path of the questions, path of the annotations or None for tests)."""
+    names = [_questions_of(split)]
+    answered = bool(_SPLITS[split][3])
+    if answered:
+      names.append(f'v2_mscoco_{_SPLITS[split][0]}_annotations.json')
+    paths = [self._find(name) for name in names]
+    for name, path in zip(names, paths):
+      if not path:
+        raise errors.UserError(f'{split}: no {name} in {self.source!r}')
+    return paths if answered else (*paths, None)
+
+  def _read(self, split):
+    """(number of images, function to iterate over the records)."""
+    paths = self._files(split)
+    questions = _questions(paths[0])
+    annotations = _annotations(paths[1]) if paths[1] else None
+    by_image = collections.defaultdict(list)
+    for question in questions.values():
+      by_image[question['image_id']].append(question)
+    if not by_image:
+      raise errors.UserError(f'{paths[0]}: no questions')
+    images, pattern = self._images(split)
+    ids = sorted(by_image)
+    most = min(self.options['limit'] or len(ids), len(ids))
+    self._compare(split, len(questions), sum(
+        len(a['answers']) for a in (annotations or {}).values()))
+    return most, functools.partial(
+        self._records, split, images, pattern, ids, by_image, annotations,
+        most)
+
+  def _images(self, split):
+    """(the images, the pattern of their names)."""
+    name, later, _, _ = _SPLITS[split]
+    name = name.replace('-dev', '')
+    for folders, pattern in (((name,), f'COCO_{name}_{{:012d}}.jpg'),
+                             (later, '{:012d}.jpg')):
+      try:
+        return image_files.ImageFiles(self.source, [
+            *folders, *(f'images/{f}' for f in folders)]), pattern
+      except errors.UserError as e:
+        error = e
+    raise errors.UserError(f'{split}: no {name}/ or {name}.zip, and {error}')
+
+  def _compare(self, split, questions, answers):
+    """Says how the files' counts agree with the published ones."""
+    wanted = _SPLITS[split][2:]
+    same = (questions, answers) == wanted
+    # On stderr, as the progress is: stdout is the report's.
+    print(f'{self.name} {split}: {questions:,} questions, {answers:,} answers'
+          + (', as published' if same else
+             '; published: {:,} and {:,}'.format(*wanted)), file=sys.stderr)
+
+  def _records(self, split, images, pattern, ids, by_image, annotations, most):
+    report = self.reports[split]
+    report.update(questions=0, answers=0)
+    if annotations is not None:
+      listed = {q['question_id'] for i in ids for q in by_image[i]}
+      for i in annotations.keys() - listed:
+        self.skip(split, 'answers to a question that is not listed', i)
+    written = 0
+    names = [pattern.format(i) for i in ids]
+    for i, name, stored in zip(ids, names, images.load_all(names)):
+      if isinstance(stored, errors.UserError):
+        self.skip(split, f'image: {base.reason(stored, name)}', name)
+        for question in by_image[i]:
+          self.skip(split, 'question about an image that is left out',
+                    question['question_id'])
+        continue
+      questions = [q for q in (self._question(split, question, annotations)
+                               for question in by_image[i]) if q]
+      if not questions:
+        self.skip(split, 'image: no question left', name)
+        continue
+      if stored.changed:
+        self.note(split, f'image encoded again: {stored.changed}')
+      yield base.record(image=stored.data, image_id=str(i),
+                        height=stored.height, width=stored.width,
+                        questions=questions)
+      report['questions'] += len(questions)
+      report['answers'] += sum(len(q['answers']) for q in questions)
+      written += 1
+      if written == most:
+        return
+
+  def _question(self, split, question, annotations):
+    """A question of the record, or None if it is left out and counted."""
+    i = question['question_id']
+    text = base.clean(self._whole(split, question['question']))
+    if not text:
+      return self.skip(split, 'question without words', i)
+    if annotations is None:
+      return dict(question=text, answers=[], kind='', id=i)
+    if i not in annotations:
+      return self.skip(split, 'question without answers', i)
+    annotation = annotations[i]
+    answers = []
+    for answer in annotation['answers']:
+      if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        self.note(split, 'answer that was a number, not text')
+        answer = str(answer)
+      if not isinstance(answer, str):
+        self.skip(split, 'answer that is no text', i)
+        continue
+      if '|' in answer:  # It separates answers where they are stored.
+        self.note(split, "answer with '|', which became a space")
+        answer = answer.replace('|', ' ')
+      # As the official tool does before it compares.
+      answers.append(self._whole(split, answer).replace('\n', ' ').replace(
+          '\t', ' ').strip())
+    if not answers:
+      return self.skip(split, 'question without answers', i)
+    kind = annotation.get('answer_type', '')
+    return dict(question=text, answers=answers,
+                kind=kind if isinstance(kind, str) else '', id=i)
+
+  def _whole(self, split, text):
+    """The text, with U+FFFD for halves of characters (lone surrogates)."""
+    whole = text if text.isascii() else text.encode(
+        'utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
+    if whole != text:
+      self.note(split, 'text with half a character, which became U+FFFD')
+    return whole
+
+
+def _questions_of(split):
+  return f'v2_OpenEnded_mscoco_{_SPLITS[split][0]}_questions.json'
+
+
+def _questions(path):
+  """{question_id: question} of an official file, its types checked."""
+  return _by_id(path, 'questions', {'question_id': int, 'image_id': int,
+                                    'question': str})
+
+
+def _annotations(path):
+  """{question_id: annotation}; of each answer only its text is kept.
+
+  Ten answers a question as dicts would take gigabytes.
+  """
+  def text_of(item):
+    return item['answer'] if 'answer' in item and 'answers' not in item else (
+        item)
+  return _by_id(path, 'annotations', {'question_id': int, 'answers': list},
+                text_of)
+
+
+def _by_id(path, key, types, hook=None):
+  """The list `key` of a JSON file as {question_id: item}.
+
+  Raises:
+    UserError: unreadable, not such a file, or two items of one id that
+      differ.
+  """
+  try:
+    with open(path, encoding='utf-8') as f:
+      content = json.load(f, object_hook=hook)
+  except (OSError, ValueError, RecursionError) as e:
+    raise errors.UserError(f'{path} is not readable JSON: {e}') from e
+  if not isinstance(content, dict) or not isinstance(content.get(key), list):
+    raise errors.UserError(f'{path}: no list {key!r}; is this an official '
+                           'file of VQA v2?')
+  found = {}
+  for k, item in enumerate(content[key]):
+    for name, kind in types.items():
+      value = item.get(name) if isinstance(item, dict) else None
+      if not isinstance(value, kind) or isinstance(value, bool):
+        raise errors.UserError(
+            f'{path}: {key}[{k}].{name} is {value!r}; expected '
+            + {int: 'a whole number', str: 'text', list: 'a list'}[kind])
+    i = item['question_id']
+    if found.setdefault(i, item) != item:
+      raise errors.UserError(f'{path}: {key}[{k}] is another item of '
+                             f'question_id {i}; ids must be unique')
+  return found
