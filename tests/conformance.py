@@ -189,7 +189,7 @@ def check_padding(case):
       out[view] = {k: np.asarray(x)[mask] if np.shape(x)[:3] == mask.shape
                    else x for k, x in outputs.items()}
     return out
-  close(valid(case.run()), valid(case.run(**changed)))
+  close(valid(case.run()), valid(case.run(**changed)), 1e-6)
 
 
 def check_decoding(case):

@@ -1,4 +1,8 @@
-"""FIBER's views, its contrast and its negatives, sizes and bad input."""
+"""FIBER's views, its contrast and its negatives, sizes and bad input.
+
+Padding, kept features and captions: tests/test_contract.py and
+tests/test_beam_search.py.
+"""
 import functools
 
 import jax
@@ -11,7 +15,6 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.models import fiber
-from e2e_vlp_jax.models import beam_search
 from e2e_vlp_jax.objectives import itc
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import program
@@ -124,30 +127,6 @@ def test_closed_gates_make_the_dual_encoder(built):
   assert min(gap(variables['params'])) > .01  # and with open gates they differ
 
 
-def test_padding_changes_nothing(built, outputs):
-  """Neither tokens nor pixels outside the masks are ever seen."""
-  _, _, batch = built
-  changed = dict(batch)
-  noise = np.random.default_rng(0).integers(0, 255, batch['image'].shape)
-  changed['image'] = jnp.where(batch['image_mask'][..., None],
-                               batch['image'], noise.astype(np.uint8))
-  for name in ('text', 'masked_text'):
-    changed[name] = jnp.where(batch[name + '_mask'], batch[name], 9)
-  after = apply(*built[:2], changed, **EVERYTHING)
-
-  def of_tokens(out):
-    for view, name in (
-        ('image_only', 'caption_logits'), ('joint', 'mlm_logits'),
-        ('joint_masked', 'mlm_logits')):
-      mask = np.asarray(batch['masked_text_mask' if view == 'joint_masked'
-                              else 'text_mask'])
-      out = {**out, view: {**out[view],
-                           name: np.asarray(out[view][name])[mask]}}
-    return out
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6),
-               of_tokens(outputs), of_tokens(after))
-
-
 def test_fused_views_see_both_sides(built, outputs):
   model, variables, batch = built
   base = np.asarray(outputs['joint']['mlm_logits'])
@@ -174,29 +153,6 @@ def test_caption_does_not_leak(built, outputs):
   np.testing.assert_array_equal(a[:, s, :t], b[:, s, :t])
   np.testing.assert_array_equal(a[:, 1 - s], b[:, 1 - s])
   assert np.abs(a[:, s, t:] - b[:, s, t:]).max() > 1e-3
-
-
-@pytest.mark.parametrize('way', beam_search.WAYS)
-def test_generation_equals_teacher_forcing(built, way):
-  """Greedy tokens are the best of the training-time logits, step by step."""
-  _, variables, batch = built
-  model = models.build(small_config(beam_search=way), **SIZES)
-  tokens, scores = jax.jit(lambda v, b: beam_search.generate(
-      model, v, b, cls_id=2, sep_id=3, pad_id=0, max_length=8,
-      forbidden=(0, 2)))(variables, batch)
-  forced = dict(batch, text=tokens[:, None],
-                text_mask=jnp.ones_like(tokens[:, None], bool))
-  logits = apply(model, variables, forced, image_only=('captioning',))
-  logits = np.array(logits['image_only']['caption_logits'][:, 0])
-  if way == 'released':
-    logits[:, :, [0, 2]] = -1e4
-  logp = np.array(jax.nn.log_softmax(logits))
-  logp[:, :, [0, 2]] = -1e9
-  for row, score, p in zip(np.asarray(tokens), scores, logp):
-    end = list(row).index(3) if 3 in row else 7
-    np.testing.assert_array_equal(row[1:end + 1], p[:end].argmax(-1))
-    assert (row[end + 1:] == 0).all()
-    np.testing.assert_allclose(score, p[:end].max(-1).mean(), rtol=1e-4)
 
 
 # --- Contrast ---------------------------------------------------------------

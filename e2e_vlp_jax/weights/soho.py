@@ -10,7 +10,7 @@ from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet
 
 _L = 'language.'
-SIGNATURE = ('neck.conv.conv.weight', 'neck.ln.weight',
+SIGNATURE = ('neck.conv.conv.weight', 'neck.ln.weight', 'neck.ln.bias',
              *(_L + name for name in hf_bert.SIGNATURE))
 SURPLUS = (resnet.COUNTER,
            (r'head\.vqa\..*', 'the config has no such head'))
