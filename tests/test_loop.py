@@ -100,7 +100,15 @@ def test_nonfinite_inspects_the_step_before(tmp_path):
 
 
 # --- Exits ------------------------------------------------------------------
-def test_signals_are_requests_inside_only():
+@pytest.fixture
+def ctrl_c():
+  """Ctrl-C interrupts, also where the tests run in the background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_requests_inside_only(ctrl_c):
   before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
   with stop_signal.StopSignal() as stop:
     signal.raise_signal(signal.SIGTERM)
@@ -117,7 +125,7 @@ def test_signals_are_requests_inside_only():
 
 
 def test_an_error_ends_the_trace_and_gives_the_signals_back(
-    tiny_scenes, tmp_path, monkeypatch):
+    ctrl_c, tiny_scenes, tmp_path, monkeypatch):
   """As in a notebook, whose next Ctrl-C must be an interrupt again."""
   config = small_run.get_config('light')
   config.update_from_flattened_dict({

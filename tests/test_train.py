@@ -58,14 +58,14 @@ def setup_step(config, mesh, seed=0):
 def one_batch():
   """`setup_step` of a small run."""
   return setup_step(small_config(**{
-      'optim.warmup_steps': 5, 'total_steps': 100, 'warm_start.steps': 0}),
+      'optim.warmup_steps': 5, 'total_steps': 150, 'warm_start.steps': 0}),
                     mesh_of())
 
 
 def test_overfits_one_batch(one_batch):
   state, step, batch = one_batch
   first = None
-  for _ in range(80):
+  for _ in range(140):
     state, metrics = step(state, batch)
     first = first or jax.device_get(metrics)
   last = jax.device_get(metrics)
