@@ -62,8 +62,8 @@ class Builder(base.RecordBuilder):
       'num_validation': (0, 'images held out as split validation'),
       'splits': ('', "folder of bottom-up attention's train.txt, val.txt, "
                  'test.txt'),
-      'exclude_coco': ('', 'images to leave out: a COCO JSON file, or a text file '
-                       'with one COCO image id or file name per line')}
+      'exclude_coco': ('', 'images to leave out: a COCO JSON file, or a text '
+                       'file with one COCO image id or file name per line')}
 
   def annotation_files(self):
     return [p for n in ('image_data.json', 'objects.json', 'attributes.json',
