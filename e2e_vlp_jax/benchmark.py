@@ -1,13 +1,13 @@
-"""Measures how fast a config trains on this machine, and where time goes.
+"""Measures how fast a config trains on this machine and where time goes.
 
   python -m e2e_vlp_jax.benchmark --config configs/e2e_vlp.py:detr \\
       --batch-size 2 --steps 10 --peer hf_detr
 
 Times the train step that `train` would run, on one random batch, without
-TensorFlow and without data; `--data` also reads the config's own data.
-`--peer` times somebody else's step on the same batch in turns with ours,
-`--score` the scoring of image-text pairs. `--input` measures the input
-pipeline instead. docs/pods.md explains the figures.
+TensorFlow and without data; `--data` also reads the config's own data. `--peer`
+also times another library's step on the same batch, in turns with ours, and
+`--score` the scoring of image-text pairs. `--input` measures the input pipeline
+instead. docs/pods.md explains the figures.
 """
 import concurrent.futures
 import json
@@ -42,16 +42,16 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
   """Times the train step of `config` on the attached devices.
 
   Args:
-    config: of a training run; the last of its stages is timed, on one random
+    config: config of a training run; its last stage is timed, on one random
       batch of the largest bucket.
     steps: timed steps.
     peer: name of a peer (`peers.names`) to time in turns with ours.
-    data: also train on the config's own data and see how long steps wait.
+    data: also train on the config's own data and measure how long steps wait.
     score: also time the scoring of image-text pairs.
     say: called with lines about the progress.
 
   Returns:
-    dict, JSON-able: what `--json` writes (docs/pods.md).
+    JSON-able dict, the content of `--json` (docs/pods.md).
 
   Raises:
     UserError: the mesh, the batch, the peer or the data does not fit.
@@ -79,7 +79,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
       theirs.step()
   times, peer_times = [], []
   for _ in range(steps):
-    # In turns, so that other work on the machine slows both alike.
+    # In turns, so that other work on the machine slows both equally.
     times.append(timing.seconds(ours.step))
     if theirs:
       peer_times.append(timing.seconds(theirs.step))
@@ -109,13 +109,13 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
 
 
 class _OurStep:
-  """The compiled train step, the state that it continues with, one batch.
+  """The compiled train step, its current state, and one batch.
 
   Attributes:
     state: TrainState, after the steps so far.
-    batch: on the devices.
-    flops: of a step.
-    compile_s: tracing and compiling.
+    batch: the batch, on the devices.
+    flops: FLOPs of a step.
+    compile_s: seconds of tracing and compiling.
   """
 
   def __init__(self, assembly, batch):
@@ -131,7 +131,7 @@ class _OurStep:
     self.state = assembly.init()
 
   def step(self):
-    """One step, finished when it returns."""
+    """Runs one step and waits until it is finished."""
     self.state, metrics = self._compiled(self.state, self.batch)
     jax.block_until_ready((self.state, metrics))
 
@@ -156,8 +156,8 @@ def _peer(peer, times, our_seconds, batch_size):
   Args:
     peer: a Peer.
     times: seconds of each of its steps.
-    our_seconds: of our step, the mean.
-    batch_size: of both.
+    our_seconds: mean seconds of our step.
+    batch_size: batch size of both.
   """
   seconds = float(np.mean(times))
   return {'name': peer.name, 'version': peer.version,
@@ -183,7 +183,7 @@ def _with_data(assembly, ours, vocabularies, steps):
     ours.state, metrics = step(ours.state, batch)
     jax.block_until_ready(metrics)
     end = time.perf_counter()
-    # The first step of a bucket compiles, and the pipeline runs ahead.
+    # The first step of a bucket compiles, while the pipeline prefetches.
     if batch['image'].shape in buckets:
       waited += ready - start
       total += end - start
@@ -195,7 +195,7 @@ def _with_data(assembly, ours, vocabularies, steps):
 
 # --- Scoring ----------------------------------------------------------------
 def _scoring(model, ours, steps):
-  """Image-text pairs a second that the ITM head scores; None without one."""
+  """Image-text pairs per second of the ITM head; None without that head."""
   if not model.offers('joint', 'itm'):
     return None
   score = jax.jit(lambda v, b: model.apply(v, b, {'joint': ('itm',)})
@@ -212,24 +212,24 @@ def _scoring(model, ours, steps):
 def input_speed(config, images=512, rounds=5):
   """Measures how fast the config's pipeline makes batches, without a model.
 
-  In turns it decodes the same files to RGB (Pillow, as many threads as the
-  pipeline has), which is the least that any pipeline must do.
+  For comparison it decodes the same files to RGB, in turns (Pillow, as many
+  threads as the pipeline). That is the least that any pipeline must do.
 
   Args:
     config: reads data, seed and batch_size.
-    images: least number of images in a turn.
-    rounds: turns of each; the median counts.
+    images: minimum number of images in a turn.
+    rounds: number of turns of each; the median counts.
 
   Returns:
-    {'pipeline_images_per_s', 'decoding_images_per_s', 'share'}: the share of
-    the decoding's speed that the whole pipeline reaches.
+    {'pipeline_images_per_s', 'decoding_images_per_s', 'share'}; `share` is the
+    first divided by the second.
 
   Raises:
     UserError: no such data.
   """
   data = _pipeline(config, vocabularies_lib.Vocabularies.load(config.data))
   threads = config.data.get('threads', 0) or os.cpu_count()
-  count = -(-images // config.batch_size)  # batches of a turn
+  count = -(-images // config.batch_size)  # batches in a turn
   speeds = {'pipeline': [], 'decoding': []}
   for turn in range(rounds):
     ids, seconds = _make_batches(data, turn * (count + 1), count)
@@ -327,7 +327,7 @@ def main(argv=None):
       config.batch_size = args.batch_size
     if args.json:
       files.check_writable('--json', args.json)
-    if args.peer:  # Leave it some of the GPU; read when jax first looks.
+    if args.peer:  # Leave it GPU memory; jax reads this at first use.
       os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     if args.input:
       report = input_speed(config)

@@ -142,7 +142,7 @@ def _call(spec, function):
 
 
 def current_key(config, key):
-  """Today's name of a dotted key of `config` that may have its old one."""
+  """The current name of a dotted key of `config`, which may be an old name."""
   new = old_names.rename(key)
   return new if _has(config, new) else key
 
@@ -185,7 +185,7 @@ def _override(config, key, text):
                            f'{kind.__name__} such as {node[name]!r}') from e
 
 
-# How the text of an override is read; tuples and the rest as Python literals.
+# How to parse an override by type; all other types are Python literals.
 _READ = {
     str: str,
     int: int,

@@ -6,14 +6,14 @@
 
 Formats: fiber_coarse, soho, hf_detr, hf_resnet, torchvision_resnet, hf_bert,
 hf_roberta, hf_swin, timm_swin (docs/weights.md).
-D serves as `init_from`, and as the checkpoint of evaluate and predict. What
-the file has no tensor for is taken from the checkpoint --onto, or else randomly
-initialised with config.seed, and listed; every tensor of the file is either
-used or listed, in D/conversion.json in full. A module that the file covers in
-part is an error without --allow_random.
+D can be used as `init_from`, and as the checkpoint of evaluate and predict.
+Variables that the file lacks are taken from the checkpoint --onto, or else
+randomly initialised with config.seed. D/conversion.json lists them, and every
+tensor of the file, whether used or not. If the file has only a part of a
+module, that is an error without --allow_random.
 
-Exports have the names and types of the imported file, equal to the bit; a
-checkpoint that was trained since needs --format and gets the names of the
+Exports have the names, types and bits of the imported file. The export of a
+checkpoint that was trained afterwards needs --format and has the names of the
 published files.
 """
 import collections
@@ -45,12 +45,13 @@ def import_weights(format_name, path, config, output, *, resize=False,
   """Writes the checkpoint `output`; returns the record of the conversion.
 
   Args:
-    format_name, path: of the weights file.
-    config: of the model.
+    format_name, path: format and path of the weights file.
+    config: config of the model.
     output: folder.
-    resize: tensors that depend on the input's size, to that of `config`.
-    onto: checkpoint of the same model, for what the file lacks.
-    allow_random: let modules that the file covers have random variables, too.
+    resize: resize tensors that depend on the input's size to fit `config`.
+    onto: checkpoint of the same model that provides what the file lacks.
+    allow_random: initialise variables randomly even in modules of which the
+      file has a part.
   """
   source = mapping.find(format_name)
   _check_new(output)
@@ -63,7 +64,7 @@ def import_weights(format_name, path, config, output, *, resize=False,
   facts = _check_model(source, tensors, path, config, vocabularies.sizes,
                        resize)
 
-  # The model of the config, as training builds it.
+  # Build the config's model as training does.
   model = models.build(config, **vocabularies.sizes)
   batch = synthetic.synthetic_batch(config.data, batch_size=1,
                                     **vocabularies.sizes)
@@ -102,7 +103,7 @@ def import_weights(format_name, path, config, output, *, resize=False,
 
 
 def _check_model(source, tensors, path, config, sizes, resize):
-  """What the file says about its model; UserError unless it is the config's."""
+  """Facts about the file's model; UserError unless they fit the config."""
   facts = {**source.describe({k: x for k, (_, x) in tensors.items()}),
            **source.read_config(files.read_config(path))}
   spaces = {len(label_space.LabelSpace.load(n).classes): n
@@ -115,7 +116,7 @@ def _check_model(source, tensors, path, config, sizes, resize):
 
 
 def _kept(missing, base, shapes, onto):
-  """Variables that the checkpoint `onto` (its variables: `base`) gives."""
+  """Names of the missing variables that the checkpoint `onto` provides."""
   kept = [k for k in missing if k in base]
   other = [k for k in kept if base[k].shape != shapes[k].shape]
   if other or (onto and not kept):
@@ -128,7 +129,7 @@ def _kept(missing, base, shapes, onto):
 
 
 def _write(output, variables, config, vocabularies, record):
-  """The checkpoint, and conversion.json in it."""
+  """Writes the checkpoint and its conversion.json."""
   tree = flax.traverse_util.unflatten_dict(variables, sep='/')
   params = tree.pop('params')
   checkpoint.write(output, params, tree, {
@@ -139,7 +140,7 @@ def _write(output, variables, config, vocabularies, record):
 
 
 def _report(record, source, facts, config, onto):
-  """Prints what became of every tensor and where every variable is from."""
+  """Prints how every tensor was used and where every variable came from."""
   module = lambda name: '/'.join(name.split('/')[:2])
   _list('copies', record['copies'],
         lambda name: f'equal to {record["copies"][name]}, kept once')
@@ -208,7 +209,7 @@ def _check_new(output):
 
 
 def _list(title, names, reason, alike=lambda name: re.sub(r'\d+', '#', name)):
-  """Prints names, those that are `alike` and have one reason as a number."""
+  """Prints names with reasons; names that are `alike` share a line."""
   groups = collections.defaultdict(list)
   for name in names:
     groups[alike(name), reason(name)].append(name)
@@ -227,17 +228,17 @@ def main(argv=None):
     parser.add_argument('--output', required=True, metavar='DIR',
                         help='checkpoint; with --export, a .safetensors file')
     parser.add_argument('--onto', metavar='DIR',
-                        help='a checkpoint that keeps what FILE lacks')
+                        help='a checkpoint that provides what FILE lacks')
     parser.add_argument('--resize', action='store_true',
                         help='resize what depends on the size of the images '
                         '(tables of relative positions) to that of --config')
     parser.add_argument('--allow_random', action='store_true',
-                        help='randomly initialise what FILE lacks of the '
-                        'modules that it covers')
+                        help='randomly initialise what FILE lacks even in '
+                        'modules of which it has a part')
     parser.add_argument('--export', action='store_true',
-                        help='from a checkpoint to a weights file')
+                        help='convert a checkpoint to a weights file')
     args, config = cli.parse(parser, argv)
-    # Orbax warns of a file that reading an item alone does not need.
+    # Orbax warns about a file that we do not need to read a single item.
     logging.getLogger('absl').setLevel(logging.ERROR)
     if args.export:
       if config:

@@ -6,8 +6,8 @@
   python -m e2e_vlp_jax.evaluate --config configs/e2e_vlp.py:tiny \
       --checkpoint W --workdir E
 
-The evaluators are those of --config, or of the config that the checkpoint
-carries. --tasks takes names of these evaluators, their types and names of
+The evaluators are those of --config, or else of the checkpoint's own config.
+--tasks selects some of them, by the names or types of evaluators or by names of
 tasks (`python -m e2e_vlp_jax.predict --help` lists those).
 """
 import logging
@@ -37,7 +37,7 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
     path: of the checkpoint.
     workdir: gets the results.
     tasks: names of evaluators or of tasks to evaluate; None = all.
-    limit: most examples of an evaluator; None = as the config says.
+    limit: maximum number of examples of each evaluator; None = the config's.
     data_dir: folder of the prepared data; None = `config.data.dir`.
   """
   params, model_state, meta = checkpoint.load(path)
@@ -62,7 +62,7 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
                               workdir_lib.to_dict(config.model)))
   evaluators = evaluators_lib.Evaluators(config, model, vocabularies,
                                          sharding.make_mesh(config.mesh))
-  # Before the minutes that an evaluation takes.
+  # Check now, since an evaluation takes minutes.
   files.check_folder('--workdir', workdir)
   scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0)
   evaluators_lib.write(workdir, meta['step'], scores, pictures)
@@ -75,12 +75,12 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
 
 
 def select(config, tasks=None, limit=None):
-  """Leaves in `config.evals` what is asked for.
+  """Keeps only the requested evaluators in `config.evals`.
 
   Args:
     config: whole config; changed in place.
     tasks: names of evaluators, of their types, or of tasks; None = all.
-    limit: most examples of an evaluator, and most sample pictures.
+    limit: maximum number of examples of each evaluator, and of pictures.
 
   Raises:
     UserError: a name that is none of these, or that selects nothing here.
@@ -104,7 +104,7 @@ def select(config, tasks=None, limit=None):
       raise errors.UserError(
           f'--tasks: the config has no evaluator for {task!r}; it has '
           + ', '.join(here))
-    # An evaluator's own name means it alone: not its `_unseen` split too.
+    # The name of an evaluator does not select its `_unseen` split.
     wanted |= {task} & set(here) or found
   for name in here:
     if name not in wanted:
@@ -125,7 +125,7 @@ def main(argv=None):
                         + ', '.join(sorted({*evaluators_lib.names(),
                                             *base.names()})))
     parser.add_argument('--limit', type=int, metavar='N',
-                        help='most examples of each evaluator')
+                        help='maximum number of examples of each evaluator')
     parser.add_argument('--data_dir', metavar='DIR', help='prepared data, if '
                         "not in the config's data.dir")
     args, config = cli.parse(parser, argv)

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, and what a checkpoint says.
+"""Atomic file writing, and the meta data of checkpoints.
 
-Neither jax nor TensorFlow is needed for it.
+Needs neither jax nor TensorFlow.
 """
 import json
 import os
@@ -12,7 +12,7 @@ CHECKPOINTS = 'checkpoints'  # the folder of a WORKDIR
 
 
 def write(path, text):
-  """Writes `text` to a file, which is never seen half written.
+  """Writes `text` to a file atomically: no reader sees it half written.
 
   Raises:
     UserError: `path` cannot be written.
@@ -27,12 +27,12 @@ def write(path, text):
 
 
 def write_json(path, value):
-  """`write` of a JSON-able value."""
+  """Writes a JSON-able value with `write`."""
   write(path, json.dumps(value, indent=1))
 
 
 def check_writable(name, path):
-  """UserError unless argument `name` gives a file that can be written."""
+  """UserError unless `path`, the value of argument `name`, can be written."""
   try:
     with open(path, 'a', encoding='utf-8'):
       pass
@@ -42,7 +42,7 @@ def check_writable(name, path):
 
 
 def check_folder(name, path):
-  """UserError unless files can be made in folder `path`; makes the folder."""
+  """Creates folder `path`; UserError unless files can be written there."""
   try:
     os.makedirs(path, exist_ok=True)
     tempfile.TemporaryFile(dir=path).close()
@@ -52,7 +52,7 @@ def check_folder(name, path):
 
 
 def step_folder(path):
-  """The folder of one step: given itself, its parent or its WORKDIR.
+  """Finds the folder of one step, given itself, its parent or its WORKDIR.
 
   Raises:
     UserError: there is no checkpoint at `path`.
@@ -73,7 +73,7 @@ def step_folder(path):
 
 
 def checkpoint_meta(path):
-  """What a checkpoint says of itself, without its arrays.
+  """Reads the meta data of a checkpoint, without its arrays.
 
   Args:
     path: see `step_folder`.

@@ -3,10 +3,10 @@
   python -m e2e_vlp_jax.predict --checkpoint W --task detect \
       --image photo.jpg --json out.json --picture out.png
 
-Needs a checkpoint alone (it carries its config, tokenizer and labels), and
-no TensorFlow. Without --json the JSON goes to the standard output. Boxes are
-x0, y0, x1, y1 in pixels of the upright image. Several --image give a list,
-and one picture each: out_0.png, out_1.png, ...
+Needs only a checkpoint, which contains its config, tokenizer and labels, and no
+TensorFlow. Without --json the JSON goes to standard output. Boxes are x0, y0,
+x1, y1 in pixels of the upright image. With several --image the JSON is a list,
+and each image gets its own picture: out_0.png, out_1.png, ...
 
 Tasks:
 """
@@ -24,7 +24,7 @@ from e2e_vlp_jax.tasks import base
 
 
 def predict(args):
-  """Does what the command line asks for; returns what the JSON holds."""
+  """Runs the command line; returns the content of the JSON."""
   # Cheap checks come first: loading a checkpoint takes seconds.
   task = base.load(args.task, '--task')
   options = {k: getattr(args, k) for k in _options()
@@ -64,7 +64,7 @@ def _options():
 
 
 def _picture_names(path, count):
-  """'out.png' -> one name for each image: out_0.png, ... if there are more."""
+  """One file name for each image: 'out.png' -> out_0.png, ... if several."""
   if not path or count == 1:
     return [path] * bool(path)
   stem, end = os.path.splitext(path)
@@ -85,7 +85,7 @@ def _check_writable(name, path):
 
 
 def _parser():
-  """The command line; its tasks and their options are those of the files."""
+  """The argument parser; finds the tasks and their options."""
   doc = __doc__ + ''.join(f'  {n:10} {base.load(n).summary}\n'
                           for n in base.names())
   parser = cli.parser(doc)
@@ -113,7 +113,7 @@ def _parser():
 def main(argv=None):
   with errors.exit_on_user_error():
     args, _ = cli.parse(_parser(), argv)
-    # Orbax warns of a file that reading an item alone does not need.
+    # Orbax warns about a file that we do not need to read a single item.
     logging.getLogger('absl').setLevel(logging.ERROR)
     predict(args)
 

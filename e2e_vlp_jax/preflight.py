@@ -3,11 +3,11 @@
   python -m e2e_vlp_jax.preflight --config configs/e2e_vlp.py:r50 \\
       --topology v5e:4x4
 
-The real program goes through the real compiler. The report has its memory on
-each chip, its FLOPs, the bytes that chips send each other, a lower bound on
+It compiles the real program with the real compiler. The report has the memory
+on each chip, the FLOPs, the bytes that chips send each other, a lower bound on
 the time of a step, and the largest batch that fits. docs/pods.md explains the
-figures. `--topology local` plans for the devices of this machine; `--quick`
-lets the compiler skip what takes it most time.
+figures. `--topology local` plans for the devices of this machine. `--quick`
+skips the slowest part of the compilation.
 """
 import json
 import math
@@ -29,22 +29,22 @@ from e2e_vlp_jax.profiling import program as program_lib
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
 
-# The search ends when the largest batch is known to one part in this many.
+# The search ends when the largest batch is known to within 1/RESOLUTION.
 RESOLUTION = 16
 
 
 def preflight(config, topology, search=True, say=print):
-  """What a train step of `config` costs on `topology`.
+  """Returns what a train step of `config` costs on `topology`.
 
   Args:
-    config: of a training run; the last of its stages is compiled, with a
-      batch of the largest bucket.
+    config: config of a training run; its last stage is compiled, with a batch
+      of the largest bucket.
     topology: see `chips.devices`.
     search: also find the largest batch that fits; each trial compiles.
     say: called with lines about the progress.
 
   Returns:
-    dict, JSON-able: what `--json` writes (docs/pods.md).
+    JSON-able dict, the content of `--json` (docs/pods.md).
 
   Raises:
     UserError: the topology, the mesh, the batch or the memory does not fit.
@@ -124,7 +124,7 @@ def _compile(assembly, batch_size):
 
 
 def _needed(message):
-  """Bytes that a program needs, from the compiler's refusal of it."""
+  """Bytes that a program needs, from the compiler's error message."""
   found = re.search(r'(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)', message)
   return (float(found[1]) * 2**(10 * ' KMGT'.index(found[2])) if found
           else float('inf'))
@@ -133,17 +133,17 @@ def _needed(message):
 def _largest(peak_of, first, first_peak, state, capacity, say, most):
   """The largest n whose program fits, found with at most `most` trials.
 
-  Memory grows almost linearly with the batch. So each trial is where a line
-  meets the capacity: the line through the nearest known points on both sides
-  of it or, as long as everything fits, through the two largest ones.
+  Memory grows almost linearly with the batch. Each trial is therefore the batch
+  at which a line through two known points reaches the capacity. These are the
+  nearest points on both sides or, as long as everything fits, the two largest.
 
   Args:
     peak_of: function n -> bytes of its program; compiles.
     first, first_peak: an n that is already compiled, and its bytes.
     state: bytes at n = 0.
     capacity: bytes of a chip.
-    say: called with a line a trial.
-    most: trials.
+    say: called with a line for each trial.
+    most: maximum number of trials.
   """
   known = {0: state, first: first_peak}
   for _ in range(most):
@@ -170,8 +170,8 @@ def _largest(peak_of, first, first_peak, state, capacity, say, most):
 def _roofline(program, chip, mesh, config):
   """A lower bound on the time of a step, if everything overlaps.
 
-  It is the longest of three times: matrix products at the chip's peak, traffic
-  to memory, and the collectives' traffic over all links.
+  It is the longest of three times: of matrix products at the chip's peak, of
+  memory traffic, and of the collectives' traffic over all links.
   """
   if chip.flops is None:
     return {'step_time_s': None, 'bound': None,
@@ -282,7 +282,7 @@ def main(argv=None):
     parser.add_argument('--topology', required=True, metavar='v5e:4x4',
                         help=f'a TPU slice, or {chips.LOCAL!r}')
     parser.add_argument('--no-search', action='store_true',
-                        help='do not look for the largest batch')
+                        help='do not search for the largest batch')
     parser.add_argument('--quick', action='store_true',
                         help='compile with the least optimisation, in a '
                         'quarter of the time; memory is within a tenth')
@@ -293,13 +293,13 @@ def main(argv=None):
       # may compile at the same time.
       os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
       os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-      # Without these two it warns; --topology decides.
+      # Without these two, libtpu warns; --topology already tells it.
       os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
       os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
       jax.config.update('jax_platforms', 'cpu')
     if args.quick:
       jax.config.update('jax_optimization_level', 'O0')
-    if args.json:  # Fail before the minutes of compiling, not after them.
+    if args.json:  # Fail before minutes of compilation, not after.
       files.check_writable('--json', args.json)
     report = preflight(config, args.topology, not args.no_search)
     print(table(report))

@@ -4,9 +4,9 @@
   python -m e2e_vlp_jax.prepare coco --source DIR --data_dir data
 
 Writes data/NAME/1.0.0: TFDS ArrayRecord shards, one index per split, and
-prepare_report.json, which counts images, texts, boxes and what was skipped and
-why, with checksums. A second run finds the data and stops; after an
-interruption it starts again.
+prepare_report.json, with counts of images, texts and boxes, what was skipped
+and why, and checksums. A second run finds the data and stops. After an
+interruption it starts over.
 """
 import contextlib
 import glob
@@ -39,7 +39,7 @@ def main(argv=None):
   p.add_argument('--source', help='folder of the official files')
   plain = [a for a in argv if a not in ('-h', '--help')]
   if plain:
-    # The dataset decides which options there are.
+    # The options depend on the dataset.
     builder = discovery.load(
         _DATASETS, p.parse_known_args(plain + ['--data_dir', ''])[0].dataset,
         'Builder', 'prepare NAME')
@@ -71,14 +71,14 @@ def prepare(builder_class, data_dir, source, options):
   if source:
     wanted['source'] = os.path.abspath(source)
   path = os.path.join(folder, records.REPORT)
-  if os.path.exists(path):  # Written last: a folder without it is half done.
+  if os.path.exists(path):  # Written last, so it marks a finished folder.
     return _earlier_report(path, folder, wanted)
   _make_room(folder, data_dir)
   start = time.time()
   tfds.disable_progress_bar()  # Our builders have their own.
   builder = builder_class(data_dir=data_dir, source=source, **options)
   print(f'preparing {name} in {folder}')
-  # TFDS prints messages about downloads; there are none.
+  # Hide TFDS's messages about downloads; we download nothing.
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare()
   for split, index in builder.indexes.items():
@@ -95,7 +95,7 @@ def prepare(builder_class, data_dir, source, options):
 
 
 def _earlier_report(path, folder, wanted):
-  """The report of an earlier run, if that had the same options."""
+  """The report of an earlier run with the same options; else UserError."""
   with open(path, encoding='utf-8') as f:
     report = json.load(f)
   for k, v in wanted.items():
@@ -108,7 +108,7 @@ def _earlier_report(path, folder, wanted):
 
 
 def _make_room(folder, data_dir):
-  """Removes what an interrupted run left and checks that we may write."""
+  """Removes leftovers of an interrupted run; checks that we may write."""
   parent = os.path.dirname(folder)
   half_done = [folder, *glob.glob(os.path.join(glob.escape(parent),
                                                'incomplete.*'))]

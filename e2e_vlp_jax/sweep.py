@@ -8,11 +8,11 @@ run trains in its own folder W/NAME, named after its values.
 
   --mode local  trains one run after the other. The same command skips finished
                 runs and resumes interrupted ones. If a run fails, the others
-                still run; the end names it (exit code 1).
+                still run; it is named at the end (exit code 1).
   --mode slurm  writes W/sweep.sbatch, a job array with one task per run that
-                works as launch/slurm.sbatch, and prints how to submit it.
+                works like launch/slurm.sbatch, and prints how to submit it.
   --mode print  prints the commands.
-  --mode table  compares the runs as far as they are.
+  --mode table  compares the runs so far.
 
 `local` and `table` write W/sweep.json and W/sweep.html: values and latest
 metrics of every run, the best by --metric first.
@@ -41,14 +41,14 @@ _LONGEST = 120  # characters of a run's name; file systems allow 255 bytes
 
 
 class Run(NamedTuple):
-  """One training.
+  """One run of a sweep.
 
   Attributes:
-    name: of its folder.
+    name: name of its folder.
     overrides: {config key: value} from the sweep.
-    config: with these values.
-    workdir: path.
-    arguments: of the command train.
+    config: config with these values.
+    workdir: path of its folder.
+    arguments: arguments of the command train.
   """
   name: str
   overrides: dict
@@ -95,7 +95,7 @@ def runs_of(spec, common, workdir):
 
 
 def _text(value):
-  """A value as the command line reads it."""
+  """A value in the form that the command line accepts."""
   if isinstance(value, bool):
     return str(value).lower()
   return value if isinstance(value, str) else repr(value)
@@ -189,17 +189,17 @@ def show(rows, metric):
 
 # --- The modes --------------------------------------------------------------
 def run_here(runs, after):
-  """Trains one after the other; returns the exit code.
+  """Trains the runs one after the other; returns the exit code.
 
   Args:
     runs: [Run].
-    after: called after each.
+    after: called after each run.
   """
   failed, stopped, children = {}, [], []
 
   def stop(signum, frame):
-    # Ctrl-C reaches the training, too, which saves before it ends; SIGTERM
-    # has to be passed on.
+    # Ctrl-C also reaches the training, which saves before it ends. SIGTERM
+    # does not, so we forward it.
     del frame
     stopped.append(signum)
     if signum == signal.SIGTERM and children:
@@ -260,7 +260,7 @@ def main(argv=None):
     parser.add_argument('--mode', default='local',
                         choices=('local', 'slurm', 'print', 'table'))
     parser.add_argument('--metric', metavar='eval/NAME/METRIC',
-                        help='by which the table is sorted')
+                        help='metric by which the table is sorted')
     args, config = cli.parse(parser, argv)
     if args.metric:
       check_metric(args.metric, config)

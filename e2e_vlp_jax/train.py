@@ -2,7 +2,7 @@
 
   python -m e2e_vlp_jax.train --config configs/e2e_vlp.py:tiny --workdir W
 
-Reads top to bottom in the order in which things happen.
+The code below is in the order in which it runs.
 """
 import contextlib
 import logging
@@ -34,7 +34,7 @@ def train(config, workdir, allow_changes=False):
 
   Args:
     config: of the run.
-    workdir: its folder; a run that it holds is continued.
+    workdir: folder of the run; an interrupted run in it is continued.
     allow_changes: see `workdir_lib.open_workdir`.
 
   Raises:
@@ -112,7 +112,7 @@ def train(config, workdir, allow_changes=False):
 
 
 def _prepare(config, workdir, allow_changes):
-  """Everything that a wrong config shows in, before anything is computed.
+  """Builds all that can reveal a wrong config, before anything is computed.
 
   Returns:
     Vocabularies, the training Pipeline of this host's rows, and the Assembly.
@@ -136,7 +136,7 @@ def _prepare(config, workdir, allow_changes):
 
 
 def _fresh_state(config, workdir, assembly):
-  """The state of step 0, with what `init_from` has of it."""
+  """The state of step 0, with the parameters of `init_from` if it is set."""
   state = assembly.init()
   if config.init_from:
     state, report = checkpoint.start_from(
@@ -147,7 +147,7 @@ def _fresh_state(config, workdir, assembly):
 
 
 def _summary(assembly, data, first_step):
-  """What is trained on what, in one line."""
+  """Model, data and devices in one line."""
   counts = program.count_parameters(assembly.shapes.params)
   total = counts.pop('total')
   parts = ', '.join(f'{k} {v:,}' for k, v in counts.items())
@@ -174,7 +174,7 @@ class _Evaluation:
     return bool(self._every) and step % self._every == 0 and step != self._last
 
   def run(self, state, monitor, final):
-    """{'eval/<name>/<metric>': value}; `final` takes more examples."""
+    """{'eval/<name>/<metric>': value}; `final` evaluates more examples."""
     scores, pictures = self._evaluators.run(state.variables, final=final)
     step = int(state.step)
     monitor.evaluated(step, scores, pictures)

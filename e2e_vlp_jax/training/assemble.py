@@ -1,8 +1,8 @@
 """Puts config, model and mesh together: the state and steps of a run.
 
 `train` runs the steps, `preflight` compiles them for machines that are not
-there, `benchmark` times them. They all get them here, so that it is the same
-program.
+attached, `benchmark` times them. All three use this module, so that they run
+the same program.
 """
 import jax
 
@@ -14,7 +14,7 @@ from e2e_vlp_jax.training import train_step
 
 
 class Assembly:
-  """The state and steps of a config; making one touches no device.
+  """The state and steps of a config; creating it uses no device.
 
   Args:
     config: whole config.
@@ -24,8 +24,8 @@ class Assembly:
 
   Attributes:
     stages: from `stages.stages`.
-    objectives: a stage's {name: (weight, objective)}, in the stages' order.
-    requests: {view: heads} that the stages need of the model.
+    objectives: [{name: (weight, objective)}], one dict per stage.
+    requests: {view: heads} that the stages need from the model.
     shapes: TrainState of ShapeDtypeStructs.
     shardings: TrainState of NamedShardings.
 
@@ -42,7 +42,7 @@ class Assembly:
                              stage.objectives) for stage in self.stages]
     for stage, built in zip(self.stages, self.objectives):
       objectives_lib.check(built, model, config)
-      self.schedule(stage)  # Fails now and not when the stage begins.
+      self.schedule(stage)  # Fails now, not when the stage begins.
     self.requests = objectives_lib.requests(
         {f'{i}/{k}': v for i, built in enumerate(self.objectives)
          for k, v in built.items()})
@@ -56,7 +56,7 @@ class Assembly:
                                stage.key)
 
   def learning_rate(self, index, step):
-    """Of step number `step` (from 0) in stage number `index`."""
+    """Learning rate of step `step` (from 0) in stage number `index`."""
     stage = self.stages[index]
     return float(self.schedule(stage)(step - stage.start))
 
@@ -73,14 +73,14 @@ class Assembly:
         ema=self.config.ema_decay > 0)
 
   def init(self):
-    """A new TrainState, each array made on the devices that keep it."""
+    """A new TrainState; each array is created on the devices that store it."""
     return jax.jit(self._init, out_shardings=self.shardings)()
 
   def begin_stage(self, index, state):
-    """`state` as a stage needs it: with a new optimizer where it starts.
+    """Prepares `state` for a stage: resets the optimizer where it starts.
 
-    The moments of parameters that the stage before did not train would be
-    wrong for many steps.
+    Otherwise the moments of parameters that the previous stage did not train
+    would be wrong for many steps.
     """
     stage = self.stages[index]
     if not 0 < stage.start == int(state.step):
@@ -90,9 +90,9 @@ class Assembly:
     return state.replace(opt_state=start(state.params))
 
   def step(self, index=-1):
-    """The jitted (state, batch) -> (state, metrics) of a stage, by its number.
+    """The jitted function (state, batch) -> (state, metrics) of a stage.
 
-    It consumes the state that it is given.
+    It donates the state that it is given.
     """
     function = train_step.make_train_step(
         self.model, self.objectives[index],
@@ -117,6 +117,6 @@ class Assembly:
         sharding=where) for k, x in self._example.items()}
 
   def trace(self, batch_size):
-    """The last stage's step traced for a batch of this size, to compile."""
+    """Traces the last stage's step for a batch of this size, to compile it."""
     return self.step().trace(self.state_target(),
                              self.batch_target(batch_size))

@@ -1,11 +1,11 @@
-"""What is in a checkpoint, and how its parameters are read and merged.
+"""The contents of a checkpoint: writing, reading and merging parameters.
 
 A checkpoint is WORKDIR/checkpoints/<step>/, written by Orbax. Its items are
-params, model_state, opt_state (with the key of the run), ema_params and meta
-(JSON: config, tokenizer, label space). They are kept apart, so that evaluation
-reads only what it needs. A checkpoint is enough to predict from.
+params, model_state, opt_state (with the run's random key), ema_params and meta
+(JSON: config, tokenizer, label space). They are stored separately, so that
+evaluation reads only what it needs. Prediction needs nothing but a checkpoint.
 
-training/checkpointer.py saves and restores those of a run.
+training/checkpointer.py saves and restores the checkpoints of a run.
 """
 import os
 
@@ -23,7 +23,7 @@ from e2e_vlp_jax.training import sharding
 def write(workdir, params, model_state, meta):
   """Writes parameters without an optimizer as step 0 of a new WORKDIR.
 
-  Such a checkpoint can be predicted from, evaluated, and named as `init_from`.
+  Such a checkpoint works for prediction, evaluation and `init_from`.
   """
   folder = os.path.join(os.path.abspath(workdir), files.CHECKPOINTS)
   items = {'params': params, 'model_state': model_state}
@@ -41,8 +41,8 @@ def load(path):
 
   Returns:
     (params, model_state, meta); params are the averaged ones if there are
-    any. meta: 'config' (under today's names) and what else
-    `files.checkpoint_meta` has.
+    any. meta is that of `files.checkpoint_meta`, with 'config' under current
+    names.
 
   Raises:
     UserError: nothing there, or not readable.
@@ -110,12 +110,12 @@ def compare(found, wanted, where):
 
 
 def start_from(path, state, adapt):
-  """A fresh state with what fits of another run's parameters and state.
+  """Copies all that fits of another run's parameters and state into `state`.
 
   Args:
-    path: of a checkpoint, see `files.step_folder`.
+    path: path of a checkpoint, see `files.step_folder`.
     state: TrainState.
-    adapt: parameters as they are saved -> as the model wants them.
+    adapt: function that converts saved parameters to the model's shapes.
 
   Returns:
     (state, report): see `merge`; 'resized' are those that `adapt` changed.
@@ -140,7 +140,7 @@ def start_from(path, state, adapt):
 
 
 def merge(params, loaded):
-  """Copies into `params` what fits of `loaded`, by path and shape.
+  """Copies from `loaded` into `params` where path and shape match.
 
   Returns:
     (params, report): report = {'loaded': [...], 'missing': [...],

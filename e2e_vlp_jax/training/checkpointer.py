@@ -1,7 +1,7 @@
-"""The checkpoints of one run: when they are saved, and restored from.
+"""Saves and restores the checkpoints of one run.
 
 `Checkpointer` writes WORKDIR/checkpoints/<step>/ in the background and keeps
-some of them; training/checkpoint.py says what is in one.
+some of them; training/checkpoint.py describes their contents.
 """
 import contextlib
 import logging
@@ -26,8 +26,8 @@ class Checkpointer:
     workdir: the run's folder.
     meta: JSON-able dict stored with every checkpoint.
     options: `config.checkpoint`; saves every `every_steps` and every
-      `every_minutes`, whichever comes (0 = never); keeps the newest `keep`,
-      those whose step `keep_every` divides (0 = none), and the one with the
+      `every_minutes`, whichever comes first (0 = never); keeps the newest
+      `keep`, the multiples of `keep_every` (0 = none), and the one with the
       highest metric `best` ('eval/<name>/<metric>'; '' = none).
   """
 
@@ -51,7 +51,7 @@ class Checkpointer:
     return self
 
   def __exit__(self, kind, *unused):
-    """Finishes the saves; an error on its way out is not replaced."""
+    """Finishes the saves without masking an exception in flight."""
     with contextlib.suppress(*[Exception] if kind else []):
       with self._file_errors():
         self._manager.close()
@@ -61,9 +61,9 @@ class Checkpointer:
 
     Args:
       step: steps done.
-      scores: of an evaluation at this step, which may be the best.
-      look_at_clock: also by time. All hosts must then call this together:
-        process 0's clock decides for them, as they save at the same step.
+      scores: scores of an evaluation at this step, which may be the best.
+      look_at_clock: also check `every_minutes`. All hosts must then call this
+        together: process 0's clock decides, so that all save at the same step.
     """
     o = self._options
     if (o.every_steps and step % o.every_steps == 0) or (o.best and scores):
@@ -104,12 +104,12 @@ class Checkpointer:
 
   @contextlib.contextmanager
   def _file_errors(self):
-    """Makes a UserError of what the file system refuses."""
+    """Turns errors of the file system into a UserError."""
     try:
       yield
     except errors.UserError:
       raise
-    except Exception as e:  # Orbax and tensorstore have many classes for it.
+    except Exception as e:  # Orbax and tensorstore raise many classes.
       text = ' '.join(str(e).split())
       known = [t for t in ('No space left on device', 'File too large',
                            'Disk quota exceeded', 'Read-only file system',
@@ -142,7 +142,7 @@ class Checkpointer:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       items = self._read(step, wanted)
-      # One host alone may meet the damage, but all must go back together.
+      # The damage may show on one host only, but all must go back together.
       if distributed.everywhere(items is not None):
         return _state(step, items, state)
       self._set_aside(step)
@@ -161,7 +161,7 @@ class Checkpointer:
           **{k: ocp.args.StandardRestore(v) for k, v in wanted.items()}))
     except errors.UserError:
       raise
-    except Exception as e:  # Whatever a damaged file makes Orbax raise.
+    except Exception as e:  # Damaged files make Orbax raise many classes.
       logging.warning('checkpoint %d cannot be read (%s: %s)', step,
                       type(e).__name__,
                       str(e).splitlines()[0] if str(e) else '')
@@ -180,7 +180,7 @@ class Checkpointer:
     self._manager.reload()
 
 
-# --- What is saved ----------------------------------------------------------
+# --- Contents ---------------------------------------------------------------
 def _items(state):
   """A TrainState as a dict of trees, the form in which it is saved."""
   items = {
@@ -195,7 +195,7 @@ def _items(state):
 
 
 def _key_data(rng):
-  """The numbers of a typed key, or their shape if `rng` is only a shape."""
+  """The data of a typed key, or its shape if `rng` is only a shape."""
   if not isinstance(rng, jax.ShapeDtypeStruct):
     return jax.random.key_data(rng)
   data = jax.eval_shape(jax.random.key_data, rng)
@@ -203,12 +203,12 @@ def _key_data(rng):
 
 
 def _state(step, items, like):
-  """The TrainState that `_items` made `items` of.
+  """The inverse of `_items`: the TrainState of the restored `items`.
 
   Args:
-    step: of the checkpoint.
-    items: as restored.
-    like: the TrainState that was asked for.
+    step: step of the checkpoint.
+    items: the restored items.
+    like: TrainState with the wanted structure.
   """
   step = np.int32(step)
   if isinstance(like.step, jax.ShapeDtypeStruct):

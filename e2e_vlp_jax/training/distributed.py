@@ -1,4 +1,4 @@
-"""Joins the processes of a run, and lets them agree.
+"""Joins the processes of a run and lets them agree on decisions.
 
 Every process runs the same program on its own rows of the batch. Process 0
 alone writes the run's files (config, metrics, pictures, report); every process
@@ -9,7 +9,7 @@ On TPU pods set E2E_VLP_DISTRIBUTED=auto, and jax asks the platform for the
 processes. Elsewhere the launch scripts set three variables:
   E2E_VLP_COORDINATOR   host:port of process 0
   E2E_VLP_PROCESSES     number of processes
-  E2E_VLP_PROCESS       number of this one
+  E2E_VLP_PROCESS       number of this process
 If one is missing after E2E_VLP_JOIN_TIMEOUT seconds, the run ends instead of
 holding the other machines for hours. By default that is 300, where all
 processes start together, and 1800 on TPU pods, where a slice that is repaired
@@ -30,8 +30,8 @@ import numpy as np
 from e2e_vlp_jax import errors
 
 _VARIABLES = ('E2E_VLP_COORDINATOR', 'E2E_VLP_PROCESSES', 'E2E_VLP_PROCESS')
-_NAME_BYTES = 64  # longest host name that processes tell each other
-# sysexits.h: a failure that passes. The launchers start the run again.
+_NAME_BYTES = 64  # longest host name that processes send each other
+# EX_TEMPFAIL of sysexits.h. The launchers start the run again.
 EXIT_TRY_AGAIN = 75
 
 
@@ -39,8 +39,8 @@ def join():
   """Joins the other processes, if there are any.
 
   Call it before devices are used. Process 0 prints the hosts that joined. If
-  one is late, every process prints a line and ends with exit code 75: nobody
-  made a mistake, so the launchers start the run again.
+  one is late, every process prints a line and ends with exit code 75. This is
+  not the user's mistake, so the launchers start the run again.
 
   Raises:
     UserError: a variable is missing or not valid.
@@ -61,8 +61,8 @@ def join():
   address, options = 'the platform', {}
   if not automatic:
     address, count = found[0], _integer(_VARIABLES[1], found[1], 1)
-    # Under srun jax would also read Slurm's variables, and use the one GPU of
-    # the number SLURM_LOCALID; the devices that are visible are all ours.
+    # Under srun, jax would also read Slurm's variables and use only the GPU
+    # SLURM_LOCALID. All visible devices belong to this process.
     options = dict(coordinator_address=address, num_processes=count,
                    process_id=_integer(_VARIABLES[2], found[2], 0, count - 1),
                    cluster_detection_method='deactivate')
@@ -74,7 +74,7 @@ def join():
           f'{options.get("process_id", "?")} of '
           f'{options.get("num_processes", "?")} waited {timeout} s at '
           f'{address}; {_who_joined(options)}', file=sys.stderr, flush=True)
-    # jax blocks in C++ meanwhile and would abort with a dump.
+    # jax is blocked in C++ and would abort with a dump.
     os._exit(EXIT_TRY_AGAIN)
   watch = threading.Timer(timeout, give_up)
   watch.daemon = True
@@ -94,7 +94,7 @@ def join():
 
 
 def _who_joined(options):
-  """What this process can tell about the others, in a few words."""
+  """Describes, in a few words, which other processes have joined."""
   if 'coordinator_address' not in options:
     return 'not all hosts of the platform joined'
   host, _, port = options['coordinator_address'].rpartition(':')
@@ -126,7 +126,7 @@ def _connected(host, port):
                  for i in range(0, len(address), 8)]
         ip = ipaddress.ip_address(b''.join(words))
         found.append(str(getattr(ip, 'ipv4_mapped', None) or ip))
-  own = socket.gethostbyname(host)  # We are connected to ourselves, once.
+  own = socket.gethostbyname(host)  # We are also connected to ourselves.
   for address in found:
     if address == own or ipaddress.ip_address(address).is_loopback:
       found.remove(address)

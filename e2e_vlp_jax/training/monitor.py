@@ -1,4 +1,4 @@
-"""What a person and a script see of a run: bar, metrics.jsonl, TensorBoard.
+"""Output of a run: progress bar, metrics.jsonl, TensorBoard.
 
 Only this file uses clu, and imports it when it makes a writer: clu needs
 TensorFlow, which a machine that only trains may lack.
@@ -18,12 +18,12 @@ import tqdm
 class Monitor:
   """Shows and writes the metrics of one run; a context manager.
 
-  Process 0 does, the others say nothing.
+  Only process 0 does; the others write nothing.
 
   Args:
     workdir: the run's folder.
     total_steps: length of the bar.
-    first_step: where this process starts, and its bar with it.
+    first_step: step at which this process, and its bar, starts.
     tensorboard: also write event files.
   """
 
@@ -46,7 +46,7 @@ class Monitor:
     return self
 
   def __exit__(self, kind, *unused):
-    """Closes bar and writer; an error on its way out is not replaced."""
+    """Closes bar and writer without masking an exception in flight."""
     self._bar.close()
     if self._writer is not None:
       with contextlib.suppress(*[Exception] if kind else []):
@@ -68,17 +68,17 @@ class Monitor:
       with open(self._path, 'a') as f:
         f.write(text)
     except OSError as e:
-      e.filename = self._path  # An error of `write` names no file.
+      e.filename = self._path  # Errors of `write` do not name the file.
       raise
     if self._writer is not None:
       self._writer.write_scalars(int(step), metrics)
 
   def log(self, step, objectives, metrics, performance):
-    """Writes what is known of a step; shows the main numbers beside the bar.
+    """Writes the metrics of a step; shows the main ones beside the bar.
 
     Args:
       step: steps done.
-      objectives: names of those that are trained.
+      objectives: names of the trained objectives.
       metrics: {name: scalar} of the step.
       performance: {'perf/<name>': scalar}, of `MeteredStep.speed` and others.
     """
@@ -117,13 +117,13 @@ class Monitor:
       self._bar.write(text)
 
   def _goodput(self, steps, step_seconds):
-    """Share of the run's whole life that its steps alone would have taken.
+    """Share of the run's total time that its steps alone would have taken.
 
-    The life begins with the first line of metrics.jsonl and goes on through
-    every interruption: lost steps, restarts, compilation, evaluation, waiting.
+    The total counts from the first line of metrics.jsonl and includes every
+    interruption: lost steps, restarts, compilation, evaluation, waiting.
 
     Args:
-      steps: done so far.
+      steps: number of steps so far.
       step_seconds: time of one undisturbed step.
     """
     return min(1., steps * step_seconds / max(time.time() - self._began, 1e-9))

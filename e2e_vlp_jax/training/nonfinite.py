@@ -9,7 +9,7 @@ from e2e_vlp_jax import errors
 
 
 class NonFinite:
-  """Writes down skipped updates and ends a run that has too many.
+  """Logs skipped updates and ends a run that has too many.
 
   Args:
     workdir: its nonfinite.jsonl gets a line for each skipped update, with
@@ -24,9 +24,9 @@ class NonFinite:
     self._in_a_row, self._unseen = 0, None
 
   def look(self, t, metrics, wait=False):
-    """Inspects the metrics of the step before while this one runs.
+    """Inspects the metrics of the previous step while this one runs.
 
-    So the device never waits for the host.
+    The device therefore never waits for the host.
 
     Args:
       t: number of the batch.

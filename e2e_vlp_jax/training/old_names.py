@@ -1,7 +1,7 @@
 """Config keys that had another name before December 2026.
 
 Stored configs (checkpoints, WORKDIRs), sweeps and command lines may use the
-old names; one table translates all of them. Keys that nothing ever read are
+old names; one table translates them all. Keys that never had an effect are
 dropped from a stored config and refused on a command line.
 """
 import re
@@ -28,10 +28,10 @@ _RENAMED = (
     (r'model\.beam_rank', r'model.beam_search'),
 )
 
-# Keys that are gone, and what to do instead.
+# Removed keys, and what to do instead.
 _GONE = (
     (r'model\.backbone\.frozen_(bn|stages)',
-     'optim.groups alone says what is frozen'),
+     'only optim.groups decides what is frozen'),
     (r'warm_start\.optim\.(.+)',
      r'it never had an effect; set optim.\1 for both stages'),
 )
@@ -51,8 +51,8 @@ _VALUES = {
 _GROUP = {'lr': 'lr_multiplier', 'wd': 'weight_decay'}
 _WEIGHTS = {'images': 'by_rows', 'texts': 'by_texts'}
 
-# New keys, with the value that keeps the old behaviour. A config gets them if
-# it has the group that they belong to.
+# New keys, with the value that keeps the old behaviour. They are added to a
+# config that has their group.
 ADDED = {'model.heads': {}, 'data.unit': 'image'}
 
 # Every key that an old config could have; * stands for anything.
@@ -78,7 +78,7 @@ model.text.* model.fuse model.hardness model.beam_rank model.queue
 
 
 def rename(key):
-  """Today's name of a config key, which may be today's already."""
+  """The current name of a config key, which may already be current."""
   for old, new in _RENAMED:
     if re.fullmatch(old, key):
       return re.sub(old, new, key)
@@ -95,17 +95,17 @@ def gone(key):
 
 
 def value(key, found):
-  """The value of a key (today's name), with renamed words translated."""
+  """The value of a key (current name), with renamed values translated."""
   return _VALUES[key](found) if key in _VALUES and found else found
 
 
 def modernise(config, where='config'):
-  """A stored config under today's names.
+  """A stored config under current names.
 
   Args:
-    config: dict, from a ConfigDict or from JSON. If it has today's names
-      already, an equal dict is returned.
-    where: the config was found, for the message.
+    config: dict, from a ConfigDict or from JSON. If its names are already
+      current, an equal dict is returned.
+    where: where the config was found, for the error message.
 
   Returns:
     a new dict.
@@ -138,7 +138,7 @@ def modernise(config, where='config'):
 
 
 def _drop_unread(flat):
-  """Removes what the chosen schedule, optimizers and model never read."""
+  """Removes keys that the chosen schedule, optimizers and model never read."""
   for group in ('optim', 'warm_start.schedule'):
     schedule = flat.get(f'{group}.schedule')
     if schedule is None:
@@ -148,7 +148,7 @@ def _drop_unread(flat):
               }.get(schedule, ('decay_steps', 'decay_factor'))
     for key in unread:
       flat.pop(f'{group}.{key}', None)
-  # Only a model that can be a mere detector asks whether there is text.
+  # Only a model that can also be a plain detector reads `use_text`.
   if 'model.num_queries' not in flat:
     flat.pop('model.use_text', None)
   if 'optim.momentum' in flat:

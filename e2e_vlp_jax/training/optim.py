@@ -3,9 +3,9 @@
 `optim.groups` is one list of (regex of a parameter's path, options). The
 first match wins; a parameter without a match and a regex without a parameter
 are errors. Options:
-  freeze         True: no update. The only place that says so: a BatchNorm
-                 whose scale is frozen keeps its statistics, too.
-  lr_multiplier  of the schedule's learning rate
+  freeze         True: no update. No other key freezes anything: a BatchNorm
+                 whose scale is frozen also keeps its statistics.
+  lr_multiplier  multiplies the schedule's learning rate
   weight_decay   instead of optim.weight_decay
   optimizer      'adamw' | 'adamw_hf' | 'sgd', instead of optim.optimizer
                  (by default 'adamw')
@@ -38,7 +38,7 @@ def make_schedule(options, total_steps, start=0, key='optim'):
     options: config.optim or config.warm_start.schedule.
     total_steps: step of the run at which the schedule ends.
     start: step at which the optimizer was (re)started; counts begin at 0.
-    key: of the config, where `options` stand.
+    key: config key of `options`, for error messages.
 
   Raises:
     UserError: an unknown schedule, or one that lacks an option.
@@ -104,7 +104,7 @@ def group_of(params, groups):
 
 
 def adamw_hf(schedule, b1, b2, eps, weight_decay):
-  """AdamW as BERT's PyTorch ports have it; SOHO and FIBER train with it.
+  """AdamW as in BERT's PyTorch ports; SOHO and FIBER are trained with it.
 
   It differs from torch's and optax's: eps is added to the root of the second
   moment before its bias is corrected, and the decay acts on the parameter
@@ -112,10 +112,10 @@ def adamw_hf(schedule, b1, b2, eps, weight_decay):
 
   Args:
     schedule: step count -> learning rate.
-    b1, b2, eps, weight_decay: of AdamW.
+    b1, b2, eps, weight_decay: AdamW's options.
 
   Returns:
-    an optax transformation whose updates hold the learning rate.
+    an optax transformation whose updates include the learning rate.
   """
   def init(params):
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -172,7 +172,7 @@ def make_optimizer(optim, params, schedule):
         raise errors.UserError("optim.groups: optimizer 'sgd' needs "
                                'optim.momentum, which this config does not '
                                'have')
-      # torch's order: decay enters the gradient before the momentum.
+      # As in torch, decay is added to the gradient before the momentum.
       steps = [optax.add_decayed_weights(decay), optax.trace(optim.momentum)]
     else:
       raise errors.UserError(f'optim.groups: optimizer {kind!r}'

@@ -7,20 +7,20 @@ import jax
 class Profiler:
   """Opens and closes a trace between steps; a context manager.
 
-  A trace is taken at a step of the config, or whenever somebody makes the
-  file WORKDIR/profile_now, which is then deleted. Traces lie in
-  WORKDIR/plugins/profile, those of process 0 only.
+  A trace is taken at a step that the config sets, or whenever the file
+  WORKDIR/profile_now is created, which is then deleted. Only process 0 writes
+  traces, to WORKDIR/plugins/profile.
 
   Args:
     workdir: the run's folder.
     start: number of the step (from 0) before which a trace starts; 0 = none.
-    steps: how many are traced.
+    steps: number of steps to trace.
   """
 
   def __init__(self, workdir, start, steps):
     self._workdir, self._start, self._steps = workdir, start, steps
     self._here = jax.process_index() == 0
-    self._end = None  # of the trace that is open
+    self._end = None  # step after which the open trace ends
 
   def __enter__(self):
     return self
@@ -38,7 +38,7 @@ class Profiler:
 
     Args:
       step: steps started so far.
-      metrics: of the last one; waited for before a trace ends.
+      metrics: metrics of the last one, for which a trace waits before it ends.
       look_for_file: start a trace if the file is there.
     """
     if self._end is not None and step >= self._end:

@@ -1,4 +1,4 @@
-"""Where the wall time goes, and what a step costs.
+"""Measures where the wall time goes and how fast the steps are.
 
 `Clock` attributes the time of the whole process; `MeteredStep` runs the
 steps and measures their rate without compilation, evaluation and saves.
@@ -28,7 +28,7 @@ class Clock:
     self._phase, self._since = phase, time.perf_counter()
 
   def enter(self, phase):
-    """From now on time counts for `phase`."""
+    """Ends the current phase and starts `phase`."""
     now = time.perf_counter()
     self._seconds[self._phase] += now - self._since
     self._phase, self._since = phase, now
@@ -45,7 +45,7 @@ class Clock:
       yield item
 
   def seconds(self, phase):
-    """Spent in `phase` so far."""
+    """Seconds spent in `phase` so far."""
     self.enter(self._phase)
     return self._seconds[phase]
 
@@ -59,7 +59,7 @@ class Clock:
 class MeteredStep:
   """A train step that measures its own rate.
 
-  The first step of a bucket compiles, so it is waited for and left out.
+  The first step of a bucket compiles, so it is timed separately and left out.
 
   Args:
     step: jitted function (state, batch) -> (state, metrics).
@@ -100,7 +100,7 @@ class MeteredStep:
 
   @contextlib.contextmanager
   def interrupted(self, phase):
-    """Time inside counts for `phase` and not for the rate of the steps."""
+    """Context in which time counts for `phase`, not for the steps' rate."""
     before = self._clock.seconds(phase)
     self._clock.enter(phase)
     yield
@@ -112,10 +112,10 @@ class MeteredStep:
 
     Names:
       images_per_s: of the whole batch.
-      step_s: seconds a step.
-      data_wait: share of them spent waiting for data.
+      step_s: seconds per step.
+      data_wait: share of the time spent waiting for data.
       tflops_per_s: FLOPs of the model as `program.flops` counts them.
-      save_blocked_s: seconds for which the last save held up the training.
+      save_blocked_s: seconds for which the last save blocked the training.
       mfu: FLOPs as a share of the chips' bfloat16 peak, where it is known.
     """
     if not self._steps:

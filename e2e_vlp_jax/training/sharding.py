@@ -1,4 +1,4 @@
-"""Meshes, and how arrays are split over them.
+"""Meshes, and how arrays are sharded over them.
 
 'data' replicates parameters, 'fsdp' splits parameters and optimizer state,
 'tensor' splits single matrices by rule. Batches are split over data and fsdp
@@ -104,7 +104,7 @@ def parameter_specs(params, mesh, rules=()):
 
 
 def _checked(spec, shape, mesh, name):
-  """`spec`, or a UserError if an array of `shape` cannot be split so."""
+  """`spec`, or a UserError if an array of `shape` cannot be split that way."""
   for size, axes in zip(shape, spec):
     axes = (axes,) if isinstance(axes, str) else axes or ()
     for axis in axes:
@@ -178,11 +178,11 @@ def batch_sharding(mesh):
 def gather_parameters(params, shardings):
   """Inside jit: undoes the 'fsdp' split of parameters where they are used.
 
-  Without it the compiler may bring the activations of all devices to each
-  part of a matrix instead of the matrix to the activations, and does so in
-  the backward pass. The gradients come back whole, and the sharding of the
-  optimizer's state cuts them. XLA turns this all-reduce and slice into a
-  reduce-scatter where the machine has one.
+  Without it, the compiler may gather the activations of all devices at each part
+  of a matrix instead of gathering the matrix, and does so in the backward pass.
+  The gradients are all-reduced whole, and the sharding of the optimizer's state
+  then slices them. XLA turns this all-reduce and slice into a reduce-scatter
+  where the machine has one.
 
   Args:
     params: tree of arrays.
@@ -210,7 +210,7 @@ def constrain_batch(mesh, tree, axis=0):
 def host_rows(mesh, batch_size):
   """Numbers of the batch's rows that this host's devices hold, ascending.
 
-  Hosts share rows where 'tensor' reaches over several of them.
+  Hosts share rows if 'tensor' spans several hosts.
   """
   held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   starts = {rows.indices(batch_size)[:2] for rows, in held.values()}

@@ -15,11 +15,11 @@ class Stage(NamedTuple):
   """Steps start..end with their own objectives and learning rate.
 
   Attributes:
-    start, end: numbers of steps done before and after.
+    start, end: number of steps done before and after the stage.
     objectives: {name: weight}.
-    schedule: options of `optim.make_schedule`, at least SCHEDULE_KEYS' that
-      its schedule reads.
-    key: of the config, where the schedule stands.
+    schedule: options of `optim.make_schedule`, at least those of SCHEDULE_KEYS
+      that its schedule reads.
+    key: config key of the schedule.
   """
   start: int
   end: int

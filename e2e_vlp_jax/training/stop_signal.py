@@ -9,17 +9,17 @@ from jax.experimental import multihost_utils
 class StopSignal:
   """Asks the training loop to stop; a context manager.
 
-  Inside it SIGTERM and the first Ctrl-C are requests, and a second Ctrl-C
-  interrupts as always. On exit the signals go back to their old handlers.
+  Inside it, SIGTERM and the first Ctrl-C only request a stop; a second Ctrl-C
+  interrupts as usual. On exit the old signal handlers are restored.
 
-  Several processes may get the signal at different times, or only one of
-  them gets it. There jax's preemption service owns SIGTERM and names a step
+  With several processes, the signal may arrive at different times, or at only
+  one of them. Then jax's preemption service handles SIGTERM and chooses a step
   that all of them reach.
 
   Attributes:
     requested: the run should save and end. Changes in `look` and on exit, so
-      that the body of a loop sees one answer.
-    exit_code: of a process that ends so: 0, or 130 after Ctrl-C.
+      that its value is constant in the body of a loop.
+    exit_code: exit code of such a process: 0, or 130 after Ctrl-C.
   """
 
   def __init__(self):
@@ -40,7 +40,7 @@ class StopSignal:
     self.requested |= self._signalled
 
   def look(self, step):
-    """Sets `requested` if the run ends after `step`, on all hosts alike."""
+    """Sets `requested` if the run ends after `step`, on all hosts."""
     if self._several:
       self.requested |= multihost_utils.reached_preemption_sync_point(step)
     else:

@@ -22,9 +22,9 @@ class TrainState:
     step: int32, optimisation steps done.
     params: parameters, float32.
     model_state: other collections: BN statistics, SOHO's codebook.
-    opt_state: of the optimizer.
+    opt_state: state of the optimizer.
     ema_params: exponential moving average of params, or None.
-    rng: key of the run; each step folds its number into it.
+    rng: random key of the run; each step folds its number into it.
     bad_steps: int32, updates in a row skipped for non-finite gradients.
   """
   step: Any
@@ -37,7 +37,7 @@ class TrainState:
 
   @property
   def variables(self):
-    """What evaluation uses: averaged parameters if there are any."""
+    """Variables for evaluation: averaged parameters if there are any."""
     params = self.params if self.ema_params is None else self.ema_params
     return {'params': params, **self.model_state}
 
@@ -72,7 +72,7 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng,
   Returns:
     losses: {objective: {name: (sum, weight)}}.
     metrics: {name: (sum, weight)}.
-    model_state: as the model left it.
+    model_state: the model's new state.
   """
   outputs, new_state = model.apply(
       {'params': params, **model_state}, batch, requests, train=True,
@@ -92,15 +92,15 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng,
 def _constrain_outputs(mesh, outputs, batchless, size):
   """Keeps outputs with a row for each example split over the batch axes.
 
-  GSPMD spreads this backwards through the model: no device computes rows of
-  another one, whatever the parameters' sharding suggests.
+  GSPMD propagates this backwards through the model, so no device computes rows
+  of another one, whatever the parameters' sharding suggests.
 
   Args:
-    mesh: over which the batch is spread.
+    mesh: mesh over which the batch is split.
     outputs: {view: {name: array, or tree of arrays}}.
-    batchless: names of outputs without such rows (`Model.batchless_outputs`):
-      an axis that happens to be as long as the batch says nothing.
-    size: of the batch.
+    batchless: names of outputs without such rows (`Model.batchless_outputs`);
+      shapes do not tell, as an axis may have the batch's length by chance.
+    size: size of the batch.
   """
   def constrain(view, name, x):
     if name in batchless:
@@ -117,22 +117,22 @@ def _constrain_outputs(mesh, outputs, batchless, size):
 
 def make_train_step(model, objectives, tx, *, mesh, shardings, accumulate=1,
                     ema_decay=0.):
-  """A function (state, batch) -> (state, metrics), to be jitted.
+  """Returns a function (state, batch) -> (state, metrics), to be jitted.
 
   Args:
     model, objectives: from `models.build` and `objectives.build`.
     tx: optax transformation.
-    mesh: over which batches are spread.
-    shardings: of the parameters.
-    accumulate: micro-batches a step.
-    ema_decay: of the averaged parameters, if the state has any.
+    mesh: mesh over which batches are split.
+    shardings: shardings of the parameters.
+    accumulate: micro-batches per step.
+    ema_decay: decay of the averaged parameters, if the state has any.
 
   With `accumulate` > 1 the batch is cut into that many micro-batches, one
   after the other. Their losses are divided by the weights of the *whole*
   batch, so the result is that of one big step (BatchNorm statistics excepted).
 
-  Metrics: {name: scalar}: 'loss' (weighted), one an objective and one a loss
-  term of it, one a metric, 'grad_norm' and 'skipped' (1 if the update was
+  Metrics: {name: scalar}: 'loss' (weighted), one per objective, one per loss term
+  of an objective, one per metric, 'grad_norm' and 'skipped' (1 if the update was
   dropped because it was not finite).
   """
   requests = objectives_lib.requests(objectives)
@@ -171,7 +171,7 @@ def make_train_step(model, objectives, tx, *, mesh, shardings, accumulate=1,
 
 # --- Losses are sums with weights -------------------------------------------
 def _weights(losses):
-  """{objective: {name: weight}} of what `loss_terms` returns."""
+  """{objective: {name: weight}} of the losses of `loss_terms`."""
   return {n: {k: w for k, (_, w) in t.items()} for n, t in losses.items()}
 
 
@@ -179,9 +179,8 @@ def _divided(losses, weights):
   """{objective: {name: sum / weight}}.
 
   Args:
-    losses: of a (micro-)batch, from `loss_terms`.
-    weights: from `_weights`; those of the whole batch, of which `losses` may
-      be a part.
+    losses: from `loss_terms`, for a batch or micro-batch.
+    weights: from `_weights`, always for the whole batch.
   """
   return {n: {k: s / jnp.maximum(weights[n][k], 1e-9)
               for k, (s, _) in t.items()} for n, t in losses.items()}
@@ -204,25 +203,25 @@ def _scalars(values, metrics):
 
 # --- Gradients and update ---------------------------------------------------
 def _accumulated(terms, gradients, state, batch, rng, mesh, count):
-  """What `gradients` returns for the whole batch, from `count` parts of it.
+  """Result of `gradients` for the whole batch, from `count` micro-batches.
 
   Args:
     terms, gradients: see `make_train_step`.
     state: TrainState.
     batch: the whole batch.
-    rng: of this step.
-    mesh: over which the batch is spread.
-    count: micro-batches.
+    rng: random key of this step.
+    mesh: mesh over which the batch is split.
+    count: number of micro-batches.
   """
-  # Micro-batch k takes rows k, k + count, ...: each device then cuts the rows
-  # that it holds, and none moves.
+  # Micro-batch k has rows k, k + count, ..., so that each device slices its own
+  # rows and none are moved.
   parts = sharding.constrain_batch(mesh, jax.tree.map(
       lambda x: x.reshape(x.shape[0] // count, count,
                           *x.shape[1:]).swapaxes(0, 1), batch), axis=1)
 
   # Weights depend on the batch alone in most objectives, and XLA then drops
-  # the model from this first pass. Where they do not, they are those of the
-  # second pass, because model_state moves here too.
+  # the model from this first pass. Otherwise they still equal those of the
+  # second pass, because model_state is updated here too.
   def weigh(carry, part):
     model_state, k = carry
     losses, _, model_state = terms(state.params, model_state, part,
@@ -253,10 +252,10 @@ def _updated(state, tx, grads, model_state, finite, ema_decay):
   Args:
     state: TrainState before.
     tx: optax transformation.
-    grads: of the parameters.
-    model_state: as the model left it.
-    finite: scalar, whether the update is to be made.
-    ema_decay: of the averaged parameters.
+    grads: gradients of the parameters.
+    model_state: the model's new state.
+    finite: scalar, whether to make the update.
+    ema_decay: decay of the averaged parameters.
   """
   def choose(new, old):
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

@@ -1,4 +1,4 @@
-"""WORKDIR: the run that it holds, and what that run started from."""
+"""WORKDIR: the run in it, and the checkpoint from which it started."""
 import glob
 import json
 import os
@@ -10,7 +10,7 @@ from e2e_vlp_jax import files
 from e2e_vlp_jax.training import old_names
 
 # Keys that may change when a run is resumed: they affect output, hardware or
-# speed, not what is learnt.
+# speed, not the trained parameters.
 FREE_KEYS = ('log_every_steps', 'eval_every_steps', 'checkpoint', 'mesh',
              'evals', 'samples', 'tensorboard', 'data.dir', 'data.threads',
              'data.pp_eval', 'profile')
@@ -25,8 +25,8 @@ def differences(old, new, free=()):
   """{dotted key: (old value, new value)} of two configs as plain dicts.
 
   Args:
-    old, new: from `to_dict`; None stands for a key that one of them lacks.
-    free: keys and groups that do not count, such as `FREE_KEYS`.
+    old, new: from `to_dict`. In the result, None stands for a missing key.
+    free: keys and groups to ignore, such as `FREE_KEYS`.
   """
   a, b = old_names.flatten(old), old_names.flatten(new)
   # A group may be empty in one and filled in the other.
@@ -37,7 +37,7 @@ def differences(old, new, free=()):
 
 
 def finished(workdir, config):
-  """Whether `workdir` holds the run of `config`, at its last step."""
+  """Whether `workdir` contains the finished run of `config`."""
   try:
     with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as f:
       held = old_names.modernise(json.load(f))
@@ -55,9 +55,9 @@ def open_workdir(workdir, config, allow_changes=False):
 
   Args:
     workdir: a path that every host sees.
-    config: of the run.
-    allow_changes: resume a run even if keys that matter differ (another
-      dataset or seed, say), and print them.
+    config: config of the run.
+    allow_changes: resume a run even if important keys differ (such as dataset
+      or seed), and print them.
 
   Raises:
     UserError: the folder cannot be written, or holds another run.
@@ -80,7 +80,7 @@ def open_workdir(workdir, config, allow_changes=False):
 
 
 def _read(path):
-  """A WORKDIR's config.json, under today's names."""
+  """A WORKDIR's config.json, under current names."""
   try:
     with open(path, encoding='utf-8') as f:
       return old_names.modernise(json.load(f), path)
