@@ -1,4 +1,4 @@
-"""Models: batch -> outputs. models/contract.py says what a model is."""
+"""Models: batch -> outputs. models/contract.py defines what a model is."""
 import jax.numpy as jnp
 import ml_collections
 
@@ -9,7 +9,7 @@ DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
 
 def build(config, *, vocab_size, num_classes, num_attributes, num_answers=0):
-  """The model of a config.
+  """Builds the model of a config.
 
   Args:
     config: whole config; reads `model`, `dtype` and which groups of
@@ -18,7 +18,7 @@ def build(config, *, vocab_size, num_classes, num_attributes, num_answers=0):
       `data.vocabularies.Vocabularies.sizes`.
 
   Raises:
-    UserError: an unknown model, backbone, head or dtype (names the nearest).
+    UserError: an unknown model, backbone, head or dtype (suggests the nearest).
   """
   cls = discovery.load(__name__, config.model.name, 'Model', 'model.name')
   if config.dtype not in DTYPES:
@@ -37,17 +37,17 @@ def build(config, *, vocab_size, num_classes, num_attributes, num_answers=0):
 
 
 def frozen_groups(config):
-  """((regex, whether it freezes), ...) of `config.optim.groups`."""
+  """((regex, whether the group is frozen), ...) of `config.optim.groups`."""
   return tuple((pattern, bool(dict(options).get('freeze')))
                for pattern, options in config.optim.groups)
 
 
 def adapt(model, loaded, params):
-  """Parameters of a checkpoint, made to fit `params` where the model can.
+  """Adapts a checkpoint's parameters to `params` where the model can.
 
   Args:
     model: from `build`.
     loaded: nested dict of arrays.
-    params: nested dict of what they should be (arrays or shapes).
+    params: nested dict of the wanted parameters (arrays or shapes).
   """
   return model.adapt(loaded, params)

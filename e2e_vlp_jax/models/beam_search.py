@@ -1,16 +1,16 @@
 """Caption generation: beam search over a model's `decode_step`.
 
 Keys and values of the tokens so far are kept in a cache, which is reordered
-with the beams. There are two ways, of which a model has one (`beam_search`):
-- 'standard': candidates compete by the sum of their log-probabilities, a
+with the beams. A model uses one of two variants (`beam_search`):
+- 'standard': candidates are ranked by the sum of their log-probabilities, a
   finished beam is one candidate, and the best mean log-probability wins.
-- 'released': as FIBER's public code (microsoft/FIBER, caption_test_step).
-  Candidates compete by their mean log-probability, but the length that a beam
-  is divided by stays in its slot when beams change places. A finished beam
-  offers every token of the vocabulary at its own score, so it also takes all
-  slots below its own. Padding ends a text, too. The search ends when all beams
-  of the batch have ended; the first beam wins. <mask> is excluded before the
-  softmax, and nothing else is.
+- 'released': as in FIBER's public code (microsoft/FIBER, caption_test_step).
+  Candidates are ranked by their mean log-probability, but when beams are
+  reordered, their lengths stay in their slots. A finished beam proposes every
+  token of the vocabulary at its own score, so it also takes all slots below its
+  own. Padding ends a text, too. The search ends when all beams
+  of the batch have ended; the first beam wins. Only <mask> is excluded before
+  the softmax.
 """
 import functools
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ _RELEASED_NEVER = -1e4
 
 
 class Beams(NamedTuple):
-  """The state of the search; R slots an image, best first.
+  """The state of the search; R slots per image, best first.
 
   Attributes:
     ids: [B, R, L] tokens.
@@ -36,7 +36,7 @@ class Beams(NamedTuple):
     slot_length: [B, R] how long the beams in this slot were, if each was one
       token longer than the one before it in the slot ('released').
     t: number of tokens so far, the begin token included.
-    cache: of the model, with [B * R] rows.
+    cache: cache of the model, with [B * R] rows.
   """
   ids: jax.Array
   total: jax.Array
@@ -58,7 +58,7 @@ def generate(model, variables, batch, *, cls_id, sep_id, pad_id, max_length,
     cls_id, sep_id, pad_id: begin, end and padding tokens.
     max_length: L, tokens generated, the begin token included.
     beams: 1 is greedy.
-    mask_id: the mask token, which the released way excludes.
+    mask_id: the mask token, which 'released' excludes.
     forbidden: tokens that are never generated; by default begin and padding
       ('standard') or the mask token ('released').
 
@@ -111,7 +111,7 @@ def search(cache, step, *, way, cls_id, sep_id, pad_id, max_length, beams,
 
 
 def _advance(step, released, sep_id, pad_id, forbidden, s):
-  """One more token of every beam."""
+  """Extends every beam by one token."""
   b, beams = s.total.shape
   newest = jax.lax.dynamic_index_in_dim(s.ids, s.t - 1, 2, keepdims=False)
   logits, cache = step(s.cache, newest.reshape(-1))
@@ -134,7 +134,7 @@ def _advance(step, released, sep_id, pad_id, forbidden, s):
   done = pick(s.done, source)
   token = jnp.where(done, pad_id, token)
   rows = (jnp.arange(b)[:, None] * beams + source).reshape(-1)
-  # What the model keeps of an image is the same for all of its beams.
+  # The cached image features are the same for all beams of an image.
   cache = {k: x if k == 'image' else jax.tree.map(lambda y: y[rows], x)
            for k, x in cache.items()}
   return Beams(

@@ -1,25 +1,25 @@
-"""What a model is: the methods and tables on which the library relies.
+"""The contract of a model: methods and tables on which the library relies.
 
 A model is one file of this package with a class `Model(contract.BaseModel)`;
 `models.build` finds it by `config.model.name`. Training, evaluation, tasks
-and conversion use nothing of a model but the following.
+and conversion only use the following.
 
 **Features.** All image and text features are pytrees of arrays whose leading
 axes are [B] and [B, S] (P where the texts are paired with the image). They can
-be kept and used again with other texts or images.
+be cached and combined with other texts or images.
 - `encode_image(batch, train)`: `batch['image']` [B, H, W, 3] and
   `batch['image_mask']` -> image features, before any text is known.
 - `encode_text(ids, mask, train)`: [B, S, L] -> text features.
 - `fuse(image, text, train, want)`: image features [B] and text features
-  [B, P] -> `Fused`, of which at least the parts named in `want` are there.
+  [B, P] -> `Fused`, with at least the parts named in `want`.
 - `pairs(image, text, heads, train)`: `fuse` and the outputs of `heads`.
 
-**Views and heads.** A view is a named combination of these calls; a head makes
-outputs from a named state of a view.
-- `views`: {name: `View`}, what can be asked of this model with its options.
+**Views and heads.** A view is a named combination of these calls; a head
+computes outputs from a named state of a view.
+- `views`: {name: `View`}, the views of this model under its config.
 - `__call__(batch, requests, train)`: runs the requested views, {view: heads},
-  and returns {view: {output name: array}}. Each piece of computation that
-  views share runs once. `model.views` itself requests everything.
+  and returns {view: {output name: array}}. Computations that views share run
+  only once. `model.views` itself requests everything.
 - `heads`: the names of all heads; `offers(view, head)`.
 - `config.model.heads` adds heads: {name: dict(kind='classifier', views=
   ('joint',), state='pooled', outputs='answers', ...)}. Their output is
@@ -27,29 +27,29 @@ outputs from a named state of a view.
   `pair` reads the pooled states of two images (`batch['image']`,
   `batch['second_image']`) fused with one text, side by side.
 
-**Generation**, of models that offer the head `captioning` in `image_only`:
+**Generation**, for models that offer the head `captioning` in `image_only`:
 - `decode_start(image, length)`: image features -> cache for texts of up to
-  `length` tokens (by default the longest that the model knows).
+  `length` tokens (by default the model's maximum).
 - `decode_step(cache, ids)`: the next token of each text, [B] -> the logits
   [B, V] of the token after it, and the new cache. Equal to the causal pass
   over the whole text; keys and values of earlier tokens are in the cache.
   Every array of a cache leads with [B]; those under 'image' never change.
 - `beam_search`: 'standard' or 'released', see models/beam_search.py.
 
-**Detection**, of models that offer `detection` in `image_only`:
+**Detection**, for models that offer `detection` in `image_only`:
 - `detect(image, text=None, train)`: image features -> `pred_logits`,
   `pred_boxes`, `aux_outputs`, ..., as DETR names them.
 
 **Training and checkpoints**
 - `keeps_past_examples`: whether losses also see examples of earlier batches.
-- `batchless_outputs`: names of outputs that have no row for each example; all
-  others are split over the devices as the batch is.
+- `batchless_outputs`: names of outputs without a row per example; all others
+  are split over the devices like the batch.
 - `frozen`: the groups of `config.optim.groups` by which parameters are
   frozen; see `layers.is_frozen`. `build` fills it in.
 - `adapt(loaded, params)`: a checkpoint's parameters, changed where parameters
   depend on the size of the input.
-- the random streams 'dropout' (in training) and 'sample' (of what a view
-  chooses at random; `hard_negative` takes the most likely choice without it).
+- the random streams 'dropout' (in training) and 'sample' (for random choices
+  of a view; without it, `hard_negative` takes the most likely choice).
 """
 import dataclasses
 from typing import Any, Dict, Mapping, NamedTuple, Sequence, Tuple
@@ -70,7 +70,7 @@ class Fused(NamedTuple):
   Attributes:
     text: [B, P, L, E] states of the text's tokens.
     image: [B, P, N, E] states of the image's tokens.
-    pooled: [B, P, E'] one state a pair, which classifiers read.
+    pooled: [B, P, E'] one state per pair, which classifiers read.
   """
   text: Any = None
   image: Any = None
@@ -81,11 +81,11 @@ class Fused(NamedTuple):
 class View:
   """A row of `views`.
 
-  Iterating gives the heads, so that a View can stand for a request for all.
+  Iterating yields the heads, so a View also works as a request for all heads.
 
   Attributes:
-    call: method of the model: (pieces, view, want) -> {state: array}.
-    inputs: pieces of the batch that it reads: 'image', 'text', ...
+    call: method of the model, (pieces, view, want) -> {state: array}.
+    inputs: pieces that it reads: 'image', 'text', ...
     heads: names of the heads that can be asked for.
     states: the states that heads of `config.model.heads` may read.
   """
@@ -99,8 +99,8 @@ class View:
 
 
 class Head(NamedTuple):
-  """A row of `HEADS`: the states that a head reads, and the method of the
-  model that makes its outputs of them: {state: array} -> {name: array}."""
+  """A row of `HEADS`: the states that a head reads, and the model's method that
+  computes its outputs from them, {state: array} -> {name: array}."""
   states: Tuple[str, ...]
   call: str
 
@@ -109,7 +109,7 @@ FUSED_VIEW = dict(call='fused_states', states=FUSED)
 
 
 class Pieces:
-  """What the views of one call share: `pieces[name]` is computed once.
+  """Computations that the views of one call share; each runs only once.
 
   Attributes:
     batch, requests, train: the arguments of the call.
@@ -133,8 +133,9 @@ class BaseModel(nn.Module):
 
   Attributes:
     config: the `model` part of a config.
-    vocab_size, num_classes, num_attributes, num_answers: of its vocabularies.
-    dtype: of the computation; parameters stay float32.
+    vocab_size, num_classes, num_attributes, num_answers: sizes of its
+      vocabularies.
+    dtype: dtype of the computation; parameters stay float32.
     frozen: ((regex, bool), ...) of `config.optim.groups`.
   """
   config: Any
@@ -158,7 +159,7 @@ class BaseModel(nn.Module):
 
   @property
   def pieces(self):
-    """{name: function of Pieces}: what views can share."""
+    """{name: function of Pieces}: computations that views can share."""
     encode = lambda key: lambda p: self.encode_text(
         p.batch[key], p.batch[f'{key}_mask'], p.train)
     return {
@@ -196,7 +197,7 @@ class BaseModel(nn.Module):
     return tuple(sorted({h for view in self.views.values() for h in view}))
 
   def offers(self, view: str, head: str) -> bool:
-    """Whether `head` can be asked of `view`."""
+    """Whether `view` has `head`."""
     views = self.views
     return view in views and head in views[view].heads
 
@@ -214,7 +215,7 @@ class BaseModel(nn.Module):
 
   @property
   def beam_search(self):
-    """How captions are searched for; see models/beam_search.py."""
+    """Variant of the caption search; see models/beam_search.py."""
     return self.config.get('beam_search', 'standard')
 
   # --- Set-up -----------------------------------------------------------------

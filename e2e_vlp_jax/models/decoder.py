@@ -1,17 +1,17 @@
 """One Transformer decoder for object queries and for caption tokens.
 
-Both run in a single pass over [queries ; caption tokens]: queries attend to
-queries, tokens causally to the tokens of their own sentence, nothing crosses.
-So the two tasks share every weight (E2E-VLP, section 3) and the memory's keys
-and values are projected once.
+Both run in a single pass over [queries ; caption tokens]. Queries attend to
+queries, tokens causally to the tokens of their own sentence, and neither
+attends to the other. The two tasks thus share every weight (E2E-VLP, section 3)
+and the memory's keys and values are projected once.
 
 Queries come in two kinds:
 - 'learned': DETR's; content starts at zero, a learned vector is added to
   queries and keys. Boxes are a sigmoid of an MLP.
 - 'reference': every query owns a reference box which each layer refines
   (as in DAB-DETR), and cross-attention gets a Gaussian locality bias around
-  the reference (as in SMCA), one learned width a head. Our choice for small
-  runs: localisation is learnt in a fraction of the steps.
+  the reference (as in SMCA), one learned width per head. Our choice for small
+  runs: localisation is learned in a fraction of the steps.
 """
 import math
 from typing import Any
@@ -42,7 +42,7 @@ class DecoderLayer(nn.Module):
                                   self.act, self.dtype)
     for i in (1, 2, 3):
       setattr(self, f'norm{i}', layers.LayerNorm(self.epsilon))
-    # The name decides the random numbers, which earlier runs depend on.
+    # Random numbers depend on this name; renaming it would change runs.
     self.drop = nn.Dropout(self.dropout, name='Dropout_0')
 
   def __call__(self, x, pos, self_bias, memory, memory_pos, cross_bias,
@@ -60,11 +60,11 @@ class DecoderLayer(nn.Module):
     return self.cross_attention.keys_values(memory + memory_pos, memory)
 
   def step(self, x, position, cache, memory, cross_bias):
-    """One more token, without position or dropout.
+    """Decodes one more token, without position or dropout.
 
     Args:
       x: [B, 1, D].
-      position: [B] of the token.
+      position: [B] position of the token.
       cache: KeysValues of the tokens before it.
       memory: from `project_memory`.
       cross_bias: to [B, H, 1, N].
@@ -93,15 +93,16 @@ class DecoderLayer(nn.Module):
 
 
 def block_mask(num_queries: int, text_mask: jax.Array) -> jax.Array:
-  """Who may attend to whom in [queries ; S sentences of L tokens].
+  """Attention mask of [queries ; S sentences of L tokens].
 
   Args:
     num_queries: Q; 0 for a caption-only pass.
     text_mask: [B, S, L] True where a token is real.
 
   Returns:
-    [B, T, T] True where row may see column, T = Q + S * L. Padded tokens are
-    never seen (they still see themselves, so no row is empty).
+    [B, T, T] True where the row may attend to the column, T = Q + S * L. Padded
+    tokens only attend to themselves, so that no row is empty, and no other
+    token attends to them.
   """
   b, s, l = text_mask.shape
   t = num_queries + s * l
@@ -261,10 +262,10 @@ class Decoder(nn.Module):
     Args:
       memory, memory_pos: [B, N, D].
       memory_mask: [B, N].
-      length: tokens of the longest text.
+      length: number of tokens of the longest text.
 
     Returns:
-      {'image': what stays the same for every token, 'text': KeysValues of
+      {'image': arrays that are the same for every token, 'text': KeysValues of
       each layer}.
     """
     every = [getattr(self, f'layer{i}') for i in range(self.layers)]

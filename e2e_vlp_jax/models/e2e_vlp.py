@@ -2,8 +2,8 @@
 
 CNN on raw pixels -> 1x1 projection -> grid tokens. One encoder fuses
 [grid ; text]; one decoder serves object queries and causal captions. The code
-was never released: this is a reimplementation from the paper; where the text
-is silent, DETR (Carion et al., ECCV 2020) decides and the config says so.
+was never released, so this is a reimplementation from the paper. Where the text
+is silent, it follows DETR (Carion et al., ECCV 2020), and the config says so.
 
 Without a text side (`model.use_text=False`, or an empty vocabulary) the model
 is DETR.
@@ -119,7 +119,7 @@ class Model(contract.BaseModel):
     tile = lambda x: jnp.repeat(x, s, axis=0)
     tokens = text['tokens'].reshape(b * s, l, d)
     # Text positions are in the embedding; queries and keys get none (MDETR).
-    # The last layer computes the image's states only where they are wanted.
+    # The last layer computes the image's states only if they are wanted.
     x = self.encoder(
         jnp.concatenate([tile(image['tokens']), tokens], 1),
         jnp.concatenate([tile(image['pos']), jnp.zeros_like(tokens)], 1),
@@ -191,7 +191,7 @@ class Model(contract.BaseModel):
   # --- Detection and captions from image features -----------------------------
 
   def detect(self, image, text=None, train=False):
-    """Objects of the image; a text does not change them."""
+    """Objects of the image, which do not depend on a text."""
     del text
     return self.detection_outputs(self._decode(image, None, True, train))
 

@@ -1,7 +1,7 @@
 """A queue of past examples, kept as model state.
 
-Of the global batch, identical on every device. The newest examples replace
-the oldest.
+It holds examples of the global batch and is identical on every device. The
+newest examples replace the oldest.
 """
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ class Queue(nn.Module):
   """Keeps the last `size` examples of the arrays that it is given.
 
   Features (floating-point arrays [B, E]) start as normal noise, as in FIBER's
-  code, where the loss sees them from the first step; other arrays start as 0.
+  code, whose loss uses them from the first step. Other arrays start as 0.
   """
   size: int
 
   @nn.compact
   def __call__(self, new, update):
-    """The examples in the queue, before `new` is added.
+    """Returns the examples in the queue before `new` is added.
 
     Args:
-      new: {name: [B, ...]}, always of the same names and shapes.
+      new: {name: [B, ...]}, always with the same names and shapes.
       update: whether `new` is added (in training).
 
     Returns:

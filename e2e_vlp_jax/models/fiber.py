@@ -2,7 +2,7 @@
 
 The same weights are a dual encoder (views `image_only`, `text_only`:
 cross-attention skipped), a fusion encoder (`joint`, `joint_masked`,
-`hard_negative`) and, with a causal text, a captioner. Names and numbers as
+`hard_negative`) and, with a causal text, a captioner. Names and numbers follow
 the public code (microsoft/FIBER, coarse_grained); docs/fiber.md lists the
 differences.
 
@@ -24,7 +24,7 @@ from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.models import swin as swin_lib
 
 _TEMPERATURE = .07
-_MIN_WEIGHT = 1e-9  # of a candidate in the choice of a negative
+_MIN_WEIGHT = 1e-9  # added to the weight of each candidate negative
 
 
 class Model(fiber_trunk.Trunk):
@@ -103,7 +103,7 @@ class Model(fiber_trunk.Trunk):
     self.setup_heads()
 
   def complete(self, pieces):
-    """Creates both trunks whole, even if this stage's objectives use one."""
+    """Creates both trunks in full, even if this stage only trains one."""
     fused = 'joint', 'joint_masked', 'hard_negative'
     if not set(fused) & set(pieces.requests):
       self.fuse(pieces['image'], pieces['text'])
@@ -139,7 +139,7 @@ class Model(fiber_trunk.Trunk):
         y, x, self.pool(y, x, text['mask']) if 'pooled' in want else None)
 
   def pool(self, text, image, mask):
-    """Projected tokens, text mask -> both pooled [..., 2E], text first."""
+    """Projected tokens and text mask -> pooled states [..., 2E], text first."""
     text = layers.pool(text, mask, self.config.text_pool)
     return jnp.concatenate([
         jnp.tanh(self.text_pooler(text)),
@@ -173,7 +173,7 @@ class Model(fiber_trunk.Trunk):
     Args:
       image, text: embeddings [B, E], [B, 1, E].
       batch: their images and texts.
-      train: whether they are put into the queue.
+      train: whether they are added to the queue.
     """
     if text.shape[1] != 1:
       raise errors.UserError(
@@ -191,8 +191,8 @@ class Model(fiber_trunk.Trunk):
   def grid_states(self, pieces, view, want):
     """The tokens that the first pair reads, to warm-start both trunks.
 
-    Not the last ones: the text never attends to those, and would have to wait
-    until cross-attention learns what an image token holds.
+    Not the last ones: the text never attends to those, so cross-attention would
+    still have to learn what an image token represents.
     """
     del view, want
     x = self.swin.enter(self.first_block, pieces['image'])
@@ -217,7 +217,7 @@ class Model(fiber_trunk.Trunk):
     return {'embedding': self._embedding(pieces, 'text')}
 
   def _embedding(self, pieces, side):
-    """Outputs of ITC of one side; with past ones where both sides run."""
+    """ITC outputs of one side; with past examples if both sides run."""
     found = {f'{side}_embedding': pieces[f'{side}_embedding']}
     if self.config.queue and ('hard_negative' in pieces.requests or all(
         'itc' in pieces.requests.get(v, ()) for v in ('image_only',
@@ -230,8 +230,8 @@ class Model(fiber_trunk.Trunk):
   def hard_negative_states(self, pieces, view, want):
     """Each pair, each image with a hard text, each text with a hard image.
 
-    Negatives are chosen by the rng stream 'sample', by ITC's similarities of
-    the batch's pairs and, with a queue, of past ones.
+    Negatives are sampled with the rng stream 'sample', by the ITC similarities
+    of the batch's pairs and, with a queue, of past ones.
     """
     del view
     batch, image, text = pieces.batch, pieces['image'], pieces['text']
@@ -268,8 +268,8 @@ class Model(fiber_trunk.Trunk):
 
     Args:
       image, text: embeddings [B, E], [B, S, E].
-      valid: [B, S] False where a row has no text; it takes no part.
-      past, filled: of the queue, or None.
+      valid: [B, S] False where there is no text; such rows are ignored.
+      past, filled: contents of the queue, or None.
 
     Returns:
       (indices of images [B, S], whether there is one, indices of texts, ...)
@@ -341,7 +341,7 @@ class Model(fiber_trunk.Trunk):
     """Causal text over an image.
 
     Args:
-      image: [B, N, C] of `upper_image`; it never sees the text.
+      image: [B, N, C] of `upper_image`; it never attends to the text.
       ids, mask: [B, S, L].
       train: dropout on.
 
@@ -407,8 +407,8 @@ def negatives(similarity, allowed, own):
   Args:
     similarity: [..., n], divided by the temperature.
     allowed: [n] candidates that exist.
-    own: broadcasts to [..., n], those of the same pair; never sampled. (The
-      original leaves them a weight of 1e-9, as it adds to all.)
+    own: broadcasts to [..., n], candidates of the same pair; never sampled.
+      (The original adds 1e-9 to all weights, these included.)
   """
   weight = jax.nn.softmax(jnp.where(allowed, similarity, layers.MASKED))
   return jnp.where(allowed & ~own, jnp.log(weight + _MIN_WEIGHT), -jnp.inf)

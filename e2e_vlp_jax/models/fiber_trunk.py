@@ -1,11 +1,11 @@
 """FIBER's trunk: Swin and RoBERTa, fused in their top pairs of layers.
 
 Dou et al., NeurIPS 2022. The last `fused_layers` blocks of Swin and layers of
-RoBERTa form pairs with gated cross-attention (models/fusion.py). The trunk
-runs in two parts: what lies below the first pair, which needs one modality
-only, and the pairs, with or without cross-attention. The coarse stage
-(fiber.py) builds on it; so can others that need the output of every stage of
-Swin (`stages`).
+RoBERTa form pairs with gated cross-attention (models/fusion.py). The trunk runs
+in two parts: the blocks and layers below the first pair, which need only one
+modality, and the pairs, with or without cross-attention. The coarse stage
+(fiber.py) builds on it. Models that need the output of every stage of Swin
+(`stages`) can, too.
 """
 import jax.numpy as jnp
 
@@ -16,7 +16,7 @@ from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.models import roberta
 from e2e_vlp_jax.models import swin as swin_lib
 
-INIT = fusion.TEXT_INIT  # of what FIBER adds to the two trunks
+INIT = fusion.TEXT_INIT  # initialisation of what FIBER adds to the trunks
 
 
 class Trunk(contract.BaseModel):
@@ -54,8 +54,8 @@ class Trunk(contract.BaseModel):
       stages: see `Swin.run`.
 
     Returns:
-      [B, h, w, C]. Padding has the mean color and is attended to, as nothing
-      in Swin masks tokens; FIBER resizes to squares, which need no padding.
+      [B, h, w, C]. Padding has the mean colour and is attended to, since Swin
+      has no mask; FIBER resizes to squares, which need no padding.
     """
     c = self.config
     pixels = layers.normalise(image, image_mask, c.image_mean, c.image_std,

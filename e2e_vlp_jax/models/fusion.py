@@ -3,7 +3,7 @@
 The last layers of an image and of a text trunk are paired. Each layer of a
 pair attends to the other trunk's tokens as they were before the pair, and
 adds the result, times a learned gate, to the output of its self-attention.
-The gates start at 0, so that the trunks first compute what they would alone.
+The gates start at 0, so the trunks initially compute the same as alone.
 """
 from typing import Any
 
@@ -33,7 +33,7 @@ def _gate_init(from_scratch):
 
 
 class ImageFromText(nn.Module):
-  """What an image block adds to the output of its window attention."""
+  """Cross-attention of an image block, added to its window attention."""
   heads: int
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
@@ -56,7 +56,7 @@ class ImageFromText(nn.Module):
 
 
 class TextFromImage(nn.Module):
-  """What a text layer adds to the output of its self-attention."""
+  """Cross-attention of a text layer, added to its self-attention."""
   width: int
   heads: int
   dropout: float = 0.
@@ -68,7 +68,7 @@ class TextFromImage(nn.Module):
     self.attention = layers.MultiHeadAttention(
         self.width, self.heads, self.dropout, self.dtype,
         text_init(self.from_scratch))
-    # The name decides the random numbers, which earlier runs depend on.
+    # Random numbers depend on this name; renaming it would change runs.
     self.drop = nn.Dropout(self.dropout, name='Dropout_0')
 
   def __call__(self, x, image, train=False):

@@ -9,7 +9,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.ops import boxes as box_ops
 
-# Of a classifier's weights: flax's own; Kaiming's (SOHO's heads); BERT's.
+# Initialisers of a classifier: flax's, Kaiming's (SOHO's heads) and BERT's.
 INITS = {'lecun': nn.initializers.lecun_normal(),
          'kaiming': nn.initializers.variance_scaling(2., 'fan_in', 'normal'),
          'bert': nn.initializers.normal(.02)}
@@ -33,7 +33,7 @@ class Detection(nn.Module):
 
   @staticmethod
   def objects(outputs, image_size):
-    """Every query's object; nothing is suppressed (DETR).
+    """The object of every query, without suppression, as in DETR.
 
     Args:
       outputs: pred_logits [B, Q, C+1], pred_boxes [B, Q, 4] (cx, cy, w, h)
@@ -111,8 +111,8 @@ class GridClasses(nn.Module):
 class Classifier(nn.Module):
   """Dense -> LayerNorm -> activation -> dropout -> dense.
 
-  Of `config.model.heads`, kind 'classifier'. SOHO's released VQA head is
-  hidden=3072, act='relu', dropout=.5; FIBER's are hidden=1536, norm=True,
+  Heads of `config.model.heads` with kind 'classifier'. SOHO's released VQA head
+  is hidden=3072, act='relu', dropout=.5; FIBER's are hidden=1536, norm=True,
   act='gelu'.
 
   Attributes:
@@ -120,8 +120,8 @@ class Classifier(nn.Module):
     hidden: width of the hidden layer; 0 = no hidden layer.
     act: activation after the hidden layer.
     norm: LayerNorm between hidden layer and activation.
-    dropout: before the output layer.
-    epsilon: of the LayerNorm.
+    dropout: dropout rate before the output layer.
+    epsilon: epsilon of the LayerNorm.
     init: key of `INITS`.
   """
   outputs: int
@@ -151,5 +151,5 @@ class Classifier(nn.Module):
         x.astype(layers.wide(x)))
 
 
-# What `config.model.heads` can name.
+# Kinds of heads for `config.model.heads`.
 KINDS = {'classifier': Classifier}

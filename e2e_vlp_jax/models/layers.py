@@ -43,7 +43,7 @@ def check_heads(heads, width, where):
 
 
 def pool(states: Array, mask: Array, how: str) -> Array:
-  """One vector a text, by `model.text_pool`: its first token, or their mean.
+  """One vector per text, by `model.text_pool`: its first token or the mean.
 
   Args:
     states: [..., L, D].
@@ -67,7 +67,7 @@ def is_frozen(groups, path):
   Args:
     groups: ((regex, bool), ...); the first regex that matches the whole path
       decides, as in the optimizer. () = nothing is frozen.
-    path: of the parameter, such as 'backbone/bn1/scale'.
+    path: path of the parameter, such as 'backbone/bn1/scale'.
   """
   return next((frozen for pattern, frozen in groups
                if re.fullmatch(pattern, path)), False)
@@ -76,13 +76,13 @@ def is_frozen(groups, path):
 def normalise(image, image_mask, mean, std, dtype):
   """Pixels [B, H, W, 3] in 0..255 -> (pixels / 255 - mean) / std.
 
-  Padding becomes zero after normalisation (DETR), whatever its bytes were.
+  Padding is zero after normalisation, as in DETR, whatever its values were.
 
   Args:
     image: [B, H, W, 3].
     image_mask: [B, H, W] True on real pixels.
     mean, std: three values each.
-    dtype: of the result; the arithmetic is in float32 at least.
+    dtype: dtype of the result; the arithmetic uses at least float32.
   """
   full = jnp.promote_types(dtype, jnp.float32)
   pixels = image.astype(full) / 255.
@@ -91,14 +91,14 @@ def normalise(image, image_mask, mean, std, dtype):
 
 
 def remat(module, policy, static_argnums=()):
-  """`module` (a Linen class) with its activations kept as `policy` says.
+  """`module` (a Linen class) with rematerialisation by `policy`.
 
   Args:
     module: class of a layer.
-    policy: 'none': everything is kept; 'dots': the results of the products
-      with weights are kept, the rest (norms, activations, attention weights)
-      is computed again; 'full': only the layer's input is kept.
-    static_argnums: of `__call__`, self counted.
+    policy: 'none': everything is kept; 'dots': the results of products with
+      weights are kept, the rest (norms, activations, attention weights) is
+      recomputed; 'full': only the layer's input is kept.
+    static_argnums: static arguments of `__call__`, counting self.
 
   Raises:
     UserError: no such policy.
@@ -172,7 +172,7 @@ class MultiHeadAttention(nn.Module):
     for name in ('query', 'key', 'value', 'out'):
       setattr(self, name, nn.Dense(self.width, dtype=self.dtype,
                                    kernel_init=self.kernel_init))
-    # The name decides the random numbers, which earlier runs depend on.
+    # Random numbers depend on this name; renaming it would change runs.
     self.drop = nn.Dropout(self.dropout, name='Dropout_0')
 
   def __call__(self, query, key, value, bias=None, train=False):
@@ -180,7 +180,7 @@ class MultiHeadAttention(nn.Module):
     return self.attend(query, self.keys_values(key, value), bias, train)
 
   def keys_values(self, key, value):
-    """[B, N, D], [B, N, D] -> KeysValues, which a decoder may keep."""
+    """[B, N, D], [B, N, D] -> KeysValues, which a decoder may cache."""
     return KeysValues(self._split(self.key(key)),
                       self._split(self.value(value)))
 
@@ -246,7 +246,7 @@ class EncoderLayer(nn.Module):
   act: str = 'relu'
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
-  # Between the two layers of the feed-forward; None = `dropout`, as DETR.
+  # Inside the feed-forward; None = `dropout`, as in DETR.
   inner_dropout: Optional[float] = None
 
   @nn.compact
@@ -399,9 +399,9 @@ def check_canvas(image, multiple):
 def hide_padding(x: Array, mask: Optional[Array]) -> Array:
   """Zeroes the padded cells of a feature map [B, h, w, C].
 
-  A convolution that follows sees at the edge of an image what it would see
-  without the padding; exactly so where the canvas is a multiple of the
-  trunk's stride, as buckets are. mask: [B, H, W] of the pixels, or None.
+  A following convolution then has the same results at an image's edge as
+  without padding. This is exact if the canvas is a multiple of the trunk's stride, as
+  buckets are. mask: [B, H, W] of the pixels, or None.
   """
   if mask is None:
     return x

@@ -21,14 +21,14 @@ MIXTURES = ('gate', 'add')
 
 
 def grid_mask(mask, height, width, square=False):
-  """Which cells of the grid lie on the image.
+  """Mask of the grid cells that lie on the image.
 
   Args:
-    mask: [B, H, W] of the pixels.
-    height, width: of the grid.
-    square: as the released code, which takes the padded height for the
-      padded width, too: of a portrait image the right columns are hidden,
-      and padding at the right of a landscape image is not.
+    mask: [B, H, W] mask of the pixels.
+    height, width: size of the grid.
+    square: reproduce the released code, which uses the padded height also as
+      the padded width: the right columns of a portrait image are hidden, and
+      padding at the right of a landscape image is not.
 
   Returns:
     [B, height, width] bool.
@@ -42,14 +42,14 @@ def grid_mask(mask, height, width, square=False):
 
 
 def same_code_mask(codes, mask, cell, keep):
-  """What masked visual modelling hides: all cells with the chosen cell's code.
+  """Cells that masked visual modelling hides: all with the chosen cell's code.
 
-  A neighbor with the same code would reveal it (section 3.3).
+  A neighbour with the same code would reveal it (section 3.3).
 
   Args:
     codes: [..., N] index of each cell's code in the dictionary.
     mask: [..., N] True where a cell is valid.
-    cell: [...] the chosen cell; if it is not valid, nothing is hidden.
+    cell: [...] the chosen cell; if it is padding, nothing is hidden.
     keep: [...] bool, False = hide nothing.
 
   Returns:
@@ -67,7 +67,7 @@ class Neck(nn.Module):
     dictionary: fields of `VisualDictionary`, size 0 = none, and
       count_padding: whether padded cells update the codes (released code).
     pool: side of the max-pool; odd rows and columns at the end are dropped.
-    mix: 'gate': two weights a cell from a softmax; 'add': the sum.
+    mix: 'gate': two weights per cell from a softmax; 'add': the sum.
     begin_align, pos_align: a dense layer before and after the look-up.
     norm: BatchNorm after a convolution without bias; else one with bias.
     act: 'none' or an activation after the convolution.
@@ -118,14 +118,14 @@ class Neck(nn.Module):
         self.gate_norm = resnet.BatchNorm(self.frozen)
 
   def __call__(self, features, image_mask, repeats=1, train=False):
-    """Cells before masking and before their positions are added.
+    """Computes cells, before masking and before positions are added.
 
     Args:
       features: [B, h, w, C].
       image_mask: [B, H, W] of the pixels.
       repeats: in training, each image counts this many times in the
-        dictionary and in BatchNorm's unbiased variance: the released code
-        repeats it for each of its texts before the neck.
+        dictionary and in BatchNorm's unbiased variance, because the released
+        code repeats it for each of its texts before the neck.
       train: batch statistics; the dictionary is updated.
 
     Returns:

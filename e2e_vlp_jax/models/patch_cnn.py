@@ -42,7 +42,7 @@ class PatchCNN(nn.Module):
     stem: channels after the stem.
     width: channels of the cells.
     blocks: number of residual bottlenecks at stride 12.
-    multiple: what the sides of a canvas must be multiples of.
+    multiple: the sides of a canvas must be multiples of this.
     frozen: unused; there is no BatchNorm, and the optimizer freezes the rest.
   """
   stem: int = 64
@@ -59,7 +59,7 @@ class PatchCNN(nn.Module):
 
     Args:
       x: normalised pixels [B, H, W, 3], zero where padded.
-      train: without effect.
+      train: has no effect.
       mask: [B, H, W] True on real pixels; None if nothing is padded.
 
     Returns:

@@ -19,7 +19,7 @@ BOTTLENECK = {18: False, 34: False, 50: True, 101: True, 152: True}
 
 
 class BatchNorm(nn.Module):
-  """BatchNorm over B, H, W; trained, or constants where its scale is frozen.
+  """BatchNorm over B, H, W; trained, or constant if its scale is frozen.
 
   Running statistics live in the 'batch_stats' collection. As in torch, the
   running variance is the unbiased one, momentum 0.1, eps 1e-5. Under jit over
@@ -120,17 +120,16 @@ class ResNet(nn.Module):
   Attributes:
     depth: 18, 34, 50, 101 or 152.
     frozen: groups of `layers.is_frozen`: which parameters the optimizer
-      freezes. A frozen BatchNorm keeps its statistics; no gradient is
-      computed for a stage whose parameters are all frozen, nor for what lies
-      below it.
+      freezes. A frozen BatchNorm keeps its statistics. No gradient is computed
+      for a stage whose parameters are all frozen, nor for stages below it.
     dilated: stride 1 and dilation 2 in the last stage (DC5).
     out_stages: which of the stages 1..4 are returned.
-    mask_padding: zero the padded cells before every convolution that would
-      see them, so that features do not depend on the canvas that an image
-      lies on. Without it they do, as in DETR (its issues 63 and 217).
+    mask_padding: zero the padded cells before every convolution that reads
+      them, so that features do not depend on the size of the canvas. Without it
+      they do, as in DETR (its issues 63 and 217).
     stem, width: channels of the stem and of layer1's blocks, 64 in every
       published ResNet.
-    remat: of each block; see `layers.remat`.
+    remat: policy for each block; see `layers.remat`.
   """
   depth: int = 50
   frozen: Any = ()
@@ -169,7 +168,7 @@ class ResNet(nn.Module):
                 kernel_init=nn.initializers.variance_scaling(
                     2., 'fan_out', 'normal'))(x.astype(self.dtype))
     x = BatchNorm(self.frozen, name='bn1')(x, train)
-    # After the ReLU, zero is what an empty border counts in a maximum.
+    # After the ReLU, zero padding does not change a maximum.
     x = layers.hide_padding(jax.nn.relu(x), mask)
     x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2)
     x = stop(x, 0)
@@ -192,7 +191,7 @@ class ResNet(nn.Module):
     return maps
 
   def _frozen_stages(self):
-    """How many stages, the stem first, have none but frozen parameters."""
+    """Number of leading stages, stem first, with only frozen parameters."""
     norm = lambda name: (f'{name}/scale', f'{name}/bias')
     frozen = lambda names: all(layers.is_frozen(
         self.frozen, '/'.join((*self.path, name))) for name in names)

@@ -1,7 +1,7 @@
 """RoBERTa (Liu et al. 2019), layer by layer.
 
-Post-norm as BERT; valid tokens have the positions 2, 3, ..., padding has
-position 1. A layer can attend to an image, too (models/fusion.py).
+Post-norm, as in BERT. Valid tokens have the positions 2, 3, ..., padding has
+position 1. A layer can also attend to an image (models/fusion.py).
 """
 from typing import Any
 
@@ -35,7 +35,7 @@ class Layer(nn.Module):
                                   dtype=self.dtype, kernel_init=init)
     self.norm1 = layers.LayerNorm(self.epsilon)
     self.norm2 = layers.LayerNorm(self.epsilon)
-    # The name decides the random numbers, which earlier runs depend on.
+    # Random numbers depend on this name; renaming it would change runs.
     self.drop = nn.Dropout(self.dropout, name='Dropout_0')
 
   def __call__(self, x, bias, image=None, train=False, last_norm=True):
@@ -62,11 +62,11 @@ class Layer(nn.Module):
     return normed if last_norm else x
 
   def step(self, x, position, cache, image=None):
-    """One more token, without dropout.
+    """Decodes one more token, without dropout.
 
     Args:
       x: [B, 1, D].
-      position: [B] of the token.
+      position: [B] position of the token.
       cache: KeysValues of the tokens before it.
       image: KeysValues from `cross.keys_values`, or None.
 
@@ -91,9 +91,9 @@ class TextEncoder(nn.Module):
 
   Attributes:
     positions: rows of the position table, two more than the longest text.
-    types: rows of the token-type table; texts are of type 0 throughout.
+    types: rows of the token-type table; all tokens have type 0.
     from_scratch: initial weights by fan-in instead of 0.02, gates open (ours).
-    remat: of each layer; see `layers.remat`.
+    remat: policy for each layer; see `layers.remat`.
   """
   vocab_size: int
   depth: int
@@ -119,7 +119,7 @@ class TextEncoder(nn.Module):
 
   @property
   def longest(self):
-    """Tokens of the longest text."""
+    """Maximum number of tokens of a text."""
     return self.positions - _FIRST_POSITION
 
   def embed(self, ids, mask, train=False):

@@ -1,6 +1,6 @@
 """SOHO (Huang et al., CVPR 2021, arXiv 2104.03135): assembly.
 
-CNN on raw pixels -> neck with the visual dictionary -> visual tokens, once an
+CNN on raw pixels -> neck with the visual dictionary -> visual tokens, once per
 image. One Transformer fuses [visual tokens ; text] for each of the image's
 texts. Equal to the released code (github.com/researchmm/soho) where the
 config asks for it; docs/soho.md lists the differences and their reasons.
@@ -24,7 +24,7 @@ CELLS = ('batch', 'pair')
 class Model(contract.BaseModel):
   """SOHO; see contract.BaseModel. Its config is configs/soho.py.
 
-  The label space serves the warm start of the trunk alone.
+  The label space is only used by the warm start of the trunk.
   """
 
   HEADS = {'grid_classes': contract.Head(('grid',), 'grid_outputs'),
@@ -52,7 +52,7 @@ class Model(contract.BaseModel):
                 p['features'], p.batch['image_mask'], self._texts(p), p.train)}
 
   def _texts(self, pieces):
-    """The number of texts with which the requested views fuse an image."""
+    """Number of texts with which the requested views fuse an image."""
     return max((pieces.batch[view.inputs[-1]].shape[1]
                 for name, view in self.views.items()
                 if name in pieces.requests and len(view.inputs) > 1),
@@ -103,8 +103,8 @@ class Model(contract.BaseModel):
     Args:
       batch: image, image_mask.
       train: BatchNorm statistics; the dictionary is updated.
-      texts: with how many texts each image will be fused, which the training
-        of the dictionary takes into account.
+      texts: number of texts with which each image will be fused; it weights
+        the image in the update of the dictionary.
     """
     return self.neck(self.run_backbone(batch, train), batch['image_mask'],
                      texts, train)
@@ -131,7 +131,7 @@ class Model(contract.BaseModel):
     both = lambda x, y: jnp.concatenate([x, y], 2).reshape(
         b * s, n + l, *y.shape[3:])
     # The released code has the text first. Attention does not depend on the
-    # order; this one lets the last layer compute the text's states alone.
+    # order; in this one the last layer can compute the text's states only.
     x = self.encoder(both(visual, text['tokens']), None,
                      both(spread(image['mask']), text['mask']), train,
                      last=0 if 'image' in want else l).reshape(b, s, -1, d)
@@ -154,8 +154,8 @@ class Model(contract.BaseModel):
             'xy': flat(layers.cell_centers(mask))}
 
   def masked_states(self, pieces, view, want):
-    """As `fused_states`; where mvm is asked for, cells are hidden from the
-    view's other heads, too."""
+    """As `fused_states`; if mvm is requested, cells are also hidden from the
+    view's other heads."""
     if 'codes' not in want:
       return self.fused_states(pieces, view, want)
     image, text = (pieces[name] for name in view.inputs)

@@ -2,12 +2,12 @@
 
 Fusion with a text happens between blocks, so the trunk is a list of blocks
 that are called one at a time: `embed`, then for i in range(depth):
-`enter(i)`, `block(i)`. Numerically as the public code and
-timm's swin_*: qkv in one layer, relative positions as a table of one value a
-head and offset, shifted windows with a mask.
+`enter(i)`, `block(i)`. It is numerically equal to the public code and timm's
+swin_*: qkv in one layer, relative positions as a table with one value per head
+and offset, shifted windows with a mask.
 
-An image whose grid the window does not divide is refused, as there; a window
-larger than a grid shrinks to it and is not shifted, as there too.
+As there, an image is refused if the window does not divide its grid, and a
+window larger than a grid shrinks to it and is not shifted.
 """
 import functools
 from typing import Any, Sequence
@@ -25,7 +25,7 @@ _OTHER_REGION = -100.  # added to the logits between regions of a window
 
 
 def relative_index(window):
-  """[n, n] row of the table for each pair of the n tokens of a window."""
+  """[n, n] table row for each pair of the n tokens of a window."""
   h, w = window
   y, x = np.mgrid[:h, :w].reshape(2, -1)
   return ((y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1)
@@ -50,7 +50,7 @@ def shift_bias(grid, window, shift):
   """[windows, 1, n, n]: 0 within a region of the shifted grid, else -100.
 
   After the cyclic shift a window at the edge holds tokens from opposite
-  sides of the image; these must not see each other.
+  sides of the image, which must not attend to each other.
   """
   def region(size, r, s):  # 0 | 1 | 2 along one axis
     i = np.arange(size)
@@ -73,7 +73,7 @@ def _cubic(x, a=-.75):
 def _resize_matrix(old, new):
   """[new, old] weights of torch's bicubic interpolation along one axis.
 
-  Half-pixel centres, no antialiasing, edges repeated. `jax.image.resize` has
+  Half-pixel centres, no antialiasing, edges repeated. `jax.image.resize` uses
   another coefficient (-0.5).
   """
   at = (np.arange(new) + .5) * old / new - .5
@@ -138,7 +138,7 @@ class Block(nn.Module):
   Attributes:
     window: side of the square windows.
     shift: rows and columns of the cyclic shift; 0 = none.
-    drop_path: probability of leaving out a residual branch of a sample.
+    drop_path: probability of dropping a residual branch of a sample.
   """
   heads: int
   window: int
@@ -186,7 +186,7 @@ class Block(nn.Module):
         self.heads, self.dtype, self.from_scratch, name='attention')(
             partition(y, window), window, bias)
     if text is not None:
-      # Every window attends to the whole text: no need to tell them apart.
+      # Every window attends to the whole text, so windows can be merged.
       cross = fusion.ImageFromText(self.heads, self.epsilon, self.dtype,
                                    self.from_scratch, name='cross')
       tokens = y.reshape(y.shape[0], -1, c)
@@ -230,10 +230,10 @@ class Swin(nn.Module):
     depths, heads: blocks and heads of each stage.
     width: channels of the first stage; doubled with each stage.
     window: side of the windows; odd blocks of a stage shift by half of it.
-    patch: pixels a token, along each axis.
-    drop_path: of the last block; rises linearly from 0 at the first.
+    patch: pixels per token along each axis.
+    drop_path: rate of the last block; rises linearly from 0 at the first.
     from_scratch: initial weights by fan-in instead of 0.02, gates open (ours).
-    remat: of each block; see `layers.remat`.
+    remat: policy for each block; see `layers.remat`.
   """
   depths: Sequence[int]
   heads: Sequence[int]
@@ -298,7 +298,7 @@ class Swin(nn.Module):
     return self.patch_norm(self.patch_embed(pixels))
 
   def enter(self, i, x):
-    """Tokens as block i reads them: merged where a stage begins."""
+    """Prepares tokens for block i: merges patches if a stage begins there."""
     s = self.stage(i)
     return self.merges[s - 1](x) if s and i == self.first(s) else x
 

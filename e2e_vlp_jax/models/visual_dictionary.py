@@ -9,9 +9,9 @@ Two update rules (`update`), both with momentum `decay` (d below):
 - 'released': counts and sums of the vectors of each code are averaged over
   the steps, code = sum / count, counts smoothed by 1e-5. The averages start
   at zero, so a code without vectors in the first step becomes zero, and one
-  without vectors for long drifts to zero. The code trains with d = 0.4.
-- 'momentum': the paper's: code = d * code + (1 - d) * mean of its vectors; a
-  code without vectors does not change. The paper's d is 0.99 (from memory).
+  without vectors for long drifts to zero. The released code uses d = 0.4.
+- 'momentum': the paper's rule, code = d * code + (1 - d) * mean of its vectors;
+  a code without vectors does not change. The paper's d is 0.99 (from memory).
 
 Neither rule revives an unused code; `revive` does, which is our addition.
 """
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from e2e_vlp_jax import errors
 
 UPDATES = ('released', 'momentum')
-_SMOOTH = 1e-5  # of the released code
+_SMOOTH = 1e-5  # as in the released code
 # A code counts as dead below this share of the average use.
 DEAD = .01
 _exact = jax.lax.Precision.HIGHEST
@@ -107,7 +107,7 @@ class VisualDictionary(nn.Module):
       dead = (count == 0) & (used < self.revive * mean_use)
       new = x[jax.random.choice(self.make_rng('sample'), len(x), (self.size,),
                                 p=weight / jnp.maximum(weight.sum(), 1e-9))]
-      # As if it had always been of average use.
+      # Give it the statistics of average use.
       used = jnp.where(dead, mean_use, used)
       codes = jnp.where(dead[:, None], new, codes)
       average = jnp.where(dead[:, None], new * mean_use, average)

@@ -178,11 +178,11 @@ def batch_sharding(mesh):
 def gather_parameters(params, shardings):
   """Inside jit: undoes the 'fsdp' split of parameters where they are used.
 
-  Without it, the compiler may gather the activations of all devices at each part
-  of a matrix instead of gathering the matrix, and does so in the backward pass.
-  The gradients are all-reduced whole, and the sharding of the optimizer's state
-  then slices them. XLA turns this all-reduce and slice into a reduce-scatter
-  where the machine has one.
+  Without it, the compiler may gather the activations of all devices at each
+  part of a matrix instead of gathering the matrix, and does so in the backward
+  pass. The gradients are all-reduced whole, and the sharding of the optimizer's
+  state then slices them. XLA turns this all-reduce and slice into a
+  reduce-scatter where the machine has one.
 
   Args:
     params: tree of arrays.

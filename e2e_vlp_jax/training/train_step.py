@@ -131,9 +131,9 @@ def make_train_step(model, objectives, tx, *, mesh, shardings, accumulate=1,
   after the other. Their losses are divided by the weights of the *whole*
   batch, so the result is that of one big step (BatchNorm statistics excepted).
 
-  Metrics: {name: scalar}: 'loss' (weighted), one per objective, one per loss term
-  of an objective, one per metric, 'grad_norm' and 'skipped' (1 if the update was
-  dropped because it was not finite).
+  Metrics: {name: scalar}: 'loss' (weighted), one per objective, one per loss
+  term of an objective, one per metric, 'grad_norm' and 'skipped' (1 if the
+  update was dropped because it was not finite).
   """
   requests = objectives_lib.requests(objectives)
 
