@@ -44,7 +44,7 @@ class AnswerList:
     """Reads the shipped list `name`, or a JSON file of the same form.
 
     Raises:
-      UserError: no such list, or a file that does not hold one.
+      UserError: no such list, or a file without one.
     """
     path = os.path.join(_FOLDER, f'{name}.json')
     if not os.path.exists(path):
@@ -61,7 +61,7 @@ class AnswerList:
 
 
 def names():
-  """The answer lists that are shipped."""
+  """Names of the shipped answer lists."""
   if not os.path.isdir(_FOLDER):
     return []
   return sorted(f[:-5] for f in os.listdir(_FOLDER) if f.endswith('.json'))

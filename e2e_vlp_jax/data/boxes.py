@@ -1,7 +1,7 @@
-"""The two orders of a box's coordinates.
+"""Converts between the two orders of a box's coordinates.
 
-Code has one order, (x0, y0, x1, y1). Stored records have TFDS's, (ymin, xmin,
-ymax, xmax); both are relative to the image's size, in [0, 1].
+Code uses (x0, y0, x1, y1). Stored records use TFDS's order, (ymin, xmin, ymax,
+xmax). Both are relative to the image's size, in [0, 1].
 """
 import numpy as np
 

@@ -1,9 +1,9 @@
-"""What a batch key is: declared once, beside the op that makes it.
+"""Batch keys, each declared once, next to the op that makes it.
 
-An op file lists the keys of its ops under `KEYS`. The pipeline takes from
-the declarations which values of an example go into a batch and their dtypes
-and static shapes; `synthetic` takes how to draw a batch without data; the
-table in docs/data.md is written from them.
+An op file lists the keys of its ops under `KEYS`. From these declarations the
+pipeline knows which values of an example go into a batch, with their dtypes and
+static shapes; `synthetic` knows how to draw a batch without data; and the table
+in docs/data.md is written.
 """
 import dataclasses
 from typing import Any, Callable, Optional
@@ -12,7 +12,7 @@ import numpy as np
 
 from e2e_vlp_jax.errors import UserError
 
-# Stands for the tokenizer's id of [PAD], which the declaration cannot know.
+# Stands for the tokenizer's id of [PAD], unknown when a key is declared.
 PAD_ID = '[PAD]'
 # Ids of the special tokens in synthetic texts, as in our own vocabularies.
 PAD, CLS, SEP, MASK = 0, 1, 2, 3
@@ -21,15 +21,15 @@ FIRST_WORD = 4
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """What the draw of a synthetic value may use.
+  """Inputs of a function that draws a synthetic value.
 
   Attributes:
     rng: a numpy Generator.
-    shape: of the array to return, B included.
+    shape: shape of the array to return, including B.
     sizes: {letter: int}, B included, and vocab_size, num_classes,
       num_attributes, num_answers.
-    batch: the keys that were drawn before: those of the ops before, and those
-      that stand before this one in its op's declaration.
+    batch: the keys drawn so far: those of earlier ops, and those before this
+      one in its op's declaration.
   """
   rng: np.random.Generator
   shape: tuple
@@ -43,18 +43,19 @@ class Key:
 
   Attributes:
     name: the key.
-    dtype: of numpy.
-    shape: of one row, a letter or a digit per axis: 'M4' is [M, 4]. Letters:
-      S texts, L tokens, M boxes, K attributes (`config.data`), A answers, H
-      and W of the bucket, and what `SIZES` of an op file sets. A key with an
-      axis of size 0 is not made.
-    padding: the value where there is nothing, and of rows of padding;
-      `PAD_ID` for token ids.
-    holds: what it holds, for the table in the docs.
-    draw: `Draw` -> array, a synthetic value for a whole batch.
-    render: for pixels: (example, canvas) -> bool. Writes the row's value into
-      zeros and returns whether the image could be read. Rendering runs in
-      parallel, after the ops. None: the value is `example[name]`.
+    dtype: numpy dtype.
+    shape: shape of one row, a letter or a digit per axis: 'M4' is [M, 4].
+      Letters: S texts, L tokens, M boxes, K attributes (`config.data`), A
+      answers, H and W of the bucket, and letters from `SIZES` of an op file. A
+      key with an axis of size 0 is not made.
+    padding: value of padding, within a row and for whole rows; `PAD_ID` for
+      token ids.
+    holds: its description, for the table in the docs.
+    draw: function `Draw` -> array, a synthetic value for a whole batch.
+    render: for pixels, a function (example, canvas) -> bool that writes the
+      row's value into zeros and returns whether the image could be read.
+      Rendering runs in parallel, after the ops. None: the value is
+      `example[name]`.
   """
   name: str
   dtype: Any
@@ -86,7 +87,7 @@ def _image_size(draw):
   return np.stack([mask.any(2).sum(1), mask.any(1).sum(1)], -1)
 
 
-# What the pipeline adds to the keys of the ops.
+# Keys that the pipeline adds to those of the ops.
 ALWAYS = (
     Key('example_id', np.int64, '', -1,
         'number of the example, for `Pipeline.unit` and `Pipeline.record`',

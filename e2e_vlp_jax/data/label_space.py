@@ -1,4 +1,4 @@
-"""Label spaces: which class and attribute names a model knows.
+"""Label spaces: the class and attribute names of a model.
 
 Prepared data stores labels as names; a label space turns them into ids when
 they are read, so one prepared folder serves every label space. Spaces are
@@ -7,8 +7,8 @@ JSON files in `labels/`:
   scenes  the drawn scenes: 6 shapes; 8 colours, 2 sizes, 3 textures.
   coco    the 80 object classes of COCO 2017, in the order of their category
           ids; no attributes.
-  coco91  the same at their category ids 0 to 90, as published detectors
-          number them; the ids that COCO never used are 'N/A <id>'.
+  coco91  the same classes at their category ids 0 to 90, as in published
+          detectors; ids that COCO never used are 'N/A <id>'.
   joint   COCO's 80, then the 1600 Visual Genome objects of bottom-up
           attention, then shapes; attributes are Visual Genome's 400, then
           those of the drawn scenes and of NLVR. Names are not repeated. A
@@ -35,7 +35,7 @@ class LabelSpace:
     classes: class names; the position is the id.
     attributes: attribute names; the position is the id. May be empty.
     attribute_groups: group -> the attribute names that exclude each other
-      (scenes: colour, size, texture). Names in no group stand alone.
+      (scenes: colour, size, texture). Other attributes are independent.
     class_aliases: other name -> class name.
     attribute_aliases: other name -> attribute name.
   """
@@ -50,7 +50,7 @@ class LabelSpace:
     """Reads the shipped space `name`, or a JSON file of the same form.
 
     Raises:
-      UserError: no such space, or a file that does not hold one.
+      UserError: no such space, or a file without one.
     """
     path = os.path.join(_FOLDER, f'{name}.json')
     if not os.path.exists(path):
@@ -78,7 +78,7 @@ class LabelSpace:
     return space
 
   def to_dict(self):
-    """A JSON-able dict that holds all of it."""
+    """The whole label space as a JSON-able dict."""
     return dataclasses.asdict(self)
 
   def class_id(self, name):
@@ -111,5 +111,5 @@ def _look_up(kind, ids, name):
 
 
 def names():
-  """The label spaces that are shipped."""
+  """Names of the shipped label spaces."""
   return sorted(f[:-5] for f in os.listdir(_FOLDER) if f.endswith('.json'))

@@ -7,18 +7,19 @@ from e2e_vlp_jax.data import vqa_answers
 from e2e_vlp_jax.data.keys import Key
 from e2e_vlp_jax.errors import UserError
 
-# The target of an answer that so many of ten people gave: 0, 1, 2, 3, or more
-# (LXMERT and FIBER, write_vqa.py). Where one person answered, it is 1.
+# Target of an answer by the number of people, of ten, who gave it: 0, 1, 2, 3,
+# or more (LXMERT and FIBER, write_vqa.py). With only one person
+# it is 1.
 _SCORES = (0., .3, .6, .9, 1.)
-_MOST = 10  # answers kept for a question: one of each person
+_MOST = 10  # answers kept per question: one for each person
 
 
 def answers(context):
   """Soft targets of the row's question; `config.data.unit` is 'question'.
 
-  An answer counts if the list has it as it stands, or else once it is
-  normalised as the official accuracy does. (LXMERT and FIBER look it up as it
-  stands alone; of VQA v2's questions 1.6 % get other targets so.)
+  An answer is looked up in the list first unchanged, then normalised as in the
+  official accuracy. (LXMERT and FIBER only look it up unchanged; this changes
+  the targets of 1.6 % of VQA v2's questions.)
 
   Reads questions and item.
   """
@@ -41,10 +42,10 @@ def answers(context):
 
 
 def targets(people, known):
-  """[(answer id, score)], most common first; of at most `_MOST` answers.
+  """[(answer id, score)] of at most `_MOST` answers, most common first.
 
   Args:
-    people: list of answers, one a person.
+    people: list of answers, one per person.
     known: {answer: id}.
   """
   counts = collections.Counter()
@@ -59,7 +60,7 @@ def targets(people, known):
 
 
 def _draw_ids(draw):
-  """One to ten different answers a question."""
+  """One to ten different answers per question."""
   *rows, most = draw.shape
   number = draw.sizes['num_answers']
   ids = np.full(draw.shape, -1)

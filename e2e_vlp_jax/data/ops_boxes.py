@@ -8,23 +8,23 @@ from e2e_vlp_jax.errors import UserError
 
 
 def boxes(context, drop_unknown=False, crowds=0):
-  """The boxes that are seen through the window that `fit` shows.
+  """The boxes inside the window that `fit` shows.
 
-  Boxes are clipped to the window; those of no area there and NaNs are
-  dropped. Of more than M the largest M stay, in the record's order; of more
-  than K attributes the first K.
+  Boxes are clipped to the window; those without area there and NaNs are
+  dropped. If there are more than M, the largest M are kept, in the record's
+  order; if there are more than K attributes, the first K.
 
   Crowds are dropped too, as in DETR's training (facebookresearch/detr,
   datasets/coco.py). With `crowds` the largest of them become keys of their
-  own, so that an objective can spare the queries that find one.
+  own, so that an objective need not penalise queries that find one.
 
   Reads objects, has_boxes, has_attributes; window, flipped.
 
   Args:
-    context: M, K and the label space.
-    drop_unknown: drop objects and attributes whose name the label space
-      lacks. Without it they raise a UserError.
-    crowds: C, the most crowd boxes of a row; 0 = no such keys.
+    context: has M, K and the label space.
+    drop_unknown: drop objects and attributes whose name the label space lacks.
+      Otherwise they raise a UserError.
+    crowds: C, the maximum number of crowd boxes of a row; 0 = no such keys.
   """
   m, k = context.max_boxes, context.max_attributes
 
@@ -79,11 +79,11 @@ def _check_order(example):
 
 
 def in_window(example, stored):
-  """Boxes of a record as the example's window shows them.
+  """Maps stored boxes to the example's window.
 
   Args:
     example: has window and flipped.
-    stored: n boxes as a record stores them.
+    stored: n boxes in the form of a record.
 
   Returns:
     float64 [n, 4], (x0, y0, x1, y1) in [0, 1] of the window, clipped to it.
@@ -100,7 +100,7 @@ def in_window(example, stored):
 
 
 def _largest(corners, most, allowed=True):
-  """Numbers of the largest boxes that have an area, in their order."""
+  """Indices of the largest boxes with an area, in their order."""
   x0, y0, x1, y1 = corners.T
   area = (y1 - y0) * (x1 - x0)
   # A NaN fails every comparison.
@@ -120,7 +120,7 @@ def _padded(corners, most):
 
 
 def _draw_mask(draw):
-  """At least one box a row, from the left."""
+  """At least one box per row, from the left."""
   b, m = draw.shape
   return np.arange(m) < draw.rng.integers(1, m + 1, b)[:, None]
 

@@ -12,7 +12,7 @@ They read and write these keys of an example:
 and after `fit` or `squash`:
   target         int64 [2], (h, w) of the picture on the canvas
   resample       how the window is resized
-  place          the op's own function, to place a second image alike
+  place          the op's function, to place a second image the same way
 """
 import io
 import re
@@ -31,10 +31,10 @@ def _check_order(example, op, after=None, before=()):
   """Raises unless `after`'s key exists and none of `before`'s do.
 
   Args:
-    example: of the op.
-    op: its name.
-    after: (key, the op that makes it); None = no such condition.
-    before: several of these pairs.
+    example: input of the op.
+    op: name of the op.
+    after: (key, the op that makes it), or None.
+    before: tuple of such pairs.
   """
   for key, other in before:
     if key in example:
@@ -48,7 +48,7 @@ _LATER = (('target', 'fit or squash'), ('box_mask', 'boxes'))
 
 
 def decode(context):
-  """Starts with the whole image, as large as the bucket allows."""
+  """Starts with the whole image, as large as fits the bucket."""
   del context
   def apply(example):
     _check_order(example, 'decode', before=(_DECODE,))
@@ -63,15 +63,16 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
                p=.5):
   """DETR's training augmentation, for a canvas of any size.
 
-  With probability 1-p the whole image, its shorter side drawn from `scales`.
-  Otherwise the shorter side is drawn from `shorts`, then a window whose
-  sides are uniform in [crop[0], min(side, crop[1])], which is shown with its
-  shorter side drawn from `scales` (github.com/facebookresearch/detr,
-  datasets/coco.py). The longer side is limited by the bucket (DETR: 1333).
+  With probability 1-p it shows the whole image, with a shorter side sampled
+  from `scales`. Otherwise it samples the shorter side from `shorts`, then a
+  window whose sides are uniform in [crop[0], min(side, crop[1])], and shows the
+  window with a shorter side sampled from `scales`
+  (github.com/facebookresearch/detr, datasets/coco.py). The longer side is
+  limited by the bucket (DETR: 1333).
 
-  If the image has texts, the window holds all its boxes, so that no caption
+  If the image has texts, the window contains all its boxes, so that no caption
   mentions an object that was cut off (like MDETR's cautious crop). An image
-  with texts and no boxes is not cropped.
+  with texts but no boxes is not cropped.
 
   Args:
     context: unused.
@@ -90,7 +91,7 @@ def scale_crop(context, scales=tuple(range(480, 801, 32)),
     if u[1] >= p or not size.all():
       return out
     zoom = shorts[int(u[2] * len(shorts))] / size.min()
-    # The frame that DETR crops from, then the window back in pixels.
+    # Choose the window in DETR's resized frame, then convert it to pixels.
     low = np.minimum(crop[0], size * zoom)
     high = np.maximum(np.minimum(crop[1], size * zoom), low)
     window = np.clip(np.round((low + u[3:5] * (high - low)) / zoom), 1, size)
@@ -133,9 +134,9 @@ def flip(context, swap_words=False, p=.5):
   """Mirrors left and right with probability `p`.
 
   An image with texts is mirrored only with `swap_words`, which exchanges the
-  words left and right in them. It does not know that 'right' may mean
-  'correct', nor that a statement's 'left image' stays where it is: use it only
-  where texts describe places within one image.
+  words left and right in them. It also changes 'right' in the sense of
+  'correct' and a statement's 'left image', so use it only if texts describe
+  places within one image.
   """
   del context
   def apply(example):
@@ -187,9 +188,8 @@ def fit(context, max_sides=None, resample='bilinear'):
 
   Args:
     context: unused.
-    max_sides: (longer, shorter): the most pixels of the two sides, besides
-      what the bucket holds. SOHO: (1000, 600), with buckets of multiples of
-      32.
+    max_sides: (longer, shorter), limits of the two sides in pixels, besides the
+      bucket. SOHO: (1000, 600), with buckets of multiples of 32.
     resample: 'bilinear' (with antialiasing), 'pillow' (equal to Pillow's
       bilinear to the bit, hence to torchvision's on PIL images; slower),
       'bicubic' (Pillow's) or 'opencv' (bilinear without antialiasing).
@@ -250,12 +250,12 @@ def render(example, canvas):
   """Decodes the image and writes the planned picture into `canvas`.
 
   Args:
-    example: has image (an encoded file) and what the ops planned.
+    example: has image (an encoded file) and the plan of the ops.
     canvas: zeros uint8 [H,W,3].
 
   Returns:
-    False, with the canvas unchanged, if the image cannot be decoded or has
-    another size than its record says.
+    False, with the canvas unchanged, if the image cannot be decoded or its size
+    differs from the record's.
   """
   try:
     image = Image.open(io.BytesIO(example['image']))
@@ -276,7 +276,7 @@ def paint(example, image, canvas):
   """Writes the planned picture into `canvas`.
 
   Args:
-    example: what the ops planned.
+    example: has the plan of the ops.
     image: the decoded image, PIL, RGB.
     canvas: zeros uint8 [H,W,3].
   """
@@ -294,7 +294,7 @@ def paint(example, image, canvas):
                                      example['augment_released'])
 
 
-# tf.data's threads use all cores; OpenCV's own would only wait.
+# tf.data's threads use all cores already.
 cv2.setNumThreads(1)
 
 
@@ -312,7 +312,7 @@ _pillow_bilinear = _pillow(Image.Resampling.BILINEAR)
 
 
 def _bilinear(window, picture):
-  """Pillow's result to about one grey level, in a quarter of its time.
+  """Pillow's result to about one grey level, in a quarter of the time.
 
   Pillow's triangle filter reaches `scale` pixels to either side and has
   variance scale^2 / 6; OpenCV's reaches one pixel and has variance 1/6. A blur
@@ -347,7 +347,7 @@ def draw_mask(draw):
 
 
 def draw_pixels(mask):
-  """The draw of an image that is 0 outside of the key `mask`."""
+  """Function that draws an image that is 0 outside the key `mask`."""
   return lambda draw: (draw.rng.integers(0, 256, draw.shape, np.uint8)
                        * draw.batch[mask][..., None].astype(np.uint8))
 

@@ -1,6 +1,6 @@
 """Masked words and swapped texts: the inputs of MLM and ITM.
 
-The two ops may stand in either order. Swapped texts are masked too; otherwise
+The two ops may come in either order. Swapped texts are masked too; otherwise
 [MASK] would reveal which pairs are true. Their words carry no MLM loss.
 """
 import dataclasses
@@ -31,7 +31,7 @@ def mlm(context, rate=.15):
     mask = np.concatenate([example['masked_text_mask'],
                            example['partner_mask']])
     pick, how, word = uniform(example['seed'], [3, 2 * s, l])
-    # The word with the lowest number is always chosen.
+    # The word with the smallest random number is always chosen.
     pick = np.where(mask & is_word[ids], pick, 2)
     chosen = (pick < 1) & ((pick < rate)
                            | (pick == pick.min(-1, keepdims=True)))
@@ -49,7 +49,7 @@ def itm(context, rate=.5):
   """Replaces each text by the partner's with probability `rate`.
 
   Changes masked_text, masked_text_mask, itm_labels (0 where swapped) and
-  mlm_labels (-1 there). Without a partner's text the true one stays.
+  mlm_labels (-1 there). Without a partner's text it keeps the true one.
   """
   del context
 
@@ -85,7 +85,7 @@ def _draw_masked(draw):
 
 
 def _draw_swapped(name, other):
-  """`name`, or where the pair is not true the next row's `other`."""
+  """`name`, or the next row's `other` if the pair is swapped."""
   def draw_(draw):
     true = draw.batch['itm_labels'][..., None] == 1
     return np.where(true, draw.batch[name], np.roll(draw.batch[other], -1, 0))
@@ -98,7 +98,7 @@ def _draw_unswapped_labels(draw):
 
 
 def _changed(name, draw):
-  """A key of the op `text`, with another draw."""
+  """A key of the op `text`, with another function to draw it."""
   key, = (k for k in ops_text.KEYS['text'] if k.name == name)
   return dataclasses.replace(key, draw=draw)
 

@@ -1,6 +1,6 @@
 """RandAugment, as ALBEF, METER and FIBER use it.
 
-The op chooses the changes of an image; `augment` makes them when the picture
+The op chooses the changes of an image; `augment` applies them when the picture
 is rendered, at its size on the canvas.
 """
 import functools
@@ -11,8 +11,8 @@ import numpy as np
 from e2e_vlp_jax.data.rng import uniform
 from e2e_vlp_jax.errors import UserError, nearest
 
-_FILL = (128,) * 3  # grey, for what a geometric change brings into the picture
-_LEVELS = 10  # of `magnitude`
+_FILL = (128,) * 3  # grey, fills areas from outside the picture
+_LEVELS = 10  # maximum of `magnitude`
 
 
 def randaug(context, count=2, magnitude=7, p=.5, released=False):
@@ -61,7 +61,7 @@ NO_BOXES = ('pp: boxes cannot follow the pixels that randaug shears, shifts '
 
 
 def augment(image, plan, released=False):
-  """Makes the changes of `plan`, in order.
+  """Applies the changes of `plan`, in order.
 
   Args:
     image: uint8 [H, W, 3].
@@ -115,7 +115,7 @@ def _equalize(channel, released):
 
 
 def _sharpen(image, factor, released):
-  """Away from a 3x3 mean with centre weight 5; the border stays."""
+  """Moves away from a 3x3 mean with centre weight 5; keeps the border."""
   if min(image.shape[:2]) < 3:
     return image
   h, w = image.shape[:2]

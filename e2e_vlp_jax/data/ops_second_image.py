@@ -7,14 +7,14 @@ from e2e_vlp_jax.errors import UserError
 
 
 def second_image(context):
-  """Places the other image of the row's statement as the first was placed.
+  """Places the other image of the row's statement in the same way as the first.
 
   It fits or fills the same bucket. It is shown whole: no crop, mirroring or
   RandAugment of the first applies to it. A statement about one image has an
   empty second image, with a mask that is False everywhere.
 
-  Needs `config.data.unit` to be 'statement'. Reads second: what
-  `records.second_image` returns.
+  Needs `config.data.unit` to be 'statement'. Reads second, the
+  result of `records.second_image`.
   """
   if context.unit != 'statement':
     raise UserError("pp: second_image needs data.unit='statement'; it is "

@@ -12,15 +12,15 @@ from e2e_vlp_jax.errors import UserError, nearest
 def text(context, field=None):
   """Chooses S texts and turns them into token ids.
 
-  They are texts of the image: training takes random ones and repeats none
-  before all were taken; evaluation takes the first S. Or they are the text of
-  the row's item: `text('questions')` needs `config.data.unit` to be
+  Without `field` they are texts of the image: training samples them and repeats
+  none before all were used; evaluation takes the first S. With `field` it is
+  the text of the row's item: `text('questions')` needs `config.data.unit` to be
   'question', and S is 1; likewise 'statements', 'entailment', 'refexps' and
   'texts' with their units.
 
-  Blank texts do not count. A text is cut to L tokens, [SEP] kept; where there
-  is none, all is padding. The partner's texts are chosen alike; one that
-  equals a text of this row would be a true pair, and is left out.
+  Blank texts are ignored. A text is cut to L tokens, keeping [SEP]; missing
+  texts are padding. The partner's texts are chosen in the same way, except
+  those that equal a text of this row, which would be true pairs.
 
   Reads texts (of the image or the item), partner_texts. Besides the keys of
   the batch it makes partner_text and partner_mask [S,L], for `itm`.
@@ -35,7 +35,7 @@ def text(context, field=None):
   warned = False
 
   def choose(texts, numbers):
-    """S of the texts; `numbers`, random, decide which in training."""
+    """S of the texts, in training by the random `numbers`."""
     texts = [t for t in map(str.strip, texts) if t]
     if not context.train or not texts:
       return (texts + [''] * s)[:s]
@@ -92,7 +92,7 @@ def _check_field(field, unit):
 
 
 def _draw_mask(draw):
-  """At least five tokens a text, if L allows it."""
+  """At least five tokens per text, if L allows it."""
   length = draw.shape[-1]
   return np.arange(length) < draw.rng.integers(
       min(5, length), length + 1, draw.shape[:-1])[..., None]

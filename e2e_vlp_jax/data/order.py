@@ -1,7 +1,7 @@
-"""Which unit goes into which row of which batch: arithmetic, no state.
+"""Computes which unit goes into which row of which batch, without state.
 
 Everything has a closed form, so batch 10,000,000 costs as much as batch 0 and
-a resumed run replays nothing:
+a resumed run replays nothing.
 
 1. Batch t belongs to one bucket (a static image shape). `interleave` deals
    the batches to the buckets in proportion to the weight of their units, and

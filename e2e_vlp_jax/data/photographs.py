@@ -1,4 +1,4 @@
-"""Photographs of any kind -> upright RGB pixels."""
+"""Decodes photographs of any kind to upright RGB pixels."""
 import contextlib
 import io
 import os
@@ -17,7 +17,7 @@ def decode_image(source, name=None):
 
   Args:
     source: encoded bytes, or a path.
-    name: what to call the image in an error; the path by default.
+    name: name of the image in errors; the path by default.
 
   Raises:
     UserError: no such file, or it is truncated or not an image; names it.

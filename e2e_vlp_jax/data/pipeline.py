@@ -46,10 +46,10 @@ class Pipeline:
       tf.data; 0 = as many as cores) and max_bad_records (100; more unreadable
       records end the run).
     vocabularies: a `vocabularies.Vocabularies`.
-    sources: list of {name, split, weight}; the weight is the source's share
-      of a training batch and needs no normalising. 'by_rows': as large as the
-      number of its units; 'by_texts': as the number of rows that it takes to
-      show each text once.
+    sources: list of {name, split, weight}; the weight is the source's share of
+      a training batch and need not be normalised. 'by_rows' stands for the
+      number of its units, 'by_texts' for the number of rows that show each
+      text once.
     pp: 'op|op(arg)'; see the module `pp`.
     seed: int.
     batch_size: B of the global batch.
@@ -88,7 +88,7 @@ class Pipeline:
     batches = (order.TrainOrder(members, weights, batch_size, seed) if train
                else order.EvalOrder(members, batch_size))
     self.num_batches = None if train else len(batches)
-    # Cached: all parts of a batch ask for it.
+    # Cached, because all parts of a batch need it.
     self._order = functools.lru_cache(64)(batches)
 
     self._set_ops(pp, data_config, vocabularies)
@@ -140,7 +140,7 @@ class Pipeline:
             else self.num_batches)
     batches = tf.data.Dataset.range(start * parts, stop * parts).map(
         make_op, num_parallel_calls=self._threads)
-    if parts > 1:  # Not otherwise: rebatching copies.
+    if parts > 1:  # Otherwise rebatching would only copy.
       batches = batches.rebatch(count, drop_remainder=True)
     return batches.prefetch(_AHEAD).with_options(options)
 
@@ -177,7 +177,7 @@ class Pipeline:
     return self._sources.name(example_id)
 
   def check_labels(self):
-    """Looks for names that the label space lacks, before time is spent.
+    """Checks early for names that the label space lacks.
 
     Reads the first records of every source. Does nothing where no boxes are
     made, or where the boxes op drops unknown names.
@@ -194,10 +194,10 @@ class Pipeline:
           for attribute in item['attributes']:
             self._labels.attribute_id(attribute)
 
-  # From here on: how a batch is made.
+  # --- Making a batch ---
 
   def _set_ops(self, pp, data_config, vocabularies):
-    """The function of the pp string, and what of it the pipeline must know."""
+    """Sets the function of the pp string and what the pipeline needs of it."""
     self._labels = vocabularies.labels
     ops = dict(pp_lib.bind(pp))
     self._reads_text, self._swaps_text = 'text' in ops, 'itm' in ops
@@ -211,7 +211,7 @@ class Pipeline:
                                        'max_attributes')}))
 
   def _set_keys(self, pp, data_config, vocabularies):
-    """The keys of a batch, their shapes, and a row of padding a bucket."""
+    """Sets the keys of a batch, their shapes, and a padding row per bucket."""
     sizes = keys.data_sizes(data_config) | {'A': len(vocabularies.answers)}
     shapes = []  # of each bucket
     for height, width in self._buckets:
@@ -229,7 +229,7 @@ class Pipeline:
                    for s in shapes]
 
   def _try_ops(self, pp):
-    """Runs the ops on a record of nothing: their order, and their shapes."""
+    """Runs the ops on an empty record, to check their order and shapes."""
     row = self._row(-1, {**records.nothing(), 'item': 0, 'second': None}, 0)
     for name, value in self._blank[0].items():
       if np.shape(row[name]) != value.shape:
@@ -245,7 +245,7 @@ class Pipeline:
     which = which.tolist()
     for row in which:
       read(row)  # In parallel, as it may wait for a disk or a network.
-    # Planning is pure Python and bound by its lock; taking turns in it would
+    # Planning is pure Python and bound by the GIL; running it in parallel would
     # only cost context switches.
     with self._planning:
       rows = [self._planned(t, row, ids, sources, bucket, read)
@@ -303,8 +303,8 @@ class Pipeline:
   def _partner(self, row, ids, sources, read):
     """The next row's record in the global batch that shows another image.
 
-    Of the same source, if there is one: telling the texts of one dataset from
-    those of another teaches nothing about images.
+    Of the same source if possible, because telling the texts of one dataset
+    from those of another teaches nothing about images.
     """
     others = (row + 1 + np.arange(len(ids) - 1)) % len(ids)
     others = others[ids[others] >= 0]
@@ -317,7 +317,7 @@ class Pipeline:
     return None
 
   def _read(self, example_id):
-    """The record with its item's number; None for padding and if unreadable.
+    """The record with its item's number; None for padding or if unreadable.
 
     The item's number is under 'item', a second image under 'second'.
     """
@@ -329,8 +329,8 @@ class Pipeline:
         record['second'] = self._sources.second_image(example_id, record, item)
       return {**record, 'item': item}
     except Exception as e:  # pylint: disable=broad-exception-caught
-      # Damaged bytes: the readers of ArrayRecord and protobuf have no error
-      # class in common. `_counted` counts it.
+      # Damaged bytes. The readers of ArrayRecord and protobuf share no error
+      # class. `_counted` counts the record.
       logging.warning('%s: %s', self.name(example_id), e)
       return None
 
@@ -371,11 +371,11 @@ def _tensorflow():
 
 
 def _empty_iterators(kind):
-  """Frees what tf.data iterators that are alive at exit hold.
+  """Empties tf.data iterators that are still alive at exit.
 
   A prefetching iterator alive at exit deadlocks: Python joins TensorFlow's
-  threads while they wait for Python's lock. Emptying it breaks the cycle;
-  whoever holds it (a generator, a traceback) keeps an empty object.
+  threads while they wait for the GIL. Emptying it breaks the cycle; other
+  references to it (a generator, a traceback) keep an empty object.
   """
   for found in gc.get_objects():
     if issubclass(type(found), kind):
@@ -391,7 +391,7 @@ def _aligned(shape):
 
 
 def _checked_buckets(data_config):
-  """[(H, W)] of the config, all of them usable."""
+  """[(H, W)] of the config; UserError unless all are usable."""
   for name, least in (('sentences', 1), ('max_text', 3), ('max_boxes', 1),
                       ('max_attributes', 1)):
     if data_config[name] < least:

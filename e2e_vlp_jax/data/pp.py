@@ -2,16 +2,15 @@
 
 An op is a factory in one of the files `data/ops_*.py`: called with the
 `Context` and the string's arguments it returns `fn(example) -> example`. An
-example is a dict of numpy arrays and plain Python values, starting as a
+example is a dict of numpy arrays and plain Python values that starts as a
 record; `fn` returns a new dict. All randomness comes from example['seed'] (an
-int for `rng.uniform`), which reaches every op folded with a constant of that
-op, so that no two ops share random numbers. No state, no other source.
+int for `rng.uniform`). Each op gets it folded with a constant of that op, so
+that no two ops share random numbers. Ops have no state.
 
-The ops plan: they are cheap arithmetic in Python. Pixels are touched once,
-by the `render` of the keys that hold them, which the pipeline runs in
-parallel.
+The ops only plan, with cheap arithmetic in Python. Pixels are touched once, by
+the `render` of their keys, which the pipeline runs in parallel.
 
-A new op is a new file `data/ops_NAME.py`; this module finds it. It holds
+A new op is a new file `data/ops_NAME.py`; this module finds it. It defines
   OPS    {op: factory}
   KEYS   {op: (keys.Key, ...)}, the batch keys that the op makes or changes
   SIZES  optional, {op: function}: called with the op's arguments by name it
@@ -31,13 +30,13 @@ from e2e_vlp_jax.data import keys, rng
 from e2e_vlp_jax.errors import UserError, nearest
 
 _PACKAGE = 'e2e_vlp_jax.data'
-# Arguments of ops that were called otherwise: {(op, old name): name}.
+# Renamed arguments of ops: {(op, old name): name}.
 _RENAMED = {('scale_crop', 'of'): 'canvas_side', ('fit', 'limits'): 'max_sides'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """What an op file says of one op; see the module's docstring."""
+  """An op as declared in its file; see the module's docstring."""
   make: Callable
   keys: tuple = ()
   sizes: Callable = lambda **_: {}
@@ -67,7 +66,7 @@ OPS = find_ops()
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What every op may know of the pipeline it is part of."""
+  """Settings of the pipeline that ops may read."""
   tokenizer: object
   labels: object
   train: bool
@@ -144,8 +143,8 @@ def build(pp, context, only=None):
     only: names of ops; all others are left out.
 
   Raises:
-    UserError: as `bind`. The function itself raises one where the ops' order
-      cannot work.
+    UserError: as `bind`. The function itself raises one if the ops are in a
+      wrong order.
   """
   steps, count = [], {}
   for name, arguments in bind(pp):

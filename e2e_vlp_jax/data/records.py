@@ -1,7 +1,7 @@
-"""Reading prepared data: any record of a split by its number.
+"""Reads prepared data: any record of a split by its number.
 
-A prepared split is an ArrayRecord dataset of TFDS and, beside it,
-`<split>.index.npz`: what is needed to order and to group the records without
+A prepared split is an ArrayRecord dataset of TFDS and a file
+`<split>.index.npz`, from which records can be ordered and grouped without
 reading them.
 """
 import contextlib
@@ -28,8 +28,8 @@ _LISTS = {
     'statements': {'second_image': b'', 'second_record': -1, 'statement': '',
                    'label': False},
     'entailment': {'text': '', 'label': ''}}
-# What a builder may leave out of an item. Folders prepared before there was
-# such a column lack it as well.
+# Fields that a builder may leave out of an item. Folders prepared by earlier
+# versions lack them as well.
 OPTIONAL = {field: {name: _LISTS[field][name] for name in names}
             for field, names in (
                 ('questions', ('id',)),
@@ -61,7 +61,7 @@ class Split:
   def get(self, i):
     """Record i: a dict with the fields of `datasets.base.features`.
 
-    The image is left encoded; strings are str; what is repeated is a list of
+    The image is left encoded; strings are str; repeated fields are lists of
     dicts; boxes are float32 [4]; attributes and answers are lists of str.
     """
     return _parse(self._source[int(i)])
@@ -86,12 +86,12 @@ class Split:
       try:
         record = self.get(i)
       except Exception as e:  # pylint: disable=broad-exception-caught
-        # Damaged bytes; it has no items, and so comes in no batch.
+        # Damaged bytes: count no items, so that it is in no batch.
         logging.warning('%s/%s record %d: %s', self.name, self.split, i, e)
         continue
       counts[i] = [len(record[f]) for f in fields]
     self.index |= {f'num_{f}': counts[:, k] for k, f in enumerate(fields)}
-    with contextlib.suppress(OSError):  # Not ours to write: count again.
+    with contextlib.suppress(OSError):  # Not writable: count again.
       part = f'{self._index_path}.{os.getpid()}.part'
       with open(part, 'wb') as f:
         np.savez(f, **self.index)
@@ -111,7 +111,7 @@ def open_split(data_dir, name, split):
              if os.path.exists(os.path.join(dataset_folder(data_dir, n),
                                             REPORT))]
     there = f' (it holds {", ".join(found)})' if found else ''
-    # A name without a builder is that of a corpus of image-text pairs.
+    # A name without a builder is a corpus of image-text pairs.
     built = name in discovery.names('e2e_vlp_jax.data.datasets', 'Builder')
     raise errors.UserError(
         f'no prepared dataset {name!r} in {data_dir!r}{there}; make it with: '
@@ -129,7 +129,7 @@ def open_split(data_dir, name, split):
 
 
 def nothing():
-  """A record of nothing: no image, and one empty item in each list of units."""
+  """An empty record: no image, and one empty item in each list of units."""
   return {'image': b'', 'image_id': '', 'height': 0, 'width': 0,
           'has_attributes': False, 'scene_json': '', 'texts': [''],
           **{field: [dict(item)] if field in units.BY_FIELD else []
@@ -158,7 +158,7 @@ def second_image(split, statement):
 
 
 def dataset_folder(data_dir, name):
-  """Where the only version of a prepared dataset lies."""
+  """The folder of the only version of a prepared dataset."""
   return os.path.join(data_dir, name, '1.0.0')
 
 

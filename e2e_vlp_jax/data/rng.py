@@ -1,7 +1,7 @@
 """Random numbers and permutations as pure functions of integer keys.
 
-Not numpy's or TensorFlow's: their streams may change with a version, but a
-run that is resumed after an update must continue with the same batches.
+numpy's and TensorFlow's random streams may change with a version, but a run
+that is resumed after an update must continue with the same batches.
 """
 import math
 

@@ -1,7 +1,7 @@
-"""The prepared splits that a pipeline mixes, and the numbers of their rows.
+"""The prepared splits that a pipeline mixes, and their example ids.
 
-An example_id numbers the units of all sources: those of the first source in
-its order, then those of the next.
+An example_id counts the units of all sources: those of the first source in its
+order, then those of the next.
 """
 import numpy as np
 
@@ -24,7 +24,7 @@ class Sources:
     has_boxes: for each source, whether any of its records has objects.
 
   Raises:
-    UserError: no source, or one that is not prepared or holds no unit.
+    UserError: no source, or one that is not prepared or has no units.
   """
 
   def __init__(self, data_dir, sources, unit):
@@ -78,10 +78,10 @@ class Sources:
     """The weights of the sources as numbers.
 
     Args:
-      sentences: S, the most texts that a row shows.
+      sentences: S, the maximum number of texts of a row.
 
     Raises:
-      UserError: a word that is none of ours, negative numbers, or all 0.
+      UserError: an unknown word, negative numbers, or all 0.
     """
     found = [self._weight(*x, sentences) for x in zip(
         self._wanted, self._names, self._splits, self._first_units)]

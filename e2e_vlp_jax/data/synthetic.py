@@ -32,14 +32,14 @@ def synthetic_batch(data_config, *, vocab_size, num_classes, num_attributes,
     num_attributes: number of attributes, may be 0.
     num_answers: number of answers (A), may be 0.
     batch_size: B.
-    seed: another seed is another batch.
+    seed: int.
     bucket: index into data_config.buckets.
 
   Returns:
     dict of numpy arrays; docs/data.md lists the keys.
 
   Raises:
-    UserError: `pp_train` is not a pp string, or an op lacks one before it.
+    UserError: `pp_train` is not a pp string, or lacks an op before another.
   """
   rng = np.random.default_rng([seed, bucket])
   height, width = data_config['buckets'][bucket]

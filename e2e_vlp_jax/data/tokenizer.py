@@ -1,9 +1,9 @@
 """Text <-> token ids: WordPiece, byte-level BPE and SentencePiece.
 
 `load_tokenizer(kind, path)` loads any of the three. Special tokens are never
-parsed from text: a caption with '[MASK]' in it has punctuation and a word
-there. `to_dict()` holds everything that a tokenizer needs, so a checkpoint
-works without the vocabulary file.
+parsed from text: '[MASK]' in a caption is punctuation and a word. `to_dict()`
+contains everything that a tokenizer needs, so a checkpoint works without the
+vocabulary file.
 """
 import base64
 import json
@@ -46,7 +46,7 @@ def from_dict(d):
 
 
 class Tokenizer:
-  """What the three kinds share; see `load_tokenizer`.
+  """Base class of the three kinds; see `load_tokenizer`.
 
   Attributes:
     vocab_size: number of ids.
@@ -55,7 +55,7 @@ class Tokenizer:
     special_ids: sorted ids that are not part of a text (these and unknown).
   """
   kind = None
-  specials = None  # (pad, cls, sep, mask, unknown), as the vocabulary says
+  specials = None  # (pad, cls, sep, mask, unknown), as in the vocabulary
 
   def __init__(self, data, tokens):
     self._data = data
@@ -81,7 +81,7 @@ class Tokenizer:
     return ids
 
   def decode(self, ids):
-    """Text of `ids` without special tokens, spaces as in plain writing."""
+    """Text of `ids` without special tokens, with normal spacing."""
     skip = set(self.special_ids)
     return ' '.join(self._decode([int(i) for i in ids
                                   if int(i) not in skip]).split())

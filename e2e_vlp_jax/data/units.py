@@ -1,8 +1,8 @@
-"""Units: what a row of a batch is made from, `config.data.unit`.
+"""Units: what a row of a batch shows, `config.data.unit`.
 
-Under 'image' a row is a record. Under the others it is one item of a list in
-the record: a record with five questions gives five rows an epoch, each with
-the number of its item.
+With 'image' a row is a record. With the others it is one item of a list in the
+record: a record with five questions gives five rows per epoch, each with the
+number of its item.
 """
 import dataclasses
 from typing import Optional
@@ -16,8 +16,7 @@ class Unit:
 
   Attributes:
     name: the value of `config.data.unit`.
-    field: the list of the record that holds the items; None: the record
-      itself is the row.
+    field: the record's list of items; None: the record itself is the row.
     text: the item's key that holds its text; None: the item is the text.
   """
   name: str
@@ -36,7 +35,7 @@ _UNITS = {unit.name: unit for unit in (
     Unit('statement', 'statements', 'statement'),
     Unit('entailment', 'entailment', 'text'),
     Unit('refexp', 'refexps', 'text'))}
-# The units that are items of a list, by the list.
+# Units by their list in the record.
 BY_FIELD = {unit.field: unit for unit in _UNITS.values() if unit.field}
 
 
@@ -44,7 +43,7 @@ def find(name):
   """The unit of this name.
 
   Raises:
-    UserError: there is none; names the nearest.
+    UserError: there is none; suggests the nearest.
   """
   if name not in _UNITS:
     raise UserError(f'data.unit: {name!r}' + nearest(name, _UNITS))

@@ -1,7 +1,7 @@
 """The vocabularies of a model: tokens, object labels, answers.
 
-They decide the sizes of a model's output layers, and a checkpoint carries
-them, so that it can be used without the files that they came from.
+They determine the sizes of a model's output layers. Every checkpoint contains
+them, so that it works without the original files.
 """
 import dataclasses
 
@@ -13,12 +13,12 @@ from e2e_vlp_jax.data import tokenizer as tokenizer_lib
 
 @dataclasses.dataclass(frozen=True)
 class Vocabularies:
-  """Which names the ids of a model stand for.
+  """Maps between a model's ids and names.
 
   Attributes:
     tokenizer: a `tokenizer.Tokenizer`.
     labels: a `label_space.LabelSpace`.
-    answers: an `answer_list.AnswerList`; empty where no task answers.
+    answers: an `answer_list.AnswerList`; empty if no task needs it.
   """
   tokenizer: tokenizer_lib.Tokenizer
   labels: label_space.LabelSpace
@@ -27,10 +27,10 @@ class Vocabularies:
 
   @classmethod
   def load(cls, data):
-    """Those that `config.data` names: tokenizer, labels and, if any, answers.
+    """Loads those of `config.data`: tokenizer, labels and, if any, answers.
 
-    `data.vocabularies` names a checkpoint whose tokenizer is used in place of
-    `data.tokenizer`, and whose labels and answers where the config names none.
+    If `data.vocabularies` names a checkpoint, its tokenizer replaces
+    `data.tokenizer`, and its labels and answers are the defaults.
 
     Raises:
       UserError: unknown or unreadable.
@@ -53,7 +53,7 @@ class Vocabularies:
                answer_list.AnswerList(d.get('answers', ())))
 
   def to_dict(self):
-    """A JSON-able dict that holds all of it: part of a checkpoint's `meta`."""
+    """All of it as a JSON-able dict, part of a checkpoint's `meta`."""
     return {'tokenizer': self.tokenizer.to_dict(),
             'labels': self.labels.to_dict(), 'answers': self.answers.answers}
 

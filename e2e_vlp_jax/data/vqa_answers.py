@@ -1,12 +1,12 @@
-"""Answers to questions, as the official tool of VQA v2 reads and judges them.
+"""Normalises and scores answers like the official tool of VQA v2.
 
-An answer is compared with those that ten people gave. It counts
+An answer is compared with the answers of ten people. It scores
 min(1, people who agree / 3), averaged over the ten ways to leave one person
 out (Antol et al., ICCV 2015; Goyal et al., CVPR 2017). Before that, both sides
 are normalised, unless all people wrote the same.
 
-Everything follows github.com/GT-Vision-Lab/VQA (vqaEval.py in
-PythonEvaluationTools) in every case, its oddities included.
+This follows github.com/GT-Vision-Lab/VQA (vqaEval.py in PythonEvaluationTools)
+in every case, including its oddities.
 """
 import re
 
@@ -15,11 +15,11 @@ _DIGITS = {word: str(n) for n, word in enumerate(
     'zero one two three four five six seven eight nine ten'.split())}
 _DIGITS['none'] = '0'
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# A comma between digits, '1,000', anywhere in an answer decides how all of its
+# A comma between digits, '1,000', anywhere in an answer changes how all of its
 # punctuation is treated.
 _NUMBER = re.compile(r'\d,\d')
 _PERIOD = re.compile(r'\.(?!\d)')
-# The tool passes a flag where the number of replacements goes: 32.
+# The tool passes a flag, 32, in place of the number of replacements.
 _MOST_PERIODS = 32
 
 # Contractions that the tool knows, each written as it should be.
@@ -32,13 +32,13 @@ _CONTRACTIONS = '''
     'twas wasn't we've weren't what'll what're what's what've when's where'd
     where's where've who'd who'll who's who've why'll why're why's won't
     would've wouldn't y'all you'd you'll you're you've'''.split()
-# Those of two parts, of which one or the other apostrophe may be missing.
+# Double contractions, in which either apostrophe may be missing.
 _DOUBLE = '''
     couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've
     somebody'd've someone'd've something'd've there'd've they'd've we'd've
     who'd've wouldn't've you'd've'''.split()
 
-# Beginnings of questions that the annotations tell apart (`question_type`; the
+# Beginnings of questions that the annotations distinguish (`question_type`; the
 # list is the tool's QuestionTypes/mscoco_question_types.txt).
 _OTHER_TYPE = 'none of the above'
 _TYPES = frozenset(' '.join('''
@@ -76,7 +76,7 @@ _SPELLINGS = _spellings()
 
 
 def normalise(answer):
-  """An answer as the official tool compares it.
+  """Normalises an answer as the official tool does before comparing.
 
   Punctuation is removed where it touches a space, or where the answer has a
   number such as 1,000; elsewhere it becomes a space. Then: lower case, numbers
@@ -97,10 +97,9 @@ def accuracy(answer, people):
   """Accuracy of one answer, in [0, 1].
 
   Args:
-    answer: of the model.
-    people: list of the answers of n people: ten in VQA v2. Where there is but
-      one (as in `scenes`), leaving one out leaves nobody, and the accuracy is
-      1 if the answers are equal (our choice).
+    answer: the model's answer.
+    people: list of the answers of n people, ten in VQA v2. With one person (as
+      in `scenes`), the accuracy is 1 if the answers are equal (our choice).
 
   Raises:
     ValueError: nobody answered.
@@ -114,7 +113,7 @@ def accuracy(answer, people):
   if len(people) == 1:
     return float(answer == people[0])
   agree = people.count(answer)
-  # One who agrees is left out in `agree` of the ways.
+  # In `agree` of the ways, the person left out is one who agrees.
   return (agree * min(1, (agree - 1) / 3)
           + (len(people) - agree) * min(1, agree / 3)) / len(people)
 
@@ -122,8 +121,8 @@ def accuracy(answer, people):
 def question_type(question):
   """The official `question_type`: the longest known beginning of a question.
 
-  Annotations of test questions have none; these words decide it. Equal to the
-  annotations of all 45,172 questions that it was compared with.
+  Test questions have no annotated type, but it follows from these words. It
+  equals the annotation of all 45,172 questions that we compared.
   """
   words = question.lower().strip().rstrip('?').split()
   for count in range(min(len(words), _LONGEST_TYPE), 0, -1):

@@ -400,8 +400,8 @@ def hide_padding(x: Array, mask: Optional[Array]) -> Array:
   """Zeroes the padded cells of a feature map [B, h, w, C].
 
   A following convolution then has the same results at an image's edge as
-  without padding. This is exact if the canvas is a multiple of the trunk's stride, as
-  buckets are. mask: [B, H, W] of the pixels, or None.
+  without padding. This is exact if the canvas is a multiple of the trunk's
+  stride, as buckets are. mask: [B, H, W] of the pixels, or None.
   """
   if mask is None:
     return x

@@ -1,21 +1,20 @@
 """Objectives: outputs + batch -> losses.
 
-An objective is one file with a class `Objective` (a frozen dataclass, its
-fields are `config.objective_options.<name>`):
-- `requests`: {view: (head, ...)}, what the model must run for it;
+An objective is one file with a class `Objective`, a frozen dataclass whose
+fields are `config.objective_options.<name>`:
+- `requests`: {view: (head, ...)} that the model must run for it;
 - `__call__(outputs, batch) -> (losses, metrics)`, both {name: (sum, weight)}.
   A loss is sum / weight over the global batch; losses add up. Metrics are
-  only logged. A weight should depend on the batch alone: one that depends on
-  the model's outputs costs accumulation a second forward pass;
-- `check(config, model)`, if it needs more than these heads of the model or
-  has demands on the config.
+  only logged. A weight should depend on the batch only. If it depends on the
+  model's outputs, accumulation needs a second forward pass;
+- `check(config, model)`, optional, for other requirements on model or config.
 """
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 
 
 def build(config, mesh=None, batch_axes=(), weights=None):
-  """The objectives of a config whose weight is not 0.
+  """Builds the objectives of a config whose weight is not 0.
 
   Args:
     config: reads `objectives` and `objective_options`.
@@ -72,7 +71,7 @@ def check(objectives, model, config):
 
 
 def check_negatives(config, model, name):
-  """UserError if a (micro-)batch has one image and there are no past ones."""
+  """UserError if a (micro-)batch would have no negatives: only one image."""
   rows = config.batch_size // config.accumulate
   if rows < 2 and not model.keeps_past_examples:
     raise errors.UserError(
@@ -82,7 +81,7 @@ def check_negatives(config, model, name):
 
 
 def requests(objectives):
-  """Union of what the objectives ask of the model: {view: (head, ...)}."""
+  """Union of the objectives' requests: {view: (head, ...)}."""
   out = {}
   for _, objective in objectives.values():
     for view, heads in objective.requests.items():

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 class Objective:
   """Binary cross-entropy, summed over answers, mean over questions.
 
-  This is the mean over answers times their number, as SOHO and FIBER have it
-  (after Kim et al., Bilinear Attention Networks, NeurIPS 2018). Questions of
-  which no answer is in the list do not count: FIBER leaves them out of its
-  data; what SOHO does is not published.
+  This is the mean over answers times their number, as in SOHO and FIBER (after
+  Kim et al., Bilinear Attention Networks, NeurIPS 2018). Questions without an
+  answer in the list do not count: FIBER leaves them out of its data; SOHO's
+  treatment is not published.
 
-  The metric is the mean score of the likeliest answer. It is close to the
+  The metric is the mean score of the most likely answer. It is close to the
   official accuracy, which averages over nine of the ten people.
   """
   requests: ClassVar = {'joint': ('answer',)}
@@ -27,7 +27,7 @@ class Objective:
     known = ids >= 0
     counts = jnp.any(known, -1) & batch['task_mask/answer'][:, None]
     scores = jnp.where(known, scores, 0)
-    # softplus(x) - target * x, where most targets are 0.
+    # The loss is softplus(x) - target * x; most targets are 0.
     wanted = jnp.take_along_axis(logits, jnp.where(known, ids, 0), -1)
     loss = (jnp.sum(jax.nn.softplus(logits), -1)
             - jnp.sum(scores * wanted, -1))

@@ -1,7 +1,7 @@
 """Image-to-text generation, teacher-forced (E2E-VLP's ITG).
 
 The memory comes from the image-only view, so that the decoder cannot copy the
-caption from what it attends to.
+caption from its memory.
 """
 import dataclasses
 from typing import ClassVar

@@ -1,16 +1,16 @@
 """Set prediction of objects: class, attributes and box (DETR + attributes).
 
 Carion et al., ECCV 2020 for matching and losses; E2E-VLP adds the attribute
-term. Attribute targets are spread evenly over an object's attributes, which
-is the paper's negative log-likelihood when there is one. Objects without
-attribute labels (COCO) take no part in that term.
+term. Attribute targets are spread evenly over an object's attributes; for a
+single attribute this is the paper's negative log-likelihood. Objects without
+attribute labels (COCO) are left out of that term.
 
-Crowds (COCO's `iscrowd`, one box around many objects) are no targets. DETR
-drops them when it reads its training data, so that a query which finds a
-member of a crowd is taught "no object"; that is the default here, too. Where
-the batch has `crowd_boxes` and `crowd_mask` (pp `boxes(crowds=C)`), an
-unmatched query that lies on a crowd is left out of the class loss, as COCO's
-evaluation leaves its detection out.
+Crowds (COCO's `iscrowd`, one box around many objects) are not targets. DETR
+drops them when it reads its training data, so a query that finds a member of a
+crowd is trained towards "no object"; this is also our default. If the batch has
+`crowd_boxes` and `crowd_mask` (pp `boxes(crowds=C)`), an unmatched query that
+lies on a crowd is left out of the class loss, as COCO's evaluation ignores its
+detection.
 """
 import dataclasses
 from typing import Any, ClassVar, Tuple
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from e2e_vlp_jax.ops import boxes as box_ops
 from e2e_vlp_jax.ops import matching
 
-# Share of a query's box on a crowd from which on it is the crowd's; COCO's
-# evaluation uses its IoU thresholds, of which this is the lowest.
+# A query belongs to a crowd if at least this share of its box lies on it.
+# COCO's evaluation uses its IoU thresholds, of which this is the lowest.
 _ON_CROWD = .5
 
 
@@ -31,10 +31,10 @@ class Objective:
   """Hungarian matching on the device, then the losses of matched queries.
 
   Attributes:
-    class_weight, box_weight, giou_weight, attribute_weight: of the losses.
+    class_weight, box_weight, giou_weight, attribute_weight: loss weights.
     no_object: weight of the no-object class in the cross-entropy.
-    cost_class, cost_box, cost_giou: of the matching cost. The class cost is
-      the negative probability; attributes are not part of the cost.
+    cost_class, cost_box, cost_giou: weights of the matching cost. The class
+      cost is the negative probability; attributes are not part of the cost.
     aux: repeat matching and losses after every decoder layer, summed.
     mesh, batch_axes: set by the training code, for matching per shard.
   """
@@ -94,7 +94,7 @@ class Objective:
     valid = jnp.broadcast_to(mask[:, None], (b, n, m))
     true_labels = jnp.broadcast_to(batch['box_labels'][:, None], (b, n, m))
     # Class targets of all queries: no-object except where matched. Padded
-    # targets are sent outside and dropped.
+    # targets get an index out of range, so that the scatter drops them.
     slot = jnp.where(valid, index, q)
     rows = jnp.arange(b)[:, None, None], jnp.arange(n)[None, :, None]
     target = jnp.full((b, n, q), k - 1).at[rows + (slot,)].set(
@@ -151,7 +151,7 @@ class Objective:
 def _on_crowd(boxes, batch):
   """[B, layers, Q, 4] cxcywh -> [B, layers, Q] whether a box lies on a crowd.
 
-  As in COCO's evaluation, what counts is the share of the box's own area.
+  As in COCO's evaluation, the overlap is divided by the box's own area.
   """
   boxes = box_ops.to_xyxy(boxes)
   crowds = box_ops.to_xyxy(batch['crowd_boxes'])[:, None, None]

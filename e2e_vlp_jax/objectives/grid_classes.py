@@ -17,7 +17,7 @@ class Objective:
   """Class and attributes of the smallest box over each cell's center.
 
   Attributes:
-    background_weight: of cells that no box covers.
+    background_weight: weight of cells that no box covers.
   """
   requests: ClassVar = {'grid': ('grid_classes',)}
   background_weight: float = .3

@@ -1,12 +1,12 @@
 """Image-text contrast over the global batch (CLIP; FIBER's coarse stage).
 
-Every image against all texts and every text against all images, whatever
-device they are on. Where the model keeps a queue of past features (ALBEF's
-idea; FIBER's released code), these are further candidates. All candidates are
-then constants: image -> text trains the image side, text -> image the text
+It contrasts every image with all texts and every text with all images, across
+devices. If the model keeps a queue of past features (as in ALBEF and FIBER's
+released code), these are additional candidates. Gradients then do not flow into
+the candidates: image -> text trains the image side, text -> image the text
 side.
 
-With S texts an image the two directions differ. A text has one right image
+With S texts per image the two directions differ. A text has one right image
 among the B images. An image has S right texts: each of them in turn competes
 with the texts of other images only, so that they do not compete with each
 other.
@@ -27,14 +27,14 @@ class Objective:
   """Mean of the cross-entropies image -> text and text -> image.
 
   Attributes:
-    unfilled: let the loss see the noise with which the queue starts, as the
-      released code does.
+    unfilled: include the noise with which the queue starts, as the released
+      code does.
   """
   requests: ClassVar = {'image_only': ('itc',), 'text_only': ('itc',)}
   unfilled: bool = False
 
   def check(self, config, model):
-    """UserError where an image would have no negative."""
+    """UserError if an image would have no negative."""
     objectives.check_negatives(config, model, 'itc')
 
   def __call__(self, outputs, batch):

@@ -10,14 +10,14 @@ class Objective:
   """Mean two-way cross-entropy over the pairs of the global batch.
 
   Attributes:
-    view: the view whose pairs are judged. One that makes its own pairs
-      ('hard_negative') also makes their labels (`itm_labels`); otherwise the
-      input pipeline has swapped texts.
+    view: the view whose pairs are classified. A view that makes its own pairs
+      ('hard_negative') also makes their labels (`itm_labels`). For other views
+      the input pipeline has swapped texts.
   """
   view: str = 'joint_masked'
 
   def check(self, config, model):
-    """UserError where no other pair could be the negative."""
+    """UserError if there would be no negative pair."""
     if self.view == 'hard_negative':
       objectives.check_negatives(config, model, 'itm')
 
@@ -27,7 +27,7 @@ class Objective:
 
   def __call__(self, outputs, batch):
     outputs = outputs[self.view]
-    # [B, P], 1 true pair, 0 swapped, -1 none.
+    # [B, P]: 1 = true pair, 0 = swapped, -1 = no pair.
     labels = outputs.get('itm_labels', batch['itm_labels'])
     valid = (labels >= 0) & batch['task_mask/itm'][:, None]
     loss, accuracy = tokens.cross_entropy(outputs['itm_logits'], labels,

@@ -9,8 +9,8 @@ from e2e_vlp_jax.objectives import tokens
 class Objective:
   """Mean cross-entropy over masked tokens of the global batch.
 
-  Mismatched pairs have no labels: this image does not help to predict the
-  words of a text about another one (usual practice; the paper does not say).
+  Mismatched pairs have no labels, since an image does not help to predict the
+  words of a text about another one (usual practice; not in the paper).
   """
   requests: ClassVar = {'joint_masked': ('mlm',)}
 

@@ -1,6 +1,6 @@
 """Masked visual modelling: predict the code of hidden cells (SOHO, 3.3).
 
-The model itself chooses what to hide, as the codes are its own.
+The model itself chooses the hidden cells, since they depend on its codes.
 """
 import dataclasses
 from typing import ClassVar
@@ -12,15 +12,15 @@ from e2e_vlp_jax.objectives import tokens
 class Objective:
   """Mean cross-entropy over hidden cells of the global batch.
 
-  0 where nothing is hidden. Mismatched pairs take part (released code): the
-  codes of an image do not depend on its text.
+  0 if nothing is hidden. Mismatched pairs count, too (as in the released code),
+  because the codes of an image do not depend on its text.
   """
   requests: ClassVar = {'joint_masked': ('mvm',)}
 
   def __call__(self, outputs, batch):
     outputs = outputs['joint_masked']
     labels = outputs['mvm_labels']  # [B, S, N], -1 = not predicted
-    # An image without text is in no pair.
+    # An image without text has no pair.
     valid = (labels >= 0) & (batch['itm_labels'] >= 0)[..., None]
     loss, accuracy = tokens.cross_entropy(outputs['mvm_logits'], labels,
                                           valid)

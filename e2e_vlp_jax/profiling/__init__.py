@@ -1,1 +1,1 @@
-"""What a program costs: FLOPs and bytes, time by module, chips' data sheets."""
+"""Cost of a program: FLOPs, bytes, time by module; data sheets of chips."""

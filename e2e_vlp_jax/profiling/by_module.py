@@ -1,10 +1,10 @@
 """Attributes a step's time to parts of the model, from a profiler's trace.
 
-Every operation of a compiled program carries the names of the scopes that it
-was written in (flax makes one for each module), and the profiler says how
-long it ran. So the measured program is the one that trains, on CPU, GPU and
-TPU. An operation that XLA fused from several parts counts for the part that
-the fusion is named after, hence shares are true to a few percent.
+Every operation of a compiled program carries the names of its scopes in the
+code (flax makes one for each module), and the profiler reports how long it ran.
+The measured program is thus the one that trains, on CPU, GPU and TPU. An
+operation that XLA fused from several parts counts for the part that the fusion
+is named after, so shares are accurate to a few percent.
 """
 import collections
 import glob
@@ -43,7 +43,7 @@ def of_operations(hlo, modules):
   """{operation: part} of `compiled.as_text()`.
 
   Operations that the compiler added (mostly copies) have no name. They count
-  for what they call or else for what they read.
+  for the part that they call or else read.
   """
   parts, nameless = {}, []
   for line in hlo.splitlines():
@@ -74,8 +74,8 @@ def seconds(folder, parts):
   """{part: seconds}, summed over cores or devices, of a trace in `folder`.
 
   Args:
-    folder: of `trace`.
-    parts: from `of_operations`, of the one program that ran.
+    folder: folder of `trace`.
+    parts: from `of_operations`, for the one program that ran.
   """
   path, = glob.glob(os.path.join(folder, '**', '*.xplane.pb'), recursive=True)
   planes = jax.profiler.ProfileData.from_file(path).planes

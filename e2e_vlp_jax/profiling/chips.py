@@ -1,4 +1,4 @@
-"""Data sheets of accelerators, and the slices in which TPUs are sold.
+"""Data sheets of accelerators, and the TPU slices on offer.
 
 TPU figures are Google Cloud's ("TPU v4", "v5e", "v5p", "v6e",
 docs.cloud.google.com/tpu/docs): peak bf16 FLOP/s, HBM bandwidth, slices, and
@@ -22,7 +22,7 @@ class Chip(NamedTuple):
   """One accelerator; None where a figure is unknown or does not exist.
 
   Attributes:
-    name: shown to people.
+    name: name for output.
     kind: start of jax's `device_kind`.
     hbm: bytes of memory that a program may use.
     flops: peak dense bfloat16 FLOP/s.
@@ -78,7 +78,7 @@ def devices(topology):
   """(Chip, devices) of 'v5e:4x4' or 'local'; TPUs need not be attached.
 
   Raises:
-    UserError: an unknown topology; no libtpu to compile for one with.
+    UserError: an unknown topology, or libtpu is not installed.
   """
   if topology == LOCAL:
     found = jax.devices()

@@ -1,7 +1,7 @@
-"""Reads what a step costs from its program.
+"""Reads the cost of a step from its program.
 
 FLOPs come from the jaxpr, because XLA's own analysis counts the body of a loop
-once, however often it runs, and sees only one chip's share. Collectives come
+once, however often it runs, and only counts one chip's share. Collectives come
 from the text of the compiled program, because only the compiler knows them.
 """
 import math
@@ -14,13 +14,13 @@ from jax.interpreters import partial_eval as pe
 
 # --- FLOPs ------------------------------------------------------------------
 def flops(jaxpr):
-  """FLOPs of matrix products and convolutions: 2 a multiply-add.
+  """FLOPs of matrix products and convolutions: 2 per multiply-add.
 
-  The body of a scan counts as often as it runs, and recomputation counts
-  again. Elementwise work and reductions are left out, as is usual, and so is
-  what XLA will drop because nothing reads it. The body of a while loop counts
-  once, because no jaxpr says how often it runs (our only one, the matching,
-  multiplies nothing).
+  The body of a scan counts once per iteration, and recomputation counts
+  again. Elementwise operations and reductions are left out, as usual, and so
+  are results that XLA will drop because nothing reads them. The body of a while
+  loop counts once, because a jaxpr does not contain its number of iterations
+  (our only one, the matching, has no matrix products).
 
   Args:
     jaxpr: ClosedJaxpr of the whole, global computation.
@@ -52,7 +52,7 @@ def _equation(eqn):
   if name == 'cond':
     return max(_flops(b.jaxpr) for b in params['branches'])
   times = params['length'] if name == 'scan' else 1
-  if name == 'shard_map':  # Its body is what one device does.
+  if name == 'shard_map':  # Its body runs on one device.
     axes = params.get('newly_manual_axes') or params['manual_axes']
     times = math.prod(params['mesh'].shape[a] for a in axes)
   return times * sum(_flops(j) for j in _inner(params))
@@ -74,8 +74,8 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: 'all-reduce', 'all-gather', ...
-    bytes: of the larger of operand and result, on one chip.
-    group: chips that take part together.
+    bytes: size of the larger of operand and result, on one chip.
+    group: number of chips that take part.
     times: how often a step runs it.
     in_loop: inside a loop of unknown length, which makes `times` too low.
   """
@@ -87,7 +87,7 @@ class Collective(NamedTuple):
 
   @property
   def traffic(self):
-    """Least bytes that a chip sends in a step, with ring algorithms."""
+    """Minimum bytes that a chip sends in a step, with ring algorithms."""
     share = (self.group - 1) / self.group
     factor = {'all-reduce': 2 * share, 'collective-permute': 1.,
               'collective-broadcast': 1.}.get(self.kind, share)
@@ -189,8 +189,8 @@ def _executed(hlo, fused):
 def _trips(line, bodies):
   """How often the loop that `line` starts runs, or None.
 
-  Some compilers write the number down. Otherwise the loop's condition shows
-  it: jax's scans and counted loops compare a counter from 0 with a constant.
+  Some compilers annotate the number. Otherwise it is in the loop's condition:
+  jax's scans and counted loops compare a counter from 0 with a constant.
   """
   known = _TRIPS.search(line)
   if known:
@@ -256,8 +256,8 @@ def _bytes(kind, dims):
 def memory(compiled):
   """Bytes on one chip: {'arguments', 'temporaries', 'peak'}.
 
-  Arguments are the state and the batch; results take their place, as they are
-  donated. The peak is all that must be in memory at the same time.
+  Arguments are the state and the batch. They are donated, so results reuse
+  their memory. The peak is the most that must be in memory at the same time.
   """
   m = compiled.memory_analysis()
   fixed = (m.argument_size_in_bytes + m.output_size_in_bytes

@@ -1,4 +1,4 @@
-"""Stopwatches, and what a machine could reach."""
+"""Measures time and memory, and the peak speed of a machine."""
 import resource
 import time
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def seconds(function):
-  """How long one call takes."""
+  """Seconds that one call takes."""
   start = time.perf_counter()
   function()
   return time.perf_counter() - start
@@ -21,7 +21,7 @@ def percentiles(times):
 
 
 def peak_memory():
-  """Bytes on the fullest device so far; on a CPU, of this process."""
+  """Peak bytes on the fullest device; on a CPU, of this process."""
   stats = [d.memory_stats() or {} for d in jax.local_devices()]
   if all('peak_bytes_in_use' in s for s in stats):
     return max(s['peak_bytes_in_use'] for s in stats)
@@ -31,8 +31,8 @@ def peak_memory():
 def peak_flops(chip, count, dtype):
   """(FLOP/s of `count` devices, where the figure is from).
 
-  A device without a data sheet in `chips` (a CPU) is measured by its own
-  matrix product, on all cores, however many devices they pose as.
+  For a device without a data sheet in `chips` (a CPU), it measures a matrix
+  product on all cores, however many devices they are split into.
   """
   if chip.flops:
     return chip.flops * count, 'peak bfloat16 FLOP/s of the data sheet'

@@ -1,1 +1,1 @@
-"""What a trained model is asked for, one file a task; see base.py."""
+"""What a trained model can do, one file per task; see base.py."""

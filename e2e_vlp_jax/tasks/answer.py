@@ -1,4 +1,4 @@
-"""Visual question answering: the likeliest answers of a list."""
+"""Visual question answering: the most likely answers of a list."""
 import collections
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from e2e_vlp_jax.tasks import base
 
-_AGREE = 3  # of ten people; as many make an answer right in VQA v2
+_AGREE = 3  # of ten people; VQA v2 counts such an answer as fully right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Result(base.Result):
-  """`answers`: `Answer`s, for each question the likeliest first."""
+  """`answers`: `Answer`s, the most likely first for each question."""
   answers: list
 
 
@@ -43,10 +43,10 @@ class Task(base.Task):
       answers={'scenes': 'scenes', 'vqav2': 'vqav2'})
 
   def compute(self, predictor, variables, batch, answers=5):
-    """{'scores' and 'ids' [B, P, N]} of the N likeliest answers, in order."""
+    """{'scores' and 'ids' [B, P, N]} of the N most likely answers."""
     logits = predictor.model.apply(variables, batch, self.requests)[
         'joint']['answer_logits']
-    # A probability of its own each, as `objectives.answer` trains them.
+    # Independent probabilities, as `objectives.answer` trains them.
     scores = jax.nn.sigmoid(logits.astype(jnp.float32))
     scores, ids = jax.lax.top_k(scores, min(answers, logits.shape[-1]))
     return {'scores': scores, 'ids': ids}
@@ -60,7 +60,7 @@ class Task(base.Task):
         if question.strip() for score, i in zip(scores, ids)])
 
   def sample_texts(self, records):
-    """A question a row; rows of the same image ask its questions in turn."""
+    """One question per row; rows of one image ask its questions in turn."""
     texts, asked = [], collections.Counter()
     for record in records:
       questions = record['questions'] if record else ()
@@ -73,13 +73,13 @@ class Task(base.Task):
   def draw(self, result, truth=None):
     """Question, best answer and, where they are known, people's answers.
 
-    Right is what three people answered, or the only one.
+    An answer is right if three people gave it, or the only one did.
     """
     if result is None:
       return base.Drawing()
     people = {q['question']: q['answers'] for q in truth.record['questions']
               } if truth is not None else {}
-    best = {}  # question: its first answer, which is the likeliest
+    best = {}  # question: its first answer, the most likely one
     for answer in result.answers:
       best.setdefault(answer.question, answer)
     rows = []

@@ -3,8 +3,8 @@
 A task is one file of this package with a class `Task(base.Task)`. Commands,
 the Predictor and the pictures find it by the file's name.
 
-- `compute` turns a batch into arrays. It is compiled once for each shape of a
-  batch and runs on the accelerator.
+- `compute` turns a batch into arrays. It is compiled once per shape of a batch
+  and runs on the accelerator.
 - `result` turns one image's arrays into a `Result`, whose fields are the keys
   of the JSON.
 - `draw` puts a result into a picture.
@@ -31,14 +31,14 @@ def names():
 
 
 def load(name, key='task'):
-  """The task of a name.
+  """Finds a task by name.
 
   Args:
-    name: of a file of this package.
-    key: the argument or config key that gave the name, for the error.
+    name: name of a file of this package.
+    key: argument or config key that contains `name`, for the error message.
 
   Raises:
-    UserError: no such task; names the nearest.
+    UserError: no such task; suggests the nearest name.
   """
   if name not in names():
     raise errors.UserError(f'{key}: no task {name!r}'
@@ -48,17 +48,17 @@ def load(name, key='task'):
 
 @dataclasses.dataclass(frozen=True)
 class Finetuning:
-  """How a model is trained for a task; plain data, which configs read.
+  """How a model is trained for a task; plain data for configs.
 
   Attributes:
-    unit: item of a record that makes a row of a batch (`config.data.unit`).
+    unit: what a row of a batch shows (`config.data.unit`).
     objectives: {name: weight}.
-    head: options of `config.model.heads[<task>]`, or None where every model
-      brings the head along.
+    head: options of `config.model.heads[<task>]`, or None if the models have
+      the head anyway.
     train_ops, eval_ops: pp ops that follow those of the image.
     evaluator: type of the evaluator.
-    metric: the evaluator's metric by which the best checkpoint is chosen.
-    data: dataset where the config names none.
+    metric: the evaluator's metric that selects the best checkpoint.
+    data: default dataset.
     splits: {dataset: (split to train on, split to evaluate)}.
     answers: {dataset: name of its answer list}.
   """
@@ -79,10 +79,10 @@ class Option:
   """An option of a task, in Python and on the command line (`--name`).
 
   Attributes:
-    default: its value, of the option's type.
+    default: default value, of the option's type.
     help: one line.
     least, most: limits of the value; None = no limit.
-    compiled: the program depends on it; another value compiles again.
+    compiled: whether another value needs another compiled program.
   """
   default: Any
   help: str
@@ -106,7 +106,7 @@ class Result:
 
   Attributes:
     task: name of the task.
-    height, width: of the upright original, pixels.
+    height, width: size of the upright original in pixels.
   """
   task: str
   height: int
@@ -122,13 +122,13 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-  """What is known of an image, to judge a result by.
+  """The ground truth of an image.
 
   Attributes:
-    record: of a dataset, see `datasets.base`.
+    record: record of a dataset, see `datasets.base`.
     labels: a `label_space.LabelSpace`.
-    check_caption: text -> whether every statement of it is true of the
-      image; None where the dataset cannot tell.
+    check_caption: function text -> whether all that it states is true of the
+      image; None if the dataset cannot tell.
   """
   record: Mapping[str, Any]
   labels: Any
@@ -141,8 +141,8 @@ class Box:
 
   Attributes:
     box: x0, y0, x1, y1 in pixels of the image.
-    colour: of its lines.
-    tag: written beside it; '' = nothing.
+    colour: colour of its lines.
+    tag: text beside it; '' = none.
     style: 'bold', 'thin' or 'dashed'.
   """
   box: Sequence[float]
@@ -171,7 +171,7 @@ class Task:
   Attributes:
     summary: one line for --help.
     requests: {view: (head, ...)} that the model must offer and runs.
-    keys: of the batch, as far as it has them, that `compute` reads.
+    keys: keys of the batch that `compute` reads, if the batch has them.
     takes_text: whether texts may be given.
     needs_text: whether texts must be given.
     options: {name: Option}.
@@ -200,8 +200,7 @@ class Task:
     """`options` and the defaults of the others.
 
     Raises:
-      UserError: an option that the task does not have, or a value beyond its
-        limits.
+      UserError: an unknown option, or a value beyond its limits.
     """
     for name, value in options.items():
       if name not in self.options:
@@ -220,8 +219,8 @@ class Task:
       count: number of images.
 
     Raises:
-      UserError: texts that the task does not take, none where it needs one,
-        or another number of lists.
+      UserError: the task takes no texts, or needs one and gets none, or the
+        number of lists is wrong.
     """
     texts = list(texts or ()) if not isinstance(texts, str) else [texts]
     each = ([texts] * count if not texts or isinstance(texts[0], str)
@@ -236,14 +235,14 @@ class Task:
     return each
 
   def compute(self, predictor, variables, batch, **options):
-    """What is computed on the accelerator; traced by jax.jit.
+    """The computation on the accelerator; traced by jax.jit.
 
     Args:
       predictor: an `evaluation.predictor.Predictor`: model, config and
         vocabularies.
       variables: {'params': ..., **model_state}.
-      batch: its `keys`.
-      **options: the compiled ones.
+      batch: the batch's `keys`.
+      **options: the compiled options.
 
     Returns:
       dict of arrays [B, ...].
@@ -257,19 +256,19 @@ class Task:
     raise NotImplementedError
 
   def result(self, predictor, arrays, size, texts, **options):
-    """One image's `Result`.
+    """Builds the `Result` of one image.
 
     Args:
       predictor: as in `compute`.
-      arrays: this image's, numpy.
+      arrays: this image's numpy arrays.
       size: (height, width) of the upright original.
-      texts: list of the strings that were asked about.
-      **options: those that are not compiled.
+      texts: list of the texts in the request.
+      **options: the options that are not compiled.
     """
     raise NotImplementedError
 
   def sample_texts(self, records):
-    """Texts to ask about in sample pictures.
+    """Texts for sample pictures.
 
     Args:
       records: list of B records, None for rows of padding.
@@ -283,9 +282,8 @@ class Task:
     """A `Drawing` of a result.
 
     Args:
-      result: a `Result`, or None where the model was not asked: the truth
-        alone may be drawn.
-      truth: a `Truth`, or None where nothing is known.
+      result: a `Result`, or None to draw only the truth.
+      truth: a `Truth`, or None if it is unknown.
     """
     del result, truth
     return Drawing()

@@ -8,10 +8,10 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import heads
 from e2e_vlp_jax.tasks import base
 
-# Of attributes that do not exclude each other, those named with a box.
+# How many attributes to name that do not exclude each other.
 _MIN_ATTRIBUTE, _MAX_ATTRIBUTES = .1, 4
 _MANY = 8  # Beyond this many objects, tags are numbers only.
-# Without ground truth: one colour a box, told apart on most photographs.
+# Without ground truth: one colour per box, distinct on most photographs.
 _COLOURS = ('#4cc2ff', '#ffb02e', '#ff6ec7', '#7ee787', '#c49bff', '#ffd84d',
             '#ff8a5c', '#5ce0d0')
 
@@ -69,7 +69,7 @@ class Task(base.Task):
         for q in best])
 
   def draw(self, result, truth=None):
-    """Right and wrong where the truth is known, else one colour a box."""
+    """Marks right and wrong if the truth is known, else one colour per box."""
     objects = None if result is None else result.objects
     known = None
     if truth is not None and truth.record['objects']:
@@ -109,7 +109,7 @@ class _Found:
   """A found object in a picture.
 
   Attributes:
-    number: from 0.
+    number: its number, from 0.
     found: an `Object`.
     true: the object of `ground_truth` that it matches, or None.
     judged: whether the image's true objects are known.
@@ -188,8 +188,8 @@ def likely_attributes(probabilities, groups, alone):
     groups, alone: from `attribute_groups`.
 
   Returns:
-    [(id, score)]: one of each group, scored among its members; then the few
-    likeliest in no group.
+    [(id, score)]: one of each group, scored among its members; then the most
+    likely ones in no group.
   """
   chosen = []
   for ids in groups.values():
@@ -202,9 +202,9 @@ def likely_attributes(probabilities, groups, alone):
 
 
 def ground_truth(record, labels):
-  """The objects of a record in pixels: what a perfect model would find.
+  """The objects of a record, in pixels.
 
-  Objects of classes that the label space lacks are left out, as in the input
+  Objects whose class the label space lacks are left out, as in the input
   pipeline (which reports them).
 
   Returns:
@@ -250,8 +250,8 @@ def iou(a, b):
 def match_boxes(boxes, scores, truth):
   """Pairs predictions with objects, one to one.
 
-  Maximises the sum of IoU x score (Hungarian) over pairs of IoU >= 0.5: of
-  two boxes on one object, the model's more confident one is taken.
+  Maximises the sum of IoU x score (Hungarian) over pairs with IoU >= 0.5. Of
+  two boxes on one object it takes the more confident one.
 
   Args:
     boxes: [Q, 4] predictions.

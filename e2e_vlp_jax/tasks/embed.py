@@ -16,9 +16,9 @@ class Embedded:
 
 @dataclasses.dataclass(frozen=True)
 class Result(base.Result):
-  """`vector`: the image's, as long as the learned scale; `texts`: `Embedded`.
+  """`vector`: the image's, with the logit scale as length; `texts`: `Embedded`.
 
-  The product of an image's and a text's vector is their ITC logit.
+  The dot product of an image's and a text's vector is their ITC logit.
   """
   vector: list
   texts: list
