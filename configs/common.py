@@ -1,6 +1,6 @@
-"""What all training configs share: arguments, run keys, data, evaluators.
+"""Parts shared by all training configs: arguments, run keys, data, evaluators.
 
-Every key is explained where it is set, here or in the config of its system.
+Every key is explained where it is set, here or in the system's config.
 """
 import ml_collections
 from ml_collections.config_dict import placeholder
@@ -12,16 +12,16 @@ def parse_argument(arg, sizes, datasets, published, **more):
   """'r50,data=coco,side=512' -> ('r50', 'coco', {'side': 512}).
 
   Args:
-    arg: 'SIZE[,key=value...]', keys data, side and those of `more`; None or
-      '' = the first size.
+    arg: 'SIZE[,key=value...]' with the keys data, side and those of `more`;
+      None or '' = the first size.
     sizes: names of the sizes, 'tiny' first.
-    datasets: what `data` may name first; others may follow after '+'. By
-      default scenes of tiny, coco of the other sizes.
-    published: what data=published stands for.
+    datasets: allowed first datasets of `data`; others may follow after '+'. The
+      default is scenes for tiny, coco for the other sizes.
+    published: datasets for which data=published stands.
     **more: {key: its type}.
 
   Raises:
-    ValueError: anything else; names what is nearest.
+    ValueError: anything else; suggests the nearest choice.
   """
   size, *pairs = (arg or sizes[0]).split(',')
   if size not in sizes:
@@ -72,25 +72,25 @@ def put(config, key, value):
 def run_defaults():
   """The keys of every run; the systems set objectives, model and optim."""
   config = ml_collections.ConfigDict()
-  config.seed = 0                # of parameters, order of examples, dropout
-  config.dtype = 'float32'       # of the computation; parameters are float32
-  config.accumulate = 1          # micro-batches a step
+  config.seed = 0                # for parameters, order of examples, dropout
+  config.dtype = 'float32'       # for computation; parameters are float32
+  config.accumulate = 1          # micro-batches per step
   config.ema_decay = 0.          # 0 = no averaged parameters
   config.max_bad_steps = 10      # non-finite updates in a row that end a run
   config.init_from = placeholder(str)  # a checkpoint to start from
-  # Devices along each axis; -1 = the rest. `data` and `fsdp` divide the batch,
-  # `fsdp` parameters and optimizer state, `tensor` what sharding_rules name.
+  # Devices along each axis; -1 = the rest. `data` and `fsdp` split the batch,
+  # `fsdp` parameters and optimizer state, `tensor` those in sharding_rules.
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  # ((regex of a parameter, its axes), ...); others: by fsdp where large.
+  # ((regex of a parameter, its axes), ...); others are split by fsdp if large.
   config.sharding_rules = ()
   config.checkpoint = dict(
       every_steps=1000,          # 0 = never; the last step is always saved
       every_minutes=0.,          # whichever comes first; 0 = never
-      keep=2,                    # the newest are kept,
-      keep_every=0,              # each step that this divides (0 = none),
-      best='')                   # and the best by 'eval/itm/accuracy', say
-  # A trace of `steps` steps from step `start` on; 0 = only when somebody
-  # makes the file WORKDIR/profile_now.
+      keep=2,                    # how many of the newest to keep;
+      keep_every=0,              # also keep its multiples (0 = none)
+      best='')                   # and the best, such as 'eval/itm/accuracy'
+  # Trace `steps` steps from step `start` on; 0 = only when the file
+  # WORKDIR/profile_now is created.
   config.profile = dict(start=0, steps=5)
   config.tensorboard = True
   config.log_every_steps = 50
@@ -102,13 +102,13 @@ def run_defaults():
 def warm_start(schedule, steps=0):
   """First `steps` steps with other objectives and their own learning rate.
 
-  The papers start from ImageNet weights; a run from scratch can first teach
-  its trunk the class and attributes of what covers each grid cell. Off with
-  steps=0. All other settings of the optimizer are those of `optim`.
+  The papers start from ImageNet weights. A run from scratch can instead first
+  train its trunk to classify the object in each grid cell. steps=0 turns it
+  off. All other settings of the optimizer are those of `optim`.
 
   Args:
-    schedule: the keys of a schedule alone.
-    steps: length.
+    schedule: only the keys of a schedule.
+    steps: number of steps.
   """
   return dict(steps=steps, objectives=dict(grid_classes=1.),
               schedule=schedule)
@@ -123,24 +123,24 @@ def data(names, *, tokenizer, labels, buckets, max_text, max_boxes, sentences,
     tokenizer: dict of kind (wordpiece | bpe | sentencepiece) and path (a
       shipped vocabulary or files).
     labels: label space, a shipped one or a JSON file.
-    buckets: (height, width) of the images that a batch may have.
-    max_text, max_boxes: tokens of a text, boxes of an image.
-    sentences: texts drawn of each image.
+    buckets: (height, width) choices for the images of a batch.
+    max_text, max_boxes: maximum tokens of a text, boxes of an image.
+    sentences: number of texts sampled per image.
     pp_train, pp_eval: ops that make a row of a batch, in training, and for
       sample pictures and `predict`.
-    weight: of each dataset of several in a batch: 'by_rows' shows every row
-      once an epoch, 'by_texts' every text; or a number.
+    weight: weight of each dataset of a mixture: 'by_rows' shows every row once
+      per epoch, 'by_texts' every text; or a number.
   """
   return dict(
       dir='data',                # where `prepare` wrote
       train=tuple(dict(name=name, split='dev' if name == 'nlvr1' else 'train',
                        weight=weight if names[1:] else 1.) for name in names),
-      unit='image',              # what a row is made from
+      unit='image',              # what a row shows
       tokenizer=tokenizer, labels=labels, buckets=buckets, max_text=max_text,
       sentences=sentences, max_boxes=max_boxes,
-      max_attributes=4,          # of a box
+      max_attributes=4,          # per box
       threads=0,                 # of the input pipeline; 0 = as many as cores
-      max_bad_records=100,       # unreadable ones that are skipped
+      max_bad_records=100,       # unreadable records to skip before it ends
       pp_train=pp_train, pp_eval=pp_eval)
 
 
@@ -157,8 +157,8 @@ def evaluator(kind, source, pp, examples=1000, during_training=128):
     kind: file of e2e_vlp_jax/evaluation.
     source: dict of name and split.
     pp: ops that make a row of a batch.
-    examples: at most, at the end; 0 = all.
-    during_training: likewise at eval_every_steps; 0 = none.
+    examples: maximum number of examples at the end; 0 = all.
+    during_training: the same at eval_every_steps; 0 = none.
   """
   return dict(type=kind, source=source, pp=pp, max_examples=examples,
               examples_during_training=during_training)
@@ -168,9 +168,10 @@ def evaluate(config, names, unseen=False, **pp):
   """Sets `evals` and `samples`, on the first dataset of a mixture.
 
   Args:
-    config: gets them.
+    config: is changed.
     names: datasets of the mixture.
-    unseen: also on the colour-shape pairs that scenes' training never shows.
+    unseen: also evaluate on the colour-shape pairs that scenes' training never
+      shows.
     **pp: {evaluator: ops that make a row of its batches}.
   """
   source = held_out(names[0])
@@ -180,20 +181,20 @@ def evaluate(config, names, unseen=False, **pp):
     unseen = dict(name='scenes', split='unseen')
     config.evals.update({f'{kind}_unseen': evaluator(kind, unseen, ops, 500, 0)
                          for kind, ops in pp.items()})
-  # Predictions that are drawn at each evaluation.
+  # Sample pictures of predictions at each evaluation.
   config.samples = dict(count=12, source=source)
 
 
 def tiny(config, *, no_decay, total_steps=4000, warm_steps=800,
          learning_rate=8e-4, warmup_steps=160, warmup_init=None, b2=.999,
          **optim):
-  """Run and optimizer of a `tiny` size, from scratch; our choice throughout.
+  """Run and optimizer of a `tiny` size, from scratch; all our choice.
 
   Args:
     config: is changed.
     no_decay: regex of the parameters without weight decay.
-    total_steps, warm_steps: of the run, and of them the warm start.
-    learning_rate, warmup_steps, warmup_init, b2, **optim: of `optim`.
+    total_steps, warm_steps: steps of the run, including the warm start's.
+    learning_rate, warmup_steps, warmup_init, b2, **optim: keys of `optim`.
   """
   config.model.update(dict(image_mean=(.4,) * 3, image_std=(.333,) * 3,
                            text_pool='mean', remat='none'))

@@ -3,29 +3,29 @@
   python -m e2e_vlp_jax.train --config configs/e2e_vlp.py:tiny --workdir W
 
 Argument: SIZE[,key=value...]
-  SIZE  tiny   from scratch on 2 CPU cores, embedded data: 10:31 minutes;
+  SIZE  tiny   from scratch on 2 CPU cores, drawn scenes: 10:31 minutes;
                AP50 0.93, image-text matching 0.99, CIDEr 3.1 (README)
-        r50 r101 r152   the paper's: 12 encoder and 6 decoder layers; not yet
-               run to the end
+        r50 r101 r152   the paper's sizes: 12 encoder and 6 decoder layers; not
+               yet run to the end
         detr   DETR-R50 (Carion et al. 2020), no text; not yet run to the end
   data  scenes | coco | visual_genome | nlvr1 | published, which is
         coco+visual_genome; any other prepared dataset may follow after '+'.
         Evaluated on the first one.
-  side  image side in pixels that the aspect buckets are built around
+  side  image side in pixels around which the aspect buckets are built
   ffn   feed-forward width (paper sizes)
 
 What the paper's text does not settle, and what we chose (facts and sources
 in the project's docs/e2e_vlp.md):
-- heads 8: the recalled 12 does not divide width 256; ffn 2048 as DETR, which
-  brings r152 close to the published 94M parameters (ffn=1024 as recalled).
-- one joint label space (data/labels/joint.json) instead of a head a dataset.
+- 8 heads: 12, from memory of the paper, does not divide width 256; ffn 2048 as
+  in DETR brings r152 close to the published 94M parameters (1024 from memory).
+- one joint label space (data/labels/joint.json) instead of a head per dataset.
 - attributes: softmax; the target is spread evenly over an object's
   attributes (the paper's NLL where there is one); not in the matching cost.
 - captions from an image-only memory; decoder weights fully shared with
   detection; output tied to the word embeddings.
 - swapped texts (ITM) carry no MLM loss and are never captions.
 - no horizontal flip unless left and right are swapped in the texts too.
-- all other detection weights, auxiliary losses and clipping as DETR.
+- all other detection weights, auxiliary losses and clipping as in DETR.
 """
 from configs import common
 
@@ -38,9 +38,9 @@ def get_config(arg=None):
       ('scenes', 'coco', 'visual_genome', 'nlvr1'), PUBLISHED, ffn=int)
   tiny = size == 'tiny'
   config = common.run_defaults()
-  # Matrices of the Transformer are cut by 'tensor' between heads or hidden
-  # units (Megatron's way), the other side by 'fsdp'. On meshes without these
-  # axes: no effect.
+  # 'tensor' splits the Transformer's matrices between heads or hidden units, as
+  # in Megatron; 'fsdp' splits their other dimension. This has no effect on
+  # meshes without these axes.
   config.sharding_rules = (
       (r'(en|de)coder/layer\d+/(.*/)?(query|key|value|in)/kernel',
        ('fsdp', 'tensor')),
@@ -75,7 +75,7 @@ def get_config(arg=None):
 
 
 def get_sweep(arg=None):
-  """Three learning rates with two seeds each, to see what is chance."""
+  """Three learning rates with two seeds each, to see the noise."""
   rate = get_config(arg).optim.learning_rate
   return [{'optim.learning_rate': rate * factor, 'seed': seed}
           for factor in (.5, 1., 2.) for seed in (0, 1)]
@@ -93,7 +93,7 @@ def resize(config, side):
   long, short = near(side * 1.125), near(side * .9)
   if names == ['scenes']:
     config.data.buckets = ((side, side),)
-  elif names == ['nlvr1']:       # three drawings in a row
+  elif names == ['nlvr1']:       # three drawings side by side
     config.data.buckets = ((side // 2, side * 2),)
   else:
     config.data.buckets = ((short, long), (long, short),
@@ -107,7 +107,7 @@ def _data(config, data, side, tiny):
   mask = f'mlm({.2 if tiny else .15})'
   see = 'decode|fit|boxes|text'
   config.data = common.data(
-      # Not known how the paper mixes; ours: every image once an epoch.
+      # The paper's mixture is unknown. Ours: every image once per epoch.
       names,
       tokenizer=dict(kind='wordpiece', path='scenes' if tiny and scenes
                      else 'bert-base-uncased'),
@@ -125,8 +125,8 @@ def _data(config, data, side, tiny):
 def _paper(config, size, data):
   """AdamW 1e-4, trunk 1e-5, weight decay 1e-4, 200 epochs, batch 32.
 
-  As recalled from the paper (fact sheet, section 4). The drop at 2/3 of the
-  run, the clipping and no warm-up are DETR's; our choice here.
+  From memory of the paper (fact sheet, section 4). The drop at 2/3 of the run,
+  the clipping and no warm-up are DETR's, our choice here.
   """
   config.dtype = 'float32' if size == 'detr' else 'bfloat16'
   if size != 'detr':
@@ -163,7 +163,7 @@ def _tiny(config):
 def _detr(config):
   """DETR-R50 as published: 300 epochs of COCO at batch 64 (its long preset).
 
-  See docs: 6 encoder layers, no text, detection alone.
+  It has 6 encoder layers, no text, and only detection.
   """
   config.model.update(dict(use_text=False, encoder_layers=6))
   config.objectives.update(dict(mlm=0., itm=0., captioning=0.))

@@ -3,16 +3,16 @@
   python -m e2e_vlp_jax.train --config configs/fiber.py:tiny --workdir W
 
 Argument: SIZE[,key=value...]
-  SIZE  tiny   from scratch on 2 CPU cores, embedded data: 11:20 minutes; the
-               text of an image first among 256: 0.21, matching 0.81 (README)
+  SIZE  tiny   from scratch on 2 CPU cores, drawn scenes: 11:20 minutes; R@1
+               from image to text among 256: 0.21, matching 0.81 (README)
         base   Swin-Base and RoBERTa-base, the published pre-training; not yet
                run to the end
   data  scenes | coco | visual_genome | published, which is
         coco+visual_genome+sbu+cc3m; any other prepared dataset may follow
         after '+'. Evaluated on the first one.
   side  image side in pixels; the window of `base` is side / 32
-  queue past features that ITC and ITM compare with as well: 0 = none, all
-        pairs of the global batch (our default), 4096 = the released code
+  queue number of past features as additional candidates of ITC and ITM: 0 =
+        only the global batch (our default), 4096 = the released code
 
 Sources of `base`: [C] microsoft/FIBER, coarse_grained, commit ca0f36b;
 [R] its README; ours = our choice (docs/fiber.md).
@@ -27,7 +27,7 @@ def get_config(arg=None):
   tiny = size == 'tiny'
   config = common.run_defaults()
   config.eval_batch_size = 64
-  # Plain sum of the first three [C].
+  # The plain sum of the first three [C].
   config.objectives = dict(mlm=1., itc=1., itm=1., captioning=0.,
                            grid_classes=0.)
   config.objective_options = dict(
@@ -44,7 +44,7 @@ def get_config(arg=None):
                    types=1, dropout=.1, epsilon=1e-5, from_scratch=False),
       fused_layers=6, width=768,  # [C]
       text_pool='cls',           # for ITM: cls [C] | mean
-      # For ITM: 1 = by softmax of the ITC logits [C], 0 = any.
+      # Negatives of ITM: 1 = by softmax of the ITC logits [C], 0 = uniform.
       negative_hardness=1.,
       beam_search='released',    # how captions are ranked: released | standard
       queue=options.get('queue', 0), remat='full',
@@ -84,10 +84,10 @@ def _data(config, data, side):
     config.evals.retrieval.max_examples = 256
 
 
-# Heads and all that is new beside the two trunks learn five times faster; no
-# decay for biases, tables of relative positions and the trunks' norms. The
-# gates, the temperature and the gain of the image side's cross-attention norm
-# do decay [C], all by the names that these have there.
+# Heads and all modules outside the two trunks have five times the learning
+# rate. Biases, tables of relative positions and the trunks' norms have no
+# decay. The gates, the temperature and the gain of the image side's
+# cross-attention norm do decay [C], because of their names in that code.
 _NEW = (r'(itc_)?(image|text)_(projection|pooler)|caption_projections_.*'
         r'|mlm_head|mlm_decoder|itm_head|(swin|text)/.*/cross')
 _GROUPS = (
@@ -101,7 +101,7 @@ _GROUPS = (
 def _base(config):
   """AdamW [C], 100k steps at batch 4096 [R].
 
-  The rate is the code's; as recalled, the paper has 1e-4 and 1k steps of
+  The rate is the code's; from memory, the paper has 1e-4 and 1k steps of
   warm-up.
   """
   config.dtype = 'bfloat16'      # ours; [C] float32
@@ -125,7 +125,7 @@ def _tiny(config):
                    positions=config.data.max_text + 2, types=1, dropout=0.,
                    epsilon=1e-5, from_scratch=True),
       fused_layers=2, width=128, negative_hardness=.5))
-  config.data.sentences = 2      # An image's lower blocks serve both.
+  config.data.sentences = 2      # Both share an image's lower blocks.
   # Matching is slowest to learn.
   config.objectives.update(dict(mlm=1., itc=1., itm=4.))
   common.tiny(config, no_decay=r'.*(bias|/scale|/gate)|logit_scale',

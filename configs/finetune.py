@@ -5,14 +5,14 @@
 
 Argument: TASK,from=CHECKPOINT or TASK,system=NAME[,size=SIZE]; then key=value
   TASK    a file of e2e_vlp_jax/tasks
-  from    a WORKDIR or a step of it: gives model, vocabulary and parameters
+  from    a WORKDIR or one of its steps, with model, vocabulary and parameters
   system  a config of this folder, from scratch; size is its argument (tiny)
-  data    the dataset: by default scenes where the checkpoint was trained on
-          them or the size is tiny, else what the task names
-  side    image side in pixels, as the system's config has it
+  data    the dataset; by default scenes if the checkpoint was trained on
+          them or the size is tiny, else the task's default
+  side    image side in pixels, as in the system's config
 
-The task says what is trained, on what and how it is evaluated. How long and
-how fast: configs/recipes/TASK.py, else `_schedule` here. Every value can be
+The task defines objectives, data and evaluator. Steps and learning rate come
+from configs/recipes/TASK.py, or else from `_schedule` here. Every value can be
 overridden: --config.total_steps=500. Measured results: README.
 """
 import importlib
@@ -77,7 +77,7 @@ def _start(how, options):
     config = ml_collections.ConfigDict(old_names.modernise(
         meta['config'], f'from={options["from"]}'))
     scenes = [s['name'] for s in config.data.train] == ['scenes']
-    # The checkpoint's own tokenizer, and its labels unless others are named.
+    # The checkpoint's tokenizer, and its labels unless the config has others.
     if 'tokenizer' in config.data:
       del config.data['tokenizer']
     config.data.vocabularies = os.path.abspath(options['from'])
@@ -114,7 +114,7 @@ def _recipe(task, system, data):
 
 
 def _input(config, how, data, side):
-  """Data and evaluator of the task, images as the checkpoint saw them."""
+  """Sets data and evaluator; images are placed as for the checkpoint."""
   train, held_out = how.splits[data]
   config.data.train = (dict(name=data, split=train, weight=1.),)
   config.data.dir = 'data'
@@ -124,7 +124,7 @@ def _input(config, how, data, side):
     config.data.sentences = 1    # the unit's own text
   if side:
     _system(config.model.name).resize(config, side)
-  # Up to the op that lays the image on the canvas.
+  # Keep the ops up to the one that places the image on the canvas.
   ops = config.data.pp_eval.split('|')
   last, = [i for i, op in enumerate(ops)
            if op.partition('(')[0] in ('fit', 'squash')]
@@ -140,7 +140,7 @@ def _input(config, how, data, side):
 
 
 def _schedule(config, given, data, recipe):
-  """Our choice where there is no recipe: linear decay after 10 % warm-up."""
+  """Our choice without a recipe: linear decay after 10 % warm-up."""
   config.batch_size = given.batch_size
   config.eval_batch_size = given.eval_batch_size
   config.total_steps = recipe.get('total_steps',
@@ -156,7 +156,7 @@ def _schedule(config, given, data, recipe):
 
 
 def _drop_unread(optim):
-  """Removes options of another schedule than the chosen one."""
+  """Removes options that the chosen schedule does not read."""
   used = stages.SCHEDULES.get(optim.schedule, ())
   for key in {k for keys in stages.SCHEDULES.values() for k in keys}:
     if key in optim and key not in used:

@@ -3,7 +3,7 @@
   python -m e2e_vlp_jax.train --config configs/soho.py:tiny --workdir W
 
 Argument: SIZE[,key=value...]
-  SIZE  tiny   from scratch on 2 CPU cores, embedded data: 9:29 minutes; masked
+  SIZE  tiny   from scratch on 2 CPU cores, drawn scenes: 9:29 minutes; masked
                words 0.69, image-text matching 0.93 (README)
         r18    the released configuration: ResNet-18 and 3 layers; not yet run
                to the end
@@ -15,9 +15,9 @@ Argument: SIZE[,key=value...]
   side  short side of the images in pixels (scenes: side of the square)
 
 Values of r18 are those of the released config (github.com/researchmm/soho,
-configs/Pretrain/soho_res18_pre.py) unless marked; what r101 changes is from
-the paper, from memory. What differs from the released code, and the options
-that give its behaviour back, are in the project's docs/soho.md.
+configs/Pretrain/soho_res18_pre.py) unless marked. The changes in r101 are from
+memory of the paper. docs/soho.md lists the differences from the released code
+and the options that restore its behaviour.
 """
 from configs import common
 
@@ -59,7 +59,7 @@ def get_config(arg=None):
 
 
 def get_sweep(arg=None):
-  """Sizes of the dictionary: of r18 and r101 those of the paper's ablation."""
+  """Sizes of the dictionary; for r18 and r101 those of the paper's ablation."""
   sizes = (32, 64, 128) if (arg or 'tiny').startswith('tiny') else (
       1024, 2048, 4096, 8192)
   return [{'model.dictionary.size': n} for n in sizes]
@@ -69,8 +69,8 @@ def resize(config, side):
   """Buckets of 4:3, 3:2 and square, with `side` pixels on the short side.
 
   The released code resizes to a short side of at most 600 and a long one of
-  at most 1000, and pads to multiples of 32; most photographs of COCO are 4:3
-  or 3:2, which is 608x800 or 608x928 there, and here.
+  at most 1000, and pads to multiples of 32. Most photographs of COCO are 4:3 or
+  3:2, which become 608x800 or 608x928 there and here.
   """
   if [source['name'] for source in config.data.train] == ['scenes']:
     config.data.buckets = ((side, side),)
@@ -114,8 +114,8 @@ def _paper(config, size, data):
   Stem and layer1 frozen; x0.1 at 25 and 35 of 40 epochs; 500 updates of
   warm-up from a third. 256 images with 4 texts are its 1,024 pairs.
 
-  r101 is the paper's main model; all from memory, not verified. Its other
-  values are the released code's. The paper also freezes the trunk for the
+  r101 is the paper's main model; its changes are from memory, not verified. Its
+  other values are the released code's. The paper also freezes the trunk for the
   first 10 epochs (secondary source), which no config here does.
   """
   config.dtype = 'bfloat16'      # apex O1
@@ -128,8 +128,8 @@ def _paper(config, size, data):
     config.model.dictionary.update(dict(update='momentum', decay=.99))
     config.batch_size = 1024     # 4,096 pairs
     trunk_decay = 5e-4
-  # Our choice: in an epoch as many images are seen as there are, 118K of COCO
-  # train2017 by default. The paper's corpus, `published`, has 219K.
+  # Our choice: an epoch has as many images as the data, 118K of COCO train2017
+  # by default. The paper's corpus, `published`, has 219K.
   images = sum(_IMAGES.get(n, 0) for n in data.split('+')) or _IMAGES['coco']
   steps = lambda epochs: round(epochs * images / config.batch_size)
   config.total_steps = steps(40)
@@ -157,7 +157,7 @@ def _tiny(config):
   # sees some 16 cells of a batch.
   config.model.dictionary.update(dict(size=64, decay=.99, revive=.1,
                                       count_padding=False))
-  # At the released rate nothing would be learnt of it in so few steps.
+  # At the released rate, it would learn nothing in so few steps.
   config.model.mvm.update(dict(rate=.3, cell='pair'))
   config.objectives.update(dict(mlm=2., itm=3., mvm=.5))
   common.tiny(config, no_decay=r'.*(bias|scale|mask_token)', warmup_init=0.)

@@ -1,8 +1,6 @@
 """Trains a model, or continues the run in WORKDIR.
 
   python -m e2e_vlp_jax.train --config configs/e2e_vlp.py:tiny --workdir W
-
-The code below is in the order in which it runs.
 """
 import contextlib
 import logging

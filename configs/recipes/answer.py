@@ -2,16 +2,15 @@
 
 Sources: [S] researchmm/soho, configs/VQA/soho_res18_vqa.py, and its head,
 SOHO/models/heads/soho_downstream_vqa_head.py; [F] microsoft/FIBER,
-coarse_grained, commit ca0f36b: fiber/config.py (task_finetune_vqa) and what
-it sets in motion; ours = our choice. None of the published recipes has been
-run by us.
+coarse_grained, commit ca0f36b: fiber/config.py (task_finetune_vqa) and the code
+that it configures; ours = our choice. We have not run the published recipes.
 
-All three publish test-dev and test-std figures of models that trained on
-train2014 and val2014 together. So do these recipes: the accuracy on
-`validation` is then of questions that were trained on. For a held-out one,
-train on `train` alone (docs/vqa.md has the command).
+All three publish test-dev and test-std figures of models that were trained on
+train2014 and val2014 together. These recipes do the same, so the accuracy on
+`validation` is measured on training questions. For a held-out accuracy, train
+on `train` only (docs/vqa.md has the command).
 """
-_QUESTIONS = 443_757 + 214_354  # of train2014 and val2014
+_QUESTIONS = 443_757 + 214_354  # in train2014 and val2014
 _TRAIN = tuple(dict(name='vqav2', split=split, weight='by_rows')
                for split in ('train', 'validation'))
 _OPS = "text('questions')|answers"
@@ -23,12 +22,12 @@ def _steps(epochs, batch):
   return round(epochs * _QUESTIONS / batch)
 
 
-# The paper does not say how it fine-tunes. Ours throughout: SOHO's length,
-# batch and schedule, with the optimizer of the paper's pre-training.
+# The paper does not describe its fine-tuning. Our choice: SOHO's length, batch
+# and schedule, with the optimizer of the paper's pre-training.
 _E2E_VLP = {
     **_EVALUATOR,
     'data.train': _TRAIN,
-    # Other sizes, but no crops: what is asked about must stay in the picture.
+    # Other sizes, but no crops, which could remove what a question is about.
     'data.pp_train': f'decode|scale_crop(p=0.)|fit|{_OPS}',
     'model.heads.answer.hidden': 1024,
     'model.heads.answer.act': 'gelu',
@@ -50,7 +49,7 @@ _SOHO = {
     'data.train': _TRAIN,                           # [S]
     'data.max_text': 16,                            # [S]
     # [S]: the shorter side is any number of pixels from 400 to 800, the
-    # longer one at most 1333; ours: every sixteenth.
+    # longer one at most 1333; ours: multiples of 16.
     'side': 800,
     'data.pp_train': (f'decode|scale_crop({tuple(range(400, 801, 16))}, p=0.)'
                       f"|fit((1333, 800), 'opencv')|{_OPS}"),
@@ -62,30 +61,30 @@ _SOHO = {
     'model.heads.answer.act': 'relu',
     'model.heads.answer.dropout': .5,
     'model.heads.answer.init': 'kaiming',
-    'batch_size': 512,         # [S]: 32 on 8 GPUs, 2 such an update
+    'batch_size': 512,         # [S]: 32 on 8 GPUs, 2 batches per update
     'total_steps': _steps(20, 512),                 # [S]
     'optim.schedule': 'step',
     'optim.learning_rate': 1e-4,                    # [S]
     'optim.decay_steps': (_steps(12, 512), _steps(16, 512)),  # [S]
     'optim.decay_factor': .1,                       # [S]
-    # [S]: 1,000 batches, of which an update takes two.
+    # [S]: 1,000 batches, two per update.
     'optim.warmup_steps': 500,
     'optim.warmup_init': 1 / 3,                     # [S]
-    # The optimizers and what is frozen stay as in pre-training [S].
+    # Optimizers and frozen parameters are as in pre-training [S].
     'optim.clip_norm': 4.,                          # [S]
 }
 
-# What fuses the two trunks learns five times faster than they do, the head
-# fifty times [F]. Names decide what decays: not biases and the trunks' norms,
-# but the gain of the head's norm does [F].
+# Modules that fuse the two trunks have five times their learning rate, the head
+# fifty times [F]. Decay depends on names: biases and the trunks' norms have
+# none, the gain of the head's norm does decay [F].
 _FUSING = r'(image|text)_(projection|pooler)|(swin|text)/.*/cross'
 _FIBER = {
     **_EVALUATOR,
     'data.train': _TRAIN,                           # [F]
     'side': 576,                                    # [F], with windows of 18
     'data.max_text': 50,                            # [F]
-    # [F] mirrors half of the images, whatever 'left' and 'right' mean then;
-    # ours: none.
+    # [F] also mirrors half of the images, although texts mention left and
+    # right; ours: none.
     'data.pp_train': f'decode|random_crop|squash|randaug|{_OPS}',
     # [F]: Linear, LayerNorm, GELU, Linear on text and image side by side.
     'model.heads.answer.hidden': 1536,

@@ -23,12 +23,12 @@ def caption_metrics(candidates, references):
   """Scores captions against human ones.
 
   Args:
-    candidates: list of N strings, one an image.
+    candidates: list of N strings, one per image.
     references: list of N non-empty lists of strings.
 
   Returns:
     (overall, per_image): {BLEU1..BLEU4, ROUGE_L, CIDEr: float}, and the same
-    keys with arrays [N]. Overall BLEU is of the corpus, not a mean.
+    keys with arrays [N]. Overall BLEU is that of the corpus, not a mean.
 
   Raises:
     ValueError: no images, an image without references, or unequal lengths.
@@ -41,8 +41,8 @@ def caption_metrics(candidates, references):
   references = [[next(flat) for _ in s] for s in references]
   if not all(references):
     raise ValueError('an image has no reference captions')
-  # '3 1/2' is one token with a no-break space in it, at which the original's
-  # BLEU and CIDEr split but not its ROUGE.
+  # '3 1/2' is one token with a no-break space. The original's BLEU and CIDEr
+  # split it there, its ROUGE does not.
   split = lambda tokens: ' '.join(tokens).split()
   halves = [split(c) for c in candidates], [
       [split(r) for r in s] for s in references]
@@ -125,7 +125,7 @@ def _common_length(a, b):
 
 
 def document_frequencies(references):
-  """How common n-grams are, for `cider`.
+  """Document frequencies of n-grams, for `cider`.
 
   Args:
     references: list of N lists of token lists.
@@ -145,8 +145,8 @@ def cider(candidates, references, frequencies=None):
     candidates: list of N token lists.
     references: list of N lists of token lists.
     frequencies: from `document_frequencies`, such as a training set's. The
-      default is those of `references`: the value then depends on the whole
-      evaluated set, and one image alone scores 0.
+      default is those of `references`; the value then depends on the whole
+      evaluated set, and a single image scores 0.
 
   Returns:
     Array [N].
@@ -185,7 +185,7 @@ def cider(candidates, references, frequencies=None):
 
 
 def meteor(candidates, references):
-  """METEOR 1.5 by its own Java program, or None where that is not installed.
+  """METEOR 1.5 by its own Java program, or None if it is not installed.
 
   Needs Java and the extra `[meteor]` (PyPI `pycocoevalcap` carries the jar).
 
@@ -194,7 +194,7 @@ def meteor(candidates, references):
     references: list of N lists of strings.
 
   Returns:
-    (float, array [N]), or None after a log line that names what is missing.
+    (float, array [N]), or None after logging what is missing.
   """
   try:
     from pycocoevalcap.meteor import meteor as official  # pylint: disable=g-import-not-at-top

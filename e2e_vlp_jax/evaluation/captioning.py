@@ -11,7 +11,7 @@ NO_CURVE = ('BLEU1', 'BLEU2', 'BLEU3')
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
              progress=None):
-  """BLEU, ROUGE-L and CIDEr, and what the dataset itself checks.
+  """BLEU, ROUGE-L and CIDEr, and the dataset's own checks.
 
   Args:
     predictor: a Predictor.
@@ -21,8 +21,8 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     progress: called with the number of examples done.
 
   Returns:
-    {'BLEU1'..'BLEU4', 'ROUGE_L', 'CIDEr'}, and means of what the dataset's
-    `check_caption` returns. On scenes that is 'facts_right': the share of
+    {'BLEU1'..'BLEU4', 'ROUGE_L', 'CIDEr'}, and means of the results of the
+    dataset's `check_caption`. On scenes that is 'facts_right': the share of
     captions whose every object, attribute, count and relation is true.
   """
   task = predictor.task('caption')

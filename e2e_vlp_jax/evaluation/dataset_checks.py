@@ -1,4 +1,4 @@
-"""Judgements of a result that only the dataset itself can make.
+"""Checks of a result that only the dataset itself can make.
 
 A dataset's module may define `check_caption(text, record) -> {metric: bool}`,
 {} for a record that it cannot judge.
@@ -12,13 +12,13 @@ _DATASETS = 'e2e_vlp_jax.data.datasets'
 
 
 def check_caption(pipeline, example_id, text):
-  """{metric: bool} of a caption of the image of an example; {} = no check."""
+  """{metric: bool} of a caption of an example's image; {} = no check."""
   check = _caption_check(pipeline.name(example_id).partition('/')[0])
   return check(text, pipeline.record(example_id)) if check else {}
 
 
 def truth(pipeline, example_id, labels):
-  """All that is known of the image of an example: a `tasks.base.Truth`."""
+  """The `tasks.base.Truth` of the image of an example."""
   check = functools.partial(check_caption, pipeline, example_id)
   return base.Truth(
       pipeline.record(example_id), labels,

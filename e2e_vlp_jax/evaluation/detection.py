@@ -20,14 +20,14 @@ def coco_metrics(ground_truth, detections):
   """The twelve numbers of pycocotools for boxes.
 
   Args:
-    ground_truth: dict as an official instances JSON: images (id),
+    ground_truth: dict in the form of an official instances JSON: images (id),
       annotations (id, image_id, category_id, bbox x, y, w, h in pixels, area,
       iscrowd), categories (id).
     detections: list of {image_id, category_id, bbox, score}.
 
   Returns:
-    {name: value} for METRICS; -1 (as pycocotools prints) where there is no
-    ground truth of that size.
+    {name: value} for METRICS; -1 (as in pycocotools) if there is no ground
+    truth of that size.
   """
   with contextlib.redirect_stdout(io.StringIO()):  # It prints tables.
     truth = coco_lib.COCO()
@@ -51,8 +51,8 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
              progress=None):
   """AP over all classes, and accuracy of attributes on matched boxes.
 
-  The ground truth is the record's, in pixels of the upright original: crowds
-  count as in pycocotools, and so do boxes that a batch has no room for.
+  The ground truth is the record's, in pixels of the upright original. Crowds
+  are treated as in pycocotools, and boxes beyond the batch's M count, too.
 
   Args:
     predictor: a Predictor.
@@ -121,8 +121,8 @@ class _AttributeAccuracy:
     """Counts one image.
 
     Args:
-      found: arrays of the task 'detect' of this image.
-      objects: of `detect.ground_truth`.
+      found: this image's arrays of the task 'detect'.
+      objects: from `detect.ground_truth`.
     """
     self._objects += len(objects)
     pairs = detect.match_boxes(found['boxes'], found['scores'],

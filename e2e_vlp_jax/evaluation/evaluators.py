@@ -17,7 +17,7 @@ from e2e_vlp_jax.training import sharding
 _PACKAGE = 'e2e_vlp_jax.evaluation'
 _KEYS = ('type', 'source', 'pp', 'max_examples', 'examples_during_training',
          'options')
-# Arguments of every `evaluate`; those that follow are an evaluator's options.
+# Arguments of every `evaluate`; any further ones are the evaluator's options.
 _COMMON = ('predictor', 'variables', 'pipeline', 'max_examples', 'progress')
 
 
@@ -40,7 +40,7 @@ class Evaluators:
     mesh: see Predictor.
 
   Raises:
-    UserError: an unknown evaluator, key or option, or data that is not there.
+    UserError: an unknown evaluator, key or option, or missing data.
   """
 
   def __init__(self, config, model, vocabularies, mesh=None):
@@ -54,7 +54,7 @@ class Evaluators:
     self._functions, self._pipelines = {}, {}
     for name, options in config.evals.items():
       self._functions[name] = _function(name, options)
-      # Opened now, so that a missing split fails before the training.
+      # Opened now, so that a missing split fails before training.
       self._pipelines[name] = self._open(options.source, options.pp)
 
   def _open(self, source, pp):
@@ -67,10 +67,10 @@ class Evaluators:
         rows=rows, vocabularies=self._vocabularies)
 
   def check_metric(self, key, metric):
-    """UserError unless `metric` is '' or of an evaluation during training.
+    """UserError unless `metric` is '' or measured during training.
 
     Args:
-      key: the config's, for the message.
+      key: config key, for the error message.
       metric: 'eval/<name>/<metric>'.
     """
     during = [n for n, o in self._config.evals.items()
@@ -88,7 +88,7 @@ class Evaluators:
 
     Args:
       variables: {'params': ..., **model_state}.
-      final: on all of `max_examples`; else on `examples_during_training`.
+      final: use `max_examples`; otherwise `examples_during_training`.
       bar: show progress bars.
 
     Returns:
@@ -139,10 +139,10 @@ def write(workdir, step, scores, images):
   """Writes WORKDIR/eval.json, samples/*.png and report.html.
 
   Args:
-    workdir: folder, made if it is not there.
-    step: of the checkpoint that was evaluated.
+    workdir: folder, created if needed.
+    step: step of the evaluated checkpoint.
     scores: {'eval/<name>/<metric>': value}.
-    images: {picture name: PIL image}; they replace those of the same name.
+    images: {picture name: PIL image}; they replace those with the same name.
   """
   os.makedirs(os.path.join(workdir, 'samples'), exist_ok=True)
   for name, image in images.items():

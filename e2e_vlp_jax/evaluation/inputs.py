@@ -1,4 +1,4 @@
-"""What a model reads in an evaluation: batches of a pipeline, or one image."""
+"""Inputs of an evaluation: batches of a pipeline, or single images."""
 import collections
 
 import numpy as np
@@ -10,12 +10,12 @@ from e2e_vlp_jax.data import photographs
 
 
 def fit(image, buckets, pp='decode|fit'):
-  """The image in the bucket of the nearest aspect ratio, as the pipeline's.
+  """Places an image in the bucket of the nearest aspect ratio.
 
   Args:
     image: uint8 [H, W, 3].
     buckets: [(height, width)].
-    pp: its image ops decide where and how large the image lies.
+    pp: pp string whose image ops place the image.
 
   Returns:
     (uint8 [BH, BW, 3], bool [BH, BW]), the mask True on the image.
@@ -31,7 +31,7 @@ def fit(image, buckets, pp='decode|fit'):
 
 
 def example(predictor, image, texts=(), count=0):
-  """A row of a batch, made as the pipeline makes it for `data.pp_eval`.
+  """Makes a row of a batch as the pipeline does, with `data.pp_eval`.
 
   Args:
     predictor: a Predictor.
@@ -58,8 +58,8 @@ def in_batches(examples, rows):
 
   Args:
     examples: iterable of dicts from `example`.
-    rows: B. The last batch of a shape is filled up with its last example, as
-      another size would compile again.
+    rows: B. The last batch of a shape is filled up with its last example, since
+      another size would need another compilation.
 
   Yields:
     (numbers, batch): which examples the first rows are, and the batch.
@@ -115,10 +115,10 @@ def text_rows(predictor, batch, encoded, count):
 
 
 def batches(predictor, pipeline, max_examples=None, progress=None):
-  """An evaluation's batches, all of them or a sample.
+  """Yields an evaluation's batches, all of them or a sample.
 
-  A sample is whole batches spread evenly over the split, since neighbouring
-  batches have the same shape of image.
+  A sample has whole batches spread evenly over the split, since neighbouring
+  batches have the same image shape.
 
   Args:
     predictor: a Predictor.

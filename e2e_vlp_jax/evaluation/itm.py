@@ -1,4 +1,4 @@
-"""Image-text matching: is each text told from another image's?"""
+"""Image-text matching: accuracy on true and swapped pairs."""
 import numpy as np
 
 from e2e_vlp_jax.evaluation import inputs
@@ -18,7 +18,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     progress: called with the number of examples done.
 
   Returns:
-    {'accuracy'}: the share of pairs that are judged rightly, at 0.5.
+    {'accuracy'}: the share of pairs classified correctly, at 0.5.
   """
   task = predictor.task('match')
   right = pairs = 0

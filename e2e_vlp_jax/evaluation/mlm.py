@@ -9,7 +9,7 @@ NO_CURVE = ('image_gain',)
 
 
 class FillIn(base.Task):
-  """The likeliest token at every position of the masked texts: [B, S, L]."""
+  """The most likely token at every position of the masked texts: [B, S, L]."""
   requests = {'joint_masked': ('mlm',)}
   keys = ('image', 'image_mask', 'masked_text', 'masked_text_mask')
 
@@ -25,8 +25,8 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
              progress=None):
   """Accuracy of the predicted tokens, with the image and with a blank one.
 
-  The blank image has the model's mean colour, so that the text's own
-  statistics are all that is left to predict from.
+  The blank image has the model's mean colour, so the model can only use the
+  text.
 
   Args:
     predictor: a Predictor.

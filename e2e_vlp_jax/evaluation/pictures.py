@@ -1,9 +1,9 @@
-"""Pictures on which a person sees at a glance what a model got right.
+"""Draws pictures that show at a glance what a model got right.
 
-The image with tagged boxes; below it the rows of each task, see
-`tasks.base.Task.draw`. Where the truth is known, green is right, red is
-wrong, thin white lines are the true boxes and dashed ones were missed. Cards
-are narrow, so that they can be read on a telephone.
+A picture has the image with tagged boxes and, below it, the rows of each task
+(`tasks.base.Task.draw`). If the truth is known, green is right, red is wrong,
+thin white lines are the true boxes and dashed ones were missed. Pictures are
+narrow, so that they can be read on a phone.
 """
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.tasks import base
 
 _PAPER = '#16191d'
-# Pixels. Photographs get the larger side, small drawn scenes the other.
+# Pixels: the larger side for photographs, the smaller for drawn scenes.
 _SMALL_SIDE, _SIDE, _EDGE, _LINE, _LETTER = 480, 600, 14, 22, 8.4
 
 
@@ -152,13 +152,13 @@ def _font(size):
 
 
 def sample_sheet(predictor, variables, pipeline, n):
-  """Pictures of `n` examples, with all tasks that the model is trained for.
+  """Pictures of `n` examples, with all tasks for which the model is trained.
 
   Args:
     predictor: a Predictor.
     variables: {'params': ..., **model_state}.
     pipeline: an evaluation Pipeline.
-    n: how many.
+    n: number of examples.
 
   Returns:
     list of at most n PIL images, the same examples every time.
@@ -183,7 +183,7 @@ def sample_sheet(predictor, variables, pipeline, n):
 
 
 def _sample(predictor, variables, batch, ids, pipeline, task):
-  """A task's results for the rows of a batch, asked its `sample_texts`."""
+  """A task's results for the rows of a batch, with its `sample_texts`."""
   texts = None
   if task.needs_text:
     texts = task.sample_texts([pipeline.record(i) if i >= 0 else None

@@ -37,8 +37,8 @@ class Predictor:
     config: whole config; reads `data.buckets`, `data.max_text`,
       `data.pp_eval`, `model`.
     vocabularies: a `data.vocabularies.Vocabularies`.
-    mesh: batches are split over its data axes, if given. Every host then
-      passes its own rows and gets the results of all rows.
+    mesh: if given, batches are split over its data axes. Every host then passes
+      its own rows and gets the results of all rows.
   """
 
   def __init__(self, model, config, vocabularies, mesh=None):
@@ -69,7 +69,7 @@ class Predictor:
     return [n for n in base.names() if not self._load(n).lacks(self.model)]
 
   def task(self, name):
-    """The task of a name.
+    """Finds a task by name.
 
     Raises:
       UserError: no such task, or the model lacks a head that it needs.
@@ -90,7 +90,7 @@ class Predictor:
   # --- Images -----------------------------------------------------------------
 
   def predict(self, variables, images, task, texts=None, **options):
-    """What a task finds in each of some images.
+    """Runs a task on images.
 
     Images of different shapes go to the buckets of `data.buckets` and run in
     batches; each bucket compiles once.
@@ -102,15 +102,15 @@ class Predictor:
       task: name of a task, such as 'detect'.
       texts: for tasks that take texts: a list of strings that is used for
         every image, or a list of N lists of strings.
-      **options: of the task.
+      **options: options of the task.
 
     Returns:
       list of N `tasks.base.Result`s of the task's own kind, in the order of
       the images.
 
     Raises:
-      UserError: unknown task or option, a head that the checkpoint lacks, no
-        text where the task needs one, or not an image.
+      UserError: unknown task or option, the checkpoint lacks a head, the task
+        needs a text and gets none, or a file is not an image.
     """
     task = self.task(task)
     options = task.full_options(options)
@@ -137,8 +137,8 @@ class Predictor:
       variables: {'params': ..., **model_state}.
       batch: the task's keys and image_size.
       task: a `tasks.base.Task`.
-      texts: lists of strings, one a row: the texts of the batch. Rows beyond
-        the lists are left out.
+      texts: the batch's texts, a list of strings per row. Rows beyond the lists
+        are left out.
       **options: of the task.
     """
     options = task.full_options(options)
@@ -151,9 +151,9 @@ class Predictor:
             if not texts or i < len(texts)]
 
   def run(self, variables, batch, task, **options):
-    """What a task computes: dict of numpy arrays, all hosts' rows.
+    """Runs a task's computation: dict of numpy arrays, all hosts' rows.
 
-    Compiled once for each shape of a batch.
+    It is compiled once per shape of a batch.
 
     Args:
       variables: {'params': ..., **model_state}.

@@ -1,9 +1,9 @@
-"""Which characters Stanford's tokenizer (CoreNLP 3.4.1) knows, and as what.
+"""Character classes of Stanford's tokenizer (CoreNLP 3.4.1).
 
 Found by giving that tokenizer every character below U+10000: alone, inside a
 word, doubled and between digits. Tables are needed because Python's Unicode is
 newer: it has letters that were not assigned then. A character in no table, and
-every one above U+FFFF, is dropped and parts words. Ranges are hexadecimal;
+every one above U+FFFF, is dropped and separates words. Ranges are hexadecimal;
 ASCII's punctuation has rules of its own in `ptb_tokenizer`.
 """
 

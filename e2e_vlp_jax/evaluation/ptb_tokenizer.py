@@ -166,7 +166,7 @@ def tokenize(caption, following=''):
 
   Args:
     caption: any string; line breaks count as spaces.
-    following: what the original would read behind the caption; see
+    following: text that the original would read after the caption; see
       `tokenize_all`.
 
   Returns:
@@ -194,8 +194,8 @@ def tokenize_all(captions):
   """Splits captions as one run of the original splits their lines.
 
   The original does not stop at line ends: whether a caption's final 'K.' is
-  'k .' or 'k.' depends on the first word of the next line. Kept, so that
-  figures are equal to the official ones; it touches one caption in thousands.
+  'k .' or 'k.' depends on the first word of the next line. We do the same, so
+  that figures equal the official ones. It affects one caption in thousands.
 
   Args:
     captions: list of strings.

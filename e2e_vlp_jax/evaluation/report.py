@@ -1,8 +1,7 @@
 """WORKDIR/report.html: a run's settings, curves and results on one page.
 
-Self-contained (pictures and curves are inside, nothing is loaded from
-elsewhere) and made from whatever files of the workdir are there:
-config.json, metrics.jsonl, eval.json, samples/*.png.
+It is self-contained (pictures and curves are embedded) and made from those of
+these files that exist: config.json, metrics.jsonl, eval.json, samples/*.png.
 """
 import base64
 import collections
@@ -20,13 +19,13 @@ from e2e_vlp_jax import discovery
 from e2e_vlp_jax import files
 
 _EVALUATORS, _MODELS = 'e2e_vlp_jax.evaluation', 'e2e_vlp_jax.models'
-_POINTS = 300        # of a curve; more are averaged
+_POINTS = 300        # points of a curve; more are averaged
 _LARGEST_PNG = 200_000  # bytes; larger pictures are embedded as JPEG
 _COLOURS = ('#2563eb', '#e8590c', '#2f9e44', '#9c36b5')
 
 
 def write_report(workdir):
-  """Writes WORKDIR/report.html from what is there so far; returns its path.
+  """Writes WORKDIR/report.html from the results so far; returns its path.
 
   Raises:
     UserError: the folder does not exist or cannot be written.
@@ -70,7 +69,7 @@ def _read_json(path):
 
 
 def _read_metrics(path):
-  """{name: {step: value}}; what was written last for a step counts."""
+  """{name: {step: value}}; the last value written for a step counts."""
   series = collections.defaultdict(dict)
   if not os.path.exists(path):
     return series

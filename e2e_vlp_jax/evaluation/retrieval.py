@@ -1,9 +1,9 @@
-"""Retrieval: the text of an image, and the image of a text, among many.
+"""Retrieval: finds the text of an image, and the image of a text.
 
 A model with an ITC head (task 'embed') embeds every image and text once and
-ranks by ITC's logits; its ITM head (task 'match') then ranks the best `top_k`
-again, as ALBEF does (Li et al., 2021). A model without ITC scores every pair
-by ITM, which is affordable for some hundreds of images.
+ranks by ITC's logits. Its ITM head (task 'match') then re-ranks the best
+`top_k`, as in ALBEF (Li et al., 2021). A model without ITC scores every pair by
+ITM, which is affordable for some hundreds of images.
 """
 import numpy as np
 
@@ -22,38 +22,37 @@ _SCORES = {'odds': lambda x: x[..., 1] - x[..., 0],
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
              progress=None, texts=None, top_k=32, score='odds', itc_weight=0.,
              max_pairs=100_000, at_once=16):
-  """Recalls in both directions.
+  """Recall in both directions.
 
-  An image may have several texts: it is found by each of them, and finds its
-  text if any of its own is among the first K. Ties count as errors, so that a
-  model that gives all pairs one score finds nothing.
+  An image may have several texts. Each of them should find the image, and the
+  image counts as found if any of its texts is among the first K. Ties count as
+  errors, so a model that gives all pairs the same score finds nothing.
 
   Args:
     predictor: a Predictor.
     variables: {'params': ..., **model_state}.
-    pipeline: an evaluation Pipeline; its pp need make no more than images.
+    pipeline: an evaluation Pipeline; its pp only needs to make images.
     max_examples: number of images; None = all.
     progress: called with the number of images done, first while embedding,
       then from 0 again while pairs are scored.
-    texts: captions used of an image (its first ones); None = data.sentences.
-    top_k: how many candidates ITM ranks again; 0 = none.
-    score: what ITM ranks by: 'odds' (the probability of a match) or 'logit'
-      (its logit alone, as FIBER's released code).
-    itc_weight: factor with which ITC's logits are added to ITM's score. Where
-      ITM learned to tell true pairs from negatives drawn by exp(h x ITC's
-      logits), its odds are those of a pair divided by just that; the factor h
-      puts it back (noise-contrastive estimation, Gutmann and Hyvarinen,
-      2010).
-    max_pairs: of images and texts, for a model without ITC.
-    at_once: texts in one call of ITM with an image.
+    texts: number of captions used per image, the first; None = data.sentences.
+    top_k: number of candidates that ITM re-ranks; 0 = none.
+    score: score by which ITM ranks: 'odds' (the probability of a match) or
+      'logit' (its logit alone, as in FIBER's released code).
+    itc_weight: factor with which ITC's logits are added to ITM's score. If ITM
+      was trained on negatives sampled by exp(h x ITC's logits), its odds are
+      the odds of a match divided by that factor; itc_weight = h multiplies by
+      it again (noise-contrastive estimation, Gutmann and Hyvarinen, 2010).
+    max_pairs: maximum number of image-text pairs for a model without ITC.
+    at_once: number of texts per image in one call of ITM.
 
   Returns:
     {TR1, TR5, TR10 (texts found by images), IR1, IR5, IR10 (images found by
-    texts)}, by ITC, and TR1_itm, ..., IR10_itm after ITM's ranking; without
-    ITC the former alone, by ITM.
+    texts)} by ITC, and TR1_itm, ..., IR10_itm after ITM's re-ranking. Without
+    ITC only the former, by ITM.
 
   Raises:
-    UserError: neither head, a head that the checkpoint lacks, too many
+    UserError: the model has neither head, the checkpoint lacks one, too many
       pairs, or an unknown `score`.
   """
   if score not in _SCORES:
@@ -74,7 +73,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     out = recalls(near, near, items.owner)
     if not itm:
       return out
-    # The pairs to score, for the images' sake and for the texts'.
+    # The pairs to score: candidates of the images and of the texts.
     by_image, by_text = _best(near, top_k, 1), _best(near, top_k, 0)
   else:
     _check_number(shape, max_pairs)
@@ -106,14 +105,14 @@ def recalls(by_image, by_text, owner):
   """TR and IR at 1, 5 and 10.
 
   Args:
-    by_image: [N, M] score of every pair, among which an image looks.
-    by_text: [N, M], among which a text looks.
+    by_image: [N, M] score of every pair, for ranking the texts of an image.
+    by_text: [N, M], for ranking the images of a text.
     owner: [M] number of the image to which a text belongs.
 
   Returns:
-    {'TR1', ..., 'IR10'}, shares of the images that have texts, of the texts.
+    {'TR1', ..., 'IR10'}: shares of the images with texts (TR), of texts (IR).
   """
-  # A score that is no number is the lowest of all.
+  # NaN counts as the lowest score.
   clean = lambda x: np.where(np.isnan(x), -np.inf, x)
   by_image, by_text = clean(by_image), clean(by_text)
   own = owner == np.arange(len(by_image))[:, None]

@@ -1,4 +1,4 @@
-"""Whether the variables of a checkpoint fit a model."""
+"""Checks whether the variables of a checkpoint fit a model."""
 import jax
 
 from e2e_vlp_jax import errors
@@ -8,15 +8,16 @@ from e2e_vlp_jax.data import synthetic
 def check(model, config, sizes, found, path, changes):
   """UserError unless the variables of a checkpoint fit the model.
 
-  Heads that were never trained may be absent altogether, and so may state
-  that another setting alone needs.
+  Heads that were never trained may be missing, and so may state that only
+  another setting needs.
 
   Args:
     model: from `models.build`.
     config: whole config.
-    sizes: of the vocabularies, see `data.vocabularies.Vocabularies.sizes`.
+    sizes: sizes of the vocabularies, see
+      `data.vocabularies.Vocabularies.sizes`.
     found: {'params': ..., other collections}, nested dicts of arrays.
-    path: of the checkpoint, for the message.
+    path: path of the checkpoint, for the error message.
     changes: {key of config.model: (value in the checkpoint's config, value
       here)}, for the message.
   """

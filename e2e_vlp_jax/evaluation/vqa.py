@@ -28,11 +28,11 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   Returns:
     {'accuracy'}, 'accuracy/KIND' of each kind of question ('yes_no', 'number',
     'other' in VQA v2) and, if asked for, 'accuracy/type/BEGINNING' (such as
-    'what_color_is_the'). Empty where nobody answered, as in test splits.
+    'what_color_is_the'). Empty if there are no answers, as in test splits.
 
   Raises:
-    UserError: a submission of a question that has no official id, or a file
-      that cannot be written.
+    UserError: a submission for questions without official ids, or a file that
+      cannot be written.
   """
   task = predictor.task('answer')
   names = predictor.vocabularies.answers.answers
@@ -70,7 +70,7 @@ def means(values, groups, prefix):
   Args:
     values: list of n numbers.
     groups: list of n names; '' = in no group.
-    prefix: of the metrics' names.
+    prefix: prefix of the metrics' names.
 
   Returns:
     {prefix + name: mean}, sorted; names without spaces and slashes.
@@ -84,13 +84,13 @@ def means(values, groups, prefix):
 
 
 def write_submission(path, results, expected):
-  """Writes the official results file, as the evaluation server reads it.
+  """Writes the results file for the official evaluation server.
 
   Args:
-    path: where to.
+    path: path of the file.
     results: list of {'question_id', 'answer'}.
-    expected: number of questions of the split; a warning says if some lack,
-      as the server refuses such a file.
+    expected: number of questions of the split. If some are missing, it warns,
+      because the server refuses such a file.
 
   Raises:
     UserError: the file cannot be written.

@@ -1,9 +1,10 @@
 """FIBER's coarse-grained checkpoints (github.com/microsoft/FIBER).
 
-Of pre-training and of its fine-tuning. The head of VQA goes to a head of
-`model.heads` in the view `joint`, that of NLVR2 to one in the view `pair`. Two
-generations: the released code has a queue and stores the temperature, the
-earlier one (June 2022) the logarithm of its inverse.
+Reads checkpoints of pre-training and fine-tuning. The head of VQA becomes a
+head of `model.heads` in the view `joint`, that of NLVR2 one in the view `pair`.
+The checkpoints have two generations: the released code has a queue and stores
+the temperature, the earlier one (June 2022) stores the logarithm of its
+inverse.
 """
 from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import roberta
@@ -22,9 +23,9 @@ SURPLUS = (
     (r'text_transformer\.encoder\.layer\.\d+\.alpha_t2i',
      f'of a layer below the first pair, {_UNUSED}'),
     (r'cross_modal_att_layers\.\d+\..*',
-     f'of a layer without need of it, {_UNUSED}'),
-    (r'rank_output\..*', 'row 1 of itm_score as it once was; the score is '
-     'its logit of class 1'),
+     f'of a layer that does not need it, {_UNUSED}'),
+    (r'rank_output\..*', 'an old copy of row 1 of itm_score; we use its '
+     'logit of class 1 as the score'),
     (r'temp|logit_scale', 'model.queue decides which of the two is used; the '
      'other one starts from its initial value'),
     (r'(vqa|nlvr2)_classifier\..*', 'the config has no such head'),

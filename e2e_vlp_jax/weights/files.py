@@ -1,8 +1,8 @@
 """Reads and writes weights files: {tensor name: array}.
 
-safetensors, and torch's .bin, .pth, .pt and .ckpt. The latter are pickles,
-which may carry code: torch reads them with `weights_only`, which refuses
-everything but tensors and plain containers and runs nothing.
+Supports safetensors, and torch's .bin, .pth, .pt and .ckpt. The latter are
+pickles, which may contain code. torch reads them with `weights_only`, which
+accepts only tensors and plain containers and runs no code.
 """
 import json
 import os
@@ -22,11 +22,11 @@ FLOATS = {str(np.dtype(t)): np.dtype(t)
 
 
 def read(path):
-  """All tensors of a weights file, of the types that the file has.
+  """All tensors of a weights file, with the file's dtypes.
 
   Raises:
-    UserError: no such file, not a weights file, a damaged one, a pickle with
-      code in it, or a torch file where torch is not installed.
+    UserError: no such file, not a weights file, a damaged file, a pickle that
+      contains code, or a torch file while torch is not installed.
   """
   if not os.path.isfile(path):
     inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
@@ -83,7 +83,7 @@ def _read_torch(path):
 
 
 def _array(tensor, torch):
-  if tensor.dtype == torch.bfloat16:  # numpy() knows no bfloat16
+  if tensor.dtype == torch.bfloat16:  # numpy() does not support bfloat16
     return tensor.float().numpy().astype(ml_dtypes.bfloat16)
   return tensor.numpy()
 
@@ -93,7 +93,7 @@ def _first_line(e):
 
 
 def read_config(path):
-  """The config.json beside a weights file, as Hugging Face keeps it, or {}."""
+  """Hugging Face's config.json in the folder of a weights file, or {}."""
   file = os.path.join(os.path.dirname(os.path.abspath(path)), 'config.json')
   try:
     with open(file, encoding='utf-8') as f:

@@ -1,10 +1,10 @@
 """transformers' BertModel, BertForMaskedLM and BertForPreTraining.
 
-The embeddings and the encoder become those of the model. The heads are taken
-where the file has them: masked LM; the pooler as that of image-text matching,
-and next-sentence prediction as its classifier, with the classes swapped (BERT
-counts "belongs" as 0, we as 1): both ask whether two inputs belong together.
-A model of fewer layers starts from the first ones, as SOHO's three do.
+The embeddings and the encoder become those of the model. Heads are converted if
+the file has them: masked LM, the pooler as that of image-text matching, and
+next-sentence prediction as its classifier, since both decide whether two inputs
+belong together. Its classes are swapped: "belong together" is 0 in BERT and 1
+here. A model with fewer layers takes the first ones, as SOHO does with three.
 """
 import re
 
@@ -41,7 +41,7 @@ NEVER = (r'params/itm_head/classifier/.*',)
 def canonical(name):
   if re.match(r'(embeddings|encoder|pooler)\.', name):  # of a bare BertModel
     name = _B + name
-  # The first published files have TensorFlow's names.
+  # The earliest published files have TensorFlow's names.
   name = re.sub(r'LayerNorm\.gamma$', 'LayerNorm.weight', name)
   return re.sub(r'LayerNorm\.beta$', 'LayerNorm.bias', name)
 
@@ -55,7 +55,7 @@ def describe(tensors):
       'model.ffn': tensors[SIGNATURE[3]].shape[0],
       'model.encoder_layers': mapping.count(r'bert\.encoder\.layer\.(\d+)',
                                             tensors),
-      # A shorter table would do, but could not be exported whole.
+      # A shorter table would work, but the whole could not be exported.
       'model.max_text': rows('position'),
       'model.text_types': rows('token_type'),
       'model.pre_norm': False, 'model.act': 'gelu', 'model.epsilon': 1e-12}

@@ -22,7 +22,7 @@ NEVER = (r'params/detection_head/attributes/.*',)
 
 
 def canonical(name):
-  # In memory transformers 5 has other names than in its files.
+  # transformers 5 uses other names in memory than in its files.
   name = re.sub(r'^model\.backbone\.(conv_encoder\.)?model\.(_backbone\.)?',
                 _TRUNK, name)
   name = name.replace('.o_proj.', '.out_proj.').replace('.mlp.fc', '.fc')

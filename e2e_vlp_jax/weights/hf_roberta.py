@@ -1,7 +1,7 @@
 """transformers' RobertaModel and RobertaForMaskedLM, as a trunk.
 
 The masked-LM head is not converted: FIBER's has the same layers, but starts
-from random weights, as in the original.
+with random weights, as in the original.
 """
 import re
 

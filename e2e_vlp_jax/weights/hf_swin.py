@@ -11,7 +11,7 @@ SURPLUS = (swin.SIZES,
            (r'embeddings\.mask_token', 'for masked images; no such task here'))
 COPIES = {}
 NEVER, RESIZABLE, resize = swin.NEVER, swin.RESIZABLE, swin.resize
-# In memory transformers 5 has other names than in its files.
+# transformers 5 uses other names in memory than in its files.
 _NEWER = (('attention.q_proj.', 'attention.self.query.'),
           ('attention.k_proj.', 'attention.self.key.'),
           ('attention.v_proj.', 'attention.self.value.'),
@@ -30,7 +30,7 @@ def canonical(name):
 
 
 def describe(tensors):
-  # What `swin.describe` looks at, in the names that it knows.
+  # The tensors that `swin.describe` reads, under its names.
   known = {}
   for name, x in tensors.items():
     name = re.sub(r'^encoder\.', '', name)

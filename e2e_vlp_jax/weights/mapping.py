@@ -1,27 +1,27 @@
-"""From the tensors of a published file to our variables, and back.
+"""Converts the tensors of a published file to our variables, and back.
 
 A *source* is one file of this package, found by its name (hf_detr, ...):
   SIGNATURE         tensors by which its files are recognised.
-  SURPLUS           ((regex, reason), ...): tensors that we have no use for.
-  COPIES            {tensor: the tensor that it repeats}.
+  SURPLUS           ((regex, reason), ...): tensors that we do not use.
+  COPIES            {tensor: the tensor of which it is a copy}.
   canonical(name)   a tensor's name in the source's published spelling.
-  describe(tensors) what the file says about the model: {config key: value},
-                    and 'classes' and 'vocabulary' where it has them.
+  describe(tensors) facts about the file's model: {config key: value}, and
+                    'classes' and 'vocabulary' if it has them.
   read_config(c)    the same from the config.json beside the file, if any.
-  entries(config)   which tensor is which variable.
-and where it needs them:
+  entries(config)   the `Entry` of each tensor.
+and optionally:
   spelling(names)   `canonical` for a file with these names.
   UNSAID            config keys that its tensors do not determine.
-  FEWER             config keys that may be less than what the file says, such
-                    as a number of layers, of which the first ones are taken.
-  NEVER             (regex, ...): variables that its files never have, of
-                    modules whose other variables they have.
+  FEWER             config keys that may be less than in the file, such as a
+                    number of layers, of which the first ones are taken.
+  NEVER             (regex, ...): variables that its files never have although
+                    they have others of the same module.
   RESIZABLE         config keys that may differ from the file with --resize.
-  resize(x, shape)  a tensor of the form 'table', for another value of them.
+  resize(x, shape)  resizes a tensor of the form 'table' for them.
 
-Every form below permutes values, so that the way there and back keeps every
-bit. Half precision is widened to float32, which loses nothing either; the
-type is remembered and restored on the way back.
+Every form below only permutes values, so that import and export keep every bit.
+Half precision is widened to float32 without loss; the type is recorded and
+restored at export.
 """
 import importlib
 import re
@@ -36,13 +36,13 @@ from e2e_vlp_jax.weights import files
 
 
 class Entry(NamedTuple):
-  """One tensor.
+  """One tensor and its variable.
 
   Attributes:
-    theirs: its name in the source's published spelling.
-    ours: path of the variable, such as 'params/encoder/layer0/...'.
+    theirs: the tensor's name in the source's published spelling.
+    ours: path of our variable, such as 'params/encoder/layer0/...'.
     form: key of `FORMS`.
-    group: tensors of a group come together or not at all; '' = required.
+    group: a file has all tensors of a group or none; '' = required.
     part: (i, n): it is the i-th of n equal parts of the variable, along its
       last axis.
   """
@@ -54,12 +54,12 @@ class Entry(NamedTuple):
 
   @property
   def key(self):
-    """Path of the variable, and which part of it."""
+    """Path of the variable, and the part if there are several."""
     i, n = self.part
     return self.ours if n == 1 else f'{self.ours}[{i}/{n}]'
 
   def take(self, x):
-    """The tensor that our variable `x` holds."""
+    """The tensor in our variable `x`."""
     i, n = self.part
     return FORMS[self.form][1](np.split(x, n, -1)[i] if n > 1 else x)
 
@@ -84,7 +84,7 @@ def formats():
 
 
 def find(name):
-  """The source called `name`; UserError if there is none."""
+  """Finds the source called `name`; UserError if there is none."""
   if name not in formats():
     raise errors.UserError(f'--format: no format {name!r}'
                            + errors.nearest(name, formats()))
@@ -122,7 +122,7 @@ def spelled(source, tensors, path):
   """{published spelling: (spelling in the file, array)} of a file.
 
   Raises:
-    UserError: not a file of this source; names what it looks like.
+    UserError: not a file of this source; suggests the right one.
   """
   out = {}
   canonical = _canonical(source, tensors)
@@ -160,16 +160,16 @@ def value_of(config, key):
 
 
 def check_config(facts, config, sizes, path, source=None, resize=False):
-  """UserError if the file is of another model than `config` describes.
+  """UserError if the file's model is not that of `config`.
 
   Args:
     facts: from `describe` and `read_config`.
     config: whole config.
     sizes: for 'classes' and 'vocabulary': (config key, number of entries,
       {number: value of that key that has it}).
-    path: of the file, for the message.
+    path: path of the file, for the error message.
     source: module, for its `FEWER` and `RESIZABLE`.
-    resize: the latter may differ.
+    resize: whether the latter may differ.
   """
   found, fitting, absent = [], [], []
   fewer, resizable = (getattr(source, name, ())
@@ -202,7 +202,7 @@ def check_config(facts, config, sizes, path, source=None, resize=False):
 
 
 def to_ours(source, tensors, config, shapes, path, resize=False):
-  """Their tensors as our variables.
+  """Converts a file's tensors to our variables.
 
   Args:
     source: module, see above.
@@ -210,7 +210,7 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     config: a config that `check_config` accepts.
     shapes: {path of a variable: shape} of the config's model.
     path: of the file, for messages.
-    resize: tensors of the form 'table' may have another shape.
+    resize: whether tensors of the form 'table' may have another shape.
 
   Returns:
     (variables, record): {path: float32 array}, and a JSON-able dict that
@@ -220,7 +220,7 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     'resized' {name: [shape in the file, ours]}.
 
   Raises:
-    UserError: tensors are lacking, or of other shapes or types.
+    UserError: tensors are missing, or have wrong shapes or types.
   """
   every = source.entries(config)
   entries = [e for e in every if e.ours in shapes]
@@ -296,7 +296,7 @@ def _left_over(source, tensors, entries, used):
 
 
 def to_theirs(source, variables, config, record=None):
-  """Our variables as their tensors, the inverse of `to_ours`.
+  """Converts our variables to tensors, the inverse of `to_ours`.
 
   Args:
     source: module.
@@ -306,7 +306,8 @@ def to_theirs(source, variables, config, record=None):
       without it, published spelling and the variables' types.
 
   Raises:
-    UserError: the checkpoint lacks what every file of this source has.
+    UserError: the checkpoint lacks variables that every file of this source
+      has.
   """
   entries = source.entries(config)
   if record is None:
@@ -329,7 +330,7 @@ def to_theirs(source, variables, config, record=None):
 
 
 def uncovered(source, missing, tensors):
-  """Variables that a file should have had: the gaps in what it covers.
+  """Missing variables of modules of which the file has other variables.
 
   Args:
     source: module.
@@ -348,6 +349,6 @@ def _their_shape(entry, shape):
 
 
 def _some(items):
-  """The first three and how many more."""
+  """The first three items and the number of others."""
   more = f' and {len(items) - 3} more' if len(items) > 3 else ''
   return '; '.join(items[:3]) + more

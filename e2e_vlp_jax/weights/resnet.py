@@ -52,7 +52,7 @@ def describe(tensors):
   """{config key: value} of a trunk, from its tensors in torchvision's names.
 
   Raises:
-    UserError: a ResNet of a depth that we do not have.
+    UserError: a ResNet of an unsupported depth.
   """
   blocks = tuple(mapping.count(rf'layer{s}\.(\d+)\.', tensors)
                  for s in range(1, 5))

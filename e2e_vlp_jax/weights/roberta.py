@@ -5,7 +5,7 @@ POSITION_IDS = (r'(.*\.)?embeddings\.position_ids',
                 'the numbers from 0, a constant')
 
 
-# Cross-attention, which no file of RoBERTa alone has.
+# Cross-attention, which plain RoBERTa files never have.
 NEVER = (r'params/text/.*/cross/.*',)
 
 
@@ -24,7 +24,7 @@ def describe(tensors):
 
 
 def entries(config, prefix='', fused=()):
-  """Entries of the trunk, after `prefix`; `fused`: layers that see images."""
+  """Entries of the trunk, after `prefix`; `fused`: cross-attending layers."""
   a, b = f'{prefix}embeddings', 'text/embedding'
   out = [mapping.Entry(f'{a}.{x}_embeddings.weight',
                        f'params/{b}/{y}/embedding')

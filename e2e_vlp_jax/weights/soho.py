@@ -1,9 +1,10 @@
 """The released SOHO checkpoints (github.com/researchmm/soho).
 
-Of pre-training: trunk, neck with the visual dictionary, BERT and the matching
-head; the masked LM's output layer is a copy of the word embeddings. Of VQA: no
-dictionary and no matching head (`model.dictionary.size=0`); its head goes to
-the head of `model.heads` in the view `joint`.
+Checkpoints of pre-training have the trunk, the neck with the visual dictionary,
+BERT and the matching head; the masked LM's output layer is a copy of the word
+embeddings. Checkpoints of VQA have no dictionary (`model.dictionary.size=0`)
+and no matching head; their head becomes the head of `model.heads` in the view
+`joint`.
 """
 from e2e_vlp_jax.weights import hf_bert
 from e2e_vlp_jax.weights import mapping
@@ -79,7 +80,7 @@ def entries(config):
       out += _projection('neck.gate_fc', 'gate', neck.norm)
   out += [e._replace(theirs=_L + e.theirs) for e in hf_bert.entries(config)
           if e.theirs.startswith(('bert.embeddings.', 'bert.encoder.'))]
-  # Required of pre-training's checkpoints, which have a dictionary.
+  # Required in checkpoints of pre-training, which have a dictionary.
   out.append(mapping.Entry('head.match_class.weight', 'params/itm_head/kernel',
                            'dense', '' if config.model.dictionary.size
                            else 'itm'))

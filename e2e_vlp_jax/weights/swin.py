@@ -13,14 +13,14 @@ RESIZABLE = (_WINDOW,)  # See mapping.py.
 SIZES = (r'(.*\.)?(relative_position_index|attn_mask)',
          'follows from the sizes')
 _BLOCK = r'layers\.(\d+)\.blocks\.(\d+)\.'
-# In a block; transformers' spelling of 2022, which its files still have.
+# Parts of a block; transformers' spelling of 2022, still that of its files.
 _NAMES = (('norm1.', 'layernorm_before.'), ('norm2.', 'layernorm_after.'),
           ('attn.proj.', 'attention.output.dense.'),
           ('attn.relative', 'attention.self.relative'),
           ('mlp.fc1.', 'intermediate.dense.'), ('mlp.fc2.', 'output.dense.'))
 
 
-# Cross-attention, which no file of Swin alone has.
+# Cross-attention, which plain Swin files never have.
 NEVER = (r'params/swin/.*/cross/.*',)
 
 
@@ -52,8 +52,8 @@ def entries(config, prefix='', fused=()):
 
   Args:
     config: whole config.
-    prefix: of their names.
-    fused: (stage, block) of those with cross-attention to a text.
+    prefix: prefix of the tensors' names.
+    fused: (stage, block) of the blocks with cross-attention.
   """
   c = config.model.swin
   out = [mapping.Entry(f'{prefix}patch_embed.proj.weight',

@@ -22,7 +22,7 @@ def canonical(name):
 
 
 def spelling(names):
-  """Of merging, in files of either age."""
+  """`canonical` for merging layers, in files of either version."""
   stages = {int(m[1]) for m in map(_MERGING.match, names) if m}
   if not stages or 0 in stages:
     return canonical
@@ -35,7 +35,7 @@ def describe(tensors):
 
 
 def read_config(c):
-  del c  # timm keeps nothing there that its tensors do not say.
+  del c  # timm's config.json adds nothing to its tensors.
   return {}
 
 

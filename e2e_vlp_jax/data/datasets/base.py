@@ -47,26 +47,26 @@ def features():
       'phrases': sequence({'bbox': _BOX(), 'text': _TEXT()}),
       'questions': sequence({
           'question': _TEXT(), 'answers': _TEXT(), 'kind': _TEXT(),
-          'id': np.int64}),             # of the dataset; -1: it has none
+          'id': np.int64}),             # the dataset's own id, or -1
       'refexps': sequence({'text': _TEXT(), 'bbox': _BOX()}),
-      # About this image (the left one) and another: `second_record`, the
-      # number of its record in this split, or a picture that is no record.
-      # About this image alone where there is neither (-1 and empty).
+      # About this image (the left one) and another, which is either
+      # `second_record`, the number of its record in this split, or the picture
+      # `second_image`. With neither (-1 and empty), about this image only.
       'statements': sequence({
           'second_image': _BYTES(), 'second_record': np.int64,
           'statement': _TEXT(), 'label': np.bool_}),
       'entailment': sequence({'text': _TEXT(), 'label': _TEXT()}),
       'scene_json': _TEXT(),            # the scene graph of a drawn image
-      # Whether objects of this dataset are annotated with attributes at all;
-      # an object without one is then really without.
+      # Whether the objects of this dataset have attribute labels at all. If
+      # so, an object without attributes really has none.
       'has_attributes': np.bool_,
   })
 
 
 def record(**fields):
-  """A full record: what is not given is empty.
+  """A full record; fields that are not given are empty.
 
-  Items may leave out what `records.OPTIONAL` names.
+  Items may leave out the fields of `records.OPTIONAL`.
   """
   full = dict(texts=[], objects=[], phrases=[], questions=[], refexps=[],
               statements=[], entailment=[], scene_json='',
@@ -122,7 +122,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return []
 
   def skip(self, split, reason, name=None):
-    """Counts something that is left out; `name` says what, if given."""
+    """Counts something that is left out, and lists its `name` if given."""
     found = self.reports[split]['skipped'].setdefault(
         reason, {'count': 0, 'names': []})
     found['count'] += 1
@@ -137,12 +137,12 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def box(self, split, what, name, xywh, stored, height, width):
     """A box of the annotations, checked and clipped to the image.
 
-    A box without area there is left out and counted.
+    A box without area in the image is left out and counted.
 
     Args:
-      split: whose report counts it.
-      what: kind of annotation, for the report: 'box', say.
-      name: of the annotation, for the report.
+      split: name of the split.
+      what: kind of annotation, such as 'box', for the report.
+      name: name of the annotation, for the report.
       xywh: left, top, width and height in pixels; may be anything.
       stored: the `image_files.Stored` image.
       height, width: the image's size according to the annotations.
@@ -235,7 +235,7 @@ def canonical(example):
 
 
 def stored_box(box, height=1, width=1):
-  """(x0, y0, x1, y1) -> as it is stored, float32 [4].
+  """(x0, y0, x1, y1) -> the stored form, float32 [4].
 
   Args:
     box: in pixels of an image of this height and width, or in [0, 1].
@@ -247,7 +247,7 @@ def stored_box(box, height=1, width=1):
 
 
 def held_out(k, total, count):
-  """Whether item k of `total` is one of `count` that are spread evenly."""
+  """Whether item k of `total` is one of `count` evenly spread items."""
   return (k + 1) * count // total > k * count // total
 
 
@@ -263,7 +263,7 @@ def reason(error, name):
 
 
 def _flat(example):
-  """As it is stored: items complete, lists inside lists as one string."""
+  """The stored form: complete items, and inner lists joined to a string."""
   def join(items, key):
     for item in items:
       if any('|' in s for s in item[key]):

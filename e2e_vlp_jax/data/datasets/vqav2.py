@@ -2,20 +2,20 @@
 
   python -m e2e_vlp_jax.prepare vqav2 --source DIR --data_dir data
 
-VQA v2 (Goyal et al., CVPR 2017), https://visualqa.org/download.html. Under
---source lie, as they are unpacked there,
+VQA v2 (Goyal et al., CVPR 2017), https://visualqa.org/download.html. --source
+contains the unzipped files
   v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json
   v2_mscoco_{train2014,val2014}_annotations.json
 (or in a folder vqa/ or annotations/), and COCO's images,
   {train2014,val2014,test2015}/COCO_train2014_000000000009.jpg and so on, or
   {train2017,val2017,test2017}/000000000009.jpg, which have the same ids,
-as folders or .zip, or the same under images/. The folders of 2014 and 2015
-are used where they are there.
+as folders or .zip, or the same under images/. The folders of 2014 and 2015 are
+used if they exist.
 
 Splits are train, validation, test and test_dev, which is a part of test and
 written only if --splits names it. A record is an image with all its questions;
-`kind` is the official answer_type. Test questions have no answers. The
-official question_type is not stored: the question's first words decide it
+`kind` is the official answer_type. Test questions have no answers. The official
+question_type is not stored, since it follows from the question's first words
 (`vqa_answers.question_type`).
 
 Questions whose image is missing or broken are left out; the report counts and
@@ -48,9 +48,9 @@ class Builder(base.RecordBuilder):
   name = 'vqav2'
   NEEDS_SOURCE = True
   OPTIONS = {
-      'splits': ('', 'which of train,validation,test,test_dev; by default the '
-                 'first three, as far as their questions are there'),
-      'limit': (0, 'keep the first images by id of each split; 0 keeps all')}
+      'splits': ('', 'which of train,validation,test,test_dev; default: the '
+                 'first three, if their questions exist'),
+      'limit': (0, 'images to keep per split, the first by id; 0 keeps all')}
 
   def annotation_files(self):
     return [path for split in self._wanted() for path in self._files(split)
@@ -71,7 +71,8 @@ class Builder(base.RecordBuilder):
     if not found:
       raise errors.UserError(
           f'no {_questions_of("train")} in {self.source!r} and no other '
-          'questions of VQA v2: --source should be the folder that holds them')
+          'questions of VQA v2; --source should be the folder that contains '
+          'them')
     return list(dict.fromkeys(found))
 
   def _find(self, name):
@@ -124,10 +125,10 @@ class Builder(base.RecordBuilder):
     raise errors.UserError(f'{split}: no {name}/ or {name}.zip, and {error}')
 
   def _compare(self, split, questions, answers):
-    """Says how the files' counts agree with the published ones."""
+    """Prints the files' counts beside the published ones."""
     wanted = _SPLITS[split][2:]
     same = (questions, answers) == wanted
-    # On stderr, as the progress is: stdout is the report's.
+    # On stderr, like the progress bar; stdout is for the report.
     print(f'{self.name} {split}: {questions:,} questions, {answers:,} answers'
           + (', as published' if same else
              '; published: {:,} and {:,}'.format(*wanted)), file=sys.stderr)
@@ -183,10 +184,10 @@ class Builder(base.RecordBuilder):
       if not isinstance(answer, str):
         self.skip(split, 'answer that is no text', i)
         continue
-      if '|' in answer:  # It separates answers where they are stored.
+      if '|' in answer:  # It separates stored answers.
         self.note(split, "answer with '|', which became a space")
         answer = answer.replace('|', ' ')
-      # As the official tool does before it compares.
+      # As in the official tool, before answers are compared.
       answers.append(self._whole(split, answer).replace('\n', ' ').replace(
           '\t', ' ').strip())
     if not answers:
@@ -215,9 +216,9 @@ def _questions(path):
 
 
 def _annotations(path):
-  """{question_id: annotation}; of each answer only its text is kept.
+  """{question_id: annotation}; keeps only the text of each answer.
 
-  Ten answers a question as dicts would take gigabytes.
+  Ten answers per question as dicts would take gigabytes.
   """
   def text_of(item):
     return item['answer'] if 'answer' in item and 'answers' not in item else (
@@ -230,8 +231,8 @@ def _by_id(path, key, types, hook=None):
   """The list `key` of a JSON file as {question_id: item}.
 
   Raises:
-    UserError: unreadable, not such a file, or two items of one id that
-      differ.
+    UserError: unreadable, another kind of file, or two different items with
+      the same id.
   """
   try:
     with open(path, encoding='utf-8') as f:

@@ -5,7 +5,7 @@ The picture and every field of the record come from one scene graph: see `draw`
 only on the seed, the split's name and i, so a smaller split is a prefix of a
 larger one. Splits have different seeds; `unseen` holds scenes with colour-shape
 pairs that no other split shows or mentions. The second picture of a statement
-is drawn for it and is no record, so the statement stores its bytes.
+is drawn for it and is not a record, so the statement stores its bytes.
 """
 import functools
 import json

@@ -50,7 +50,7 @@ def sample_scene(seed, unseen=False):
            for _ in range(wanted)]
   if unseen:
     pairs[rng.randrange(wanted)] = rng.choice(sorted(HELD_OUT))
-  # Independent objects are hardly ever alike; counting needs some that are.
+  # Independent objects are rarely alike, but counting needs some that are.
   if wanted > 1 and rng.random() < 0.3:
     a, b = rng.sample(range(wanted), 2)
     if not unseen or pairs[b] not in HELD_OUT:
@@ -172,7 +172,7 @@ def _stencil(shape, pixels, texture='plain'):
   every shape, so the box determines the stencil. Ink is the brightness of the
   texture.
   """
-  fine = 8                     # samples a pixel, for smooth edges
+  fine = 8                     # samples per pixel, for smooth edges
   t = (np.arange(pixels * fine) + .5) / (pixels * fine) * 2 - 1
   u, v = t[None, :], t[:, None]
   r = np.hypot(u, v)

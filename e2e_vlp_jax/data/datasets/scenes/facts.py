@@ -1,4 +1,4 @@
-"""What is true of a scene, and what a caption claims: grammar and check.
+"""Checks whether what a caption states is true of a scene.
 
 A *spec* is a partial description of an object: a dict with any of the keys
 size, texture, colour, shape. An object matches when it agrees on all of them.
@@ -83,13 +83,13 @@ def check_caption(caption, scene):
   """Whether all that a caption states is true of a scene.
 
   Args:
-    caption: free text, such as a model writes.
-    scene: a scene graph (`scene_draw`).
+    caption: free text, such as a model's output.
+    scene: a scene graph (`draw`).
 
   Returns:
     dict(facts=n, right=bool): the number of facts stated (one for each object
     with its colour and shape, each further attribute, count and relation; 0
-    if the text is not of the grammar), and whether every one is true.
+    if the text does not follow the grammar), and whether all are true.
   """
   claims = _parse(caption)
   if claims is None:

@@ -12,7 +12,7 @@ from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
 from e2e_vlp_jax.data.datasets.scenes import facts
 
 CAPTIONS = 5
-MOST_WORDS = 18               # of a caption
+MOST_WORDS = 18               # maximum words of a caption
 # A picture cannot show whether these are true.
 HIDDEN = ('heavy', 'warm', 'soft', 'expensive')
 
@@ -39,8 +39,8 @@ def answers():
 def captions(scene, rng):
   """`CAPTIONS` different true captions.
 
-  Of five, two list objects (left to right), two relate them and one counts;
-  where the scene has no clear relation, more are lists.
+  Of five, two list objects (left to right), two relate them and one counts. If
+  the scene has no clear relation, more are lists.
   """
   if len(scene['objects']) == 1:
     kinds = [_one] * CAPTIONS
@@ -142,7 +142,7 @@ def entailment(scene, rng, pairs):
   """[(text, label)]: one each of entailment, neutral and contradiction.
 
   'Heavy' and the like make a text neutral if its object exists and a
-  contradiction if not, so the label cannot be told without the picture.
+  contradiction if not, so the label cannot be guessed without the picture.
   """
   o = rng.choice(scene['objects'])
   name = facts.mention(_pair(o))
