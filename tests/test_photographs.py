@@ -28,8 +28,8 @@ def test_sizes_train_and_predict(photographs, shared, tmp_path, arg,
   """Two steps of the real configs, made shallow; then a checkpoint's use."""
   config = config_lib.get_config(arg)
   config.update_from_flattened_dict({
-      'model.backbone.depth': 18, 'model.backbone.frozen_bn': frozen_bn,
-      'model.encoder_layers': 1, 'model.decoder_layers': 2,
+      'model.backbone.depth': 18, 'model.encoder_layers': 1,
+      'model.decoder_layers': 2,
       'model.width': 64, 'model.ffn': 64, 'batch_size': 8,
       'eval_batch_size': 8, 'total_steps': 2, 'log_every_steps': 1,
       'samples.count': 2, 'data.dir': str(photographs)})
