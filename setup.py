@@ -8,8 +8,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 PACKAGE = HERE / 'e2e_vlp_jax'
 README = HERE / 'README.md'
 
-# The CPU build of TensorFlow is all that the input pipeline needs and is a
-# fraction of the size; it exists for Linux on x86_64 only.
+# The input pipeline only needs the CPU build of TensorFlow, which is much
+# smaller. That package exists for Linux on x86_64 only.
 X86_LINUX = 'platform_system == "Linux" and platform_machine == "x86_64"'
 ELSEWHERE = 'platform_system != "Linux" or platform_machine != "x86_64"'
 
@@ -60,7 +60,7 @@ setuptools.setup(
         'meteor': ['pycocoevalcap'],         # METEOR, which also needs Java
         'gpu': ['jax[cuda13]'],
         'gpu-cuda12': ['jax[cuda12]'],       # drivers older than CUDA 13
-        'tpu': ['jax[tpu]'],                 # brings the libtpu that fits
-        'preflight': ['jax[tpu]'],           # and its compiler, no TPU needed
+        'tpu': ['jax[tpu]'],                 # installs the matching libtpu
+        'preflight': ['jax[tpu]'],           # libtpu's compiler; needs no TPU
     },
 )

@@ -1,7 +1,8 @@
-"""Look-up by name: the files of a package are the list of what there is.
+"""Finds models, objectives, tasks and so on by the names of their files.
 
-A model, an objective, a task, an evaluator, a dataset, a weights format and a
-peer are one file each in a package of their own; nobody keeps a list.
+Every model, objective, task, evaluator, dataset, weights format and peer is
+one file in the package of its kind. The files themselves are the list, so there
+is no registry to update.
 """
 import importlib
 import os
@@ -13,11 +14,11 @@ def names(package, having=None):
   """Names of the modules of a package, sorted.
 
   Args:
-    package: dotted name, 'e2e_vlp_jax.tasks'.
-    having: only modules whose source defines this name at its top level; the
-      files are read, not imported.
+    package: dotted name, such as 'e2e_vlp_jax.tasks'.
+    having: if given, only modules that define this name at top level. The
+      source files are searched, not imported.
   """
-  # A folder counts as a module: its `builder.py` or `__init__.py` is read.
+  # A folder counts as a module if it has a `builder.py`.
   found = []
   for folder in importlib.import_module(package).__path__:
     for entry in os.listdir(folder):
@@ -39,16 +40,16 @@ def _defines(path, name):
 
 
 def load(package, name, having, key):
-  """`having` of the module `name` of a package.
+  """Imports the module `name` of a package and returns its `having`.
 
   Args:
     package: dotted name.
-    name: of one of its modules, or of a folder with a `builder.py`.
-    having: what the module must define.
-    key: the config key or argument that gave the name, for the error.
+    name: name of one of its modules, or of a folder with a `builder.py`.
+    having: name of a class, function or value that the module defines.
+    key: config key or argument that contains `name`, for the error message.
 
   Raises:
-    UserError: there is no such module; names the nearest.
+    UserError: there is no such module; suggests the nearest name.
   """
   known = names(package, having)
   if name not in known:

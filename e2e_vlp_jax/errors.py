@@ -1,4 +1,4 @@
-"""Mistakes that a user can make and mend: one readable line, exit code 2."""
+"""Errors that a user can fix: one readable line and exit code 2."""
 import contextlib
 import difflib
 import errno
@@ -8,20 +8,20 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-  """Something the user asked for cannot be done.
+  """A request of the user that cannot be carried out.
 
-  The message is one line: the key or file, what was found, what was
-  expected, and the nearest valid choice. Entry points print it and exit
+  The message is one line that names the key or file, the value found, the
+  value expected and the nearest valid choice. Entry points print it and exit
   with code 2 (`exit_on_user_error`); library callers catch it.
   """
 
 
 def nearest(word, choices):
-  """The end of a message that refuses `word`: what could have been meant.
+  """Suggests valid choices for an unknown `word`, to end an error message.
 
   Returns:
-    "; did you mean 'x'?" for the closest of `choices`; else
-    '; valid choices: x, y', or '' where there are more than 12.
+    "; did you mean 'x'?" if one of `choices` is close to `word`. Otherwise
+    '; valid choices: x, y', or '' if there are more than 12 choices.
   """
   choices = [str(c) for c in choices]
   close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)

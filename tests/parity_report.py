@@ -22,8 +22,8 @@ FILES = ('test_parity_detr', 'test_parity_resnet', 'test_parity_bert',
 HEADER = '''# How close to the official tools
 
 Written by `python -m tests.parity_report`; every row is asserted by a test.
-"Difference" is the largest absolute one over all values compared, on random
-weights and padded batches where the row does not say otherwise.
+"Difference" is the largest absolute difference over all values compared. Unless
+the row says otherwise, weights are random and batches are padded.
 
 | component | compared with | difference | tolerance |
 |---|---|---|---|
@@ -31,49 +31,49 @@ weights and padded batches where the row does not say otherwise.
 NOTES = '''
 ## Notes
 
-- **Auxiliary losses.** With `auxiliary_loss=True`, transformers 5.23 hands the
-  *normalised* state of a decoder layer on to the next layer and normalises
-  the last state twice; its logits then differ by more than 1 from its own
-  logits without that option. In the original DETR, with which the published
-  weights were trained, the norm is for the heads alone, and so it is here.
-  The rows with auxiliary losses therefore take the layers' states from
-  transformers' forward pass without the option, and put them through its own
-  norm, heads and loss.
-- **Padding.** In DETR, what lies beyond an image's edge reaches its features
-  through the trunk's convolutions, so that results depend on the batch.
-  `model.backbone.mask_padding=False` does the same, and the rows above
-  compare it. The default keeps padding out: padded cells are zeroed before
-  every convolution that would see them, so an image has the outputs that it
-  has alone ("padded batch with mask_padding"), whatever else is in the batch
-  and whatever canvas it lies on. Exact where buckets are multiples of the
-  trunk's stride, as those of the configs are. (What a bucket also decides is
-  the scale to which an image is resized.) On the quickstart's model and all
-  its test images, the detection metrics in evaluation batches of 64, 7 and 50
-  and in buckets of 96x96, 96x144 and 168x96 differed by at most 6.5e-7 (AP
-  0.7133); `tests/test_evaluators.py` holds a small model to it.
-- **Gradients.** Those of the keys' biases, and of the first decoder layer's
-  self-attention queries and keys, are zero by symmetry; there both sides must
-  be below 1e-6 of the largest gradient. The tolerance of 1e-3 of each
-  tensor's maximum holds for the configurations and seeds of the rows, not in
-  general: a unit within rounding of a ReLU's edge may fall on its other side,
-  which changes single gradients by more. Of five fresh configurations of DETR
-  that an independent check tried, two kept to the tolerance and three did
-  not; against float64, torch's own float32 gradients erred by as much there.
-  Outputs and losses, which are continuous at the edge, kept to their
-  tolerance in all five. The seeds of the rows were chosen without such units;
-  another machine may still round some to the other side.
+- **Auxiliary losses.** With `auxiliary_loss=True`, transformers 5.23 passes the
+  *normalised* state of a decoder layer to the next layer and normalises the
+  last state twice. Its logits then differ by more than 1 from its own logits
+  without that option. In the original DETR, with which the published weights
+  were trained, only the heads use the norm, and ours does the same. The rows
+  with auxiliary losses therefore take the layers' states from transformers'
+  forward pass without the option, and apply its own norm, heads and loss.
+- **Padding.** In DETR, the padding beyond an image's edge affects its features
+  through the trunk's convolutions, so results depend on the batch.
+  `model.backbone.mask_padding=False` does the same, and the rows above compare
+  it. By default we zero padded cells before every convolution that would read
+  them. An image then has the same outputs as alone ("padded batch with
+  mask_padding"), whatever the other images and the size of the canvas. This is
+  exact if buckets are multiples of the trunk's stride, as in our configs.
+  (The bucket also determines the scale to which an image is resized.) On the
+  quickstart's model and all its test images, the detection metrics in
+  evaluation batches of 64, 7 and 50 and in buckets of 96x96, 96x144 and 168x96
+  differed by at most 6.5e-7 (AP 0.7133). `tests/test_evaluators.py` checks this
+  on a small model.
+- **Gradients.** Gradients of the keys' biases, and of the queries and keys of
+  the first decoder layer's self-attention, are zero by symmetry. There both
+  sides must be below 1e-6 of the largest gradient. The tolerance of 1e-3 of
+  each tensor's maximum holds for the configurations and seeds of the rows, not
+  in general: if a unit is within rounding of a ReLU's zero, the two sides may
+  disagree about its sign, which changes single gradients by more. An
+  independent check tried five other configurations of DETR: two were within the
+  tolerance and three were not. Against float64, torch's own float32 gradients
+  were off by as much there. Outputs and losses, which are continuous at zero,
+  were within their tolerance in all five. The seeds of the rows were chosen to
+  avoid such units; another machine may still round some to the other side.
 - **Frozen parts** (stem, layer1, BatchNorms) have no gradient on either side.
 - **SOHO.** Rows `soho_<file>` are compared with arrays that the released code
-  made (reference/soho; what each holds is in its README), every array of each
-  file but: gradients and updates of the keys' biases (rounding, their true
-  value is zero), those of the tied output layer under its second name,
-  torch's batch counters, and seeds and margins, which are no results. The
-  head of `soho_vqa` is one of `model.heads`. The pack holds nothing of half
-  precision, dropout, or torch's random draws: those recorded are fed in.
-- **FIBER.** Rows "FIBER coarse" are compared with arrays that the original
-  code made (reference/fiber_coarse); docs/fiber.md has a table by files, and
-  what is not compared. Gradients of the text layers' key biases are zero but
-  for rounding on both sides.
+  produced (reference/soho; its README describes each file). Every array is
+  compared except gradients and updates of the keys' biases (only rounding:
+  their true value is zero), those of the tied output layer under its second
+  name, torch's batch counters, and seeds and margins, which are not results.
+  The head of `soho_vqa` is one of `model.heads`. The reference has no arrays
+  for half precision or dropout. Where the released code used random numbers,
+  the tests use the recorded ones.
+- **FIBER.** Rows "FIBER coarse" are compared with arrays that the original code
+  produced (reference/fiber_coarse). docs/fiber.md has a table by file that also
+  lists what is not compared. Gradients of the text layers' key biases are zero
+  up to rounding on both sides.
 '''
 
 

@@ -273,7 +273,7 @@ def test_official_zip_files(genome, tmp_path):
 
 @pytest.mark.parametrize('content, says', [
     ('', 'objects.json is not readable'), ('{}', r'byte 0: no \['),
-    ('[{"image_id": 1, "objects": []}', r'neither , nor \]'),
+    ('[{"image_id": 1, "objects": []}', r'expected , or \]'),
     ('[{"image_id": 1, "objects": [', 'byte 1: '),
     ('[3]', "item 0 has no number 'image_id'"),
     ('[{"image_id": 1, "objects": []}, {"image_id": "x"}]', 'item 1'),

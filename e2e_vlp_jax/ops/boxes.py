@@ -1,7 +1,7 @@
-"""Box geometry. Boxes are float arrays [..., 4]; pure jax.
+"""Box geometry in pure JAX. Boxes are float arrays [..., 4].
 
 cxcywh: centre and size; xyxy: left, top, right, bottom. Coordinates are
-relative to the unpadded image unless a caller says otherwise.
+relative to the unpadded image unless a docstring says otherwise.
 """
 import jax.numpy as jnp
 
@@ -24,7 +24,7 @@ def area(boxes):
 
 
 def intersection(a, b):
-  """Area that xyxy boxes, which broadcast against each other, share."""
+  """Area of the overlap of xyxy boxes that broadcast against each other."""
   low = jnp.maximum(a[..., :2], b[..., :2])
   high = jnp.minimum(a[..., 2:], b[..., 2:])
   return jnp.prod(jnp.maximum(high - low, 0), -1)
@@ -41,7 +41,7 @@ def iou_and_union(a, b):
 
 
 def generalized_iou(a, b):
-  """GIoU (Rezatofighi et al., CVPR 2019) of broadcasting xyxy boxes."""
+  """GIoU (Rezatofighi et al., CVPR 2019) of xyxy boxes that broadcast."""
   iou, union = iou_and_union(a, b)
   low = jnp.minimum(a[..., :2], b[..., :2])
   high = jnp.maximum(a[..., 2:], b[..., 2:])

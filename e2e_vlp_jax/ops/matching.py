@@ -1,17 +1,16 @@
 """Optimal assignment of predictions to targets, on the device.
 
 Shortest augmenting paths (Jonker and Volgenant, 1987; the algorithm behind
-scipy's linear_sum_assignment). Targets enter one after the other; each starts
-a Dijkstra search over the queries that ends at a free one, and the queries
-along the path change hands. Padded targets do not enter: the work grows with
-the real ones.
+scipy's linear_sum_assignment). Targets are assigned one after the other. For
+each, a Dijkstra search over the queries runs until it reaches a free query, and
+the queries along the path are reassigned. Padded targets are skipped, so the
+work grows with the number of real ones.
 
-What is kept of a problem is one vector over its queries for each of: the dual
-of the query, the target that it is assigned to and that target's dual. Three
-more belong to the search. So a step is elementwise but for the row of costs
-that it reads, which suits a batch of problems on a CPU or TPU
-(`_solve_batch`) and one problem in the registers of one warp on a GPU
-(`_solve_kernel`).
+The state of a problem is a few vectors over its queries: the dual of each
+query, the target that it is assigned to and that target's dual. The search adds
+three more. Each step is therefore elementwise, except that it reads one row of
+costs. This suits a batch of problems on a CPU or TPU (`_solve_batch`), and one
+problem in the registers of one warp on a GPU (`_solve_kernel`).
 """
 import functools
 
@@ -26,7 +25,7 @@ _FREE = -1
 
 @functools.partial(jax.jit, static_argnames=('mesh', 'axes'))
 def hungarian(cost, mask, mesh=None, axes=()):
-  """Minimum-cost matching of targets to queries, a batch of problems.
+  """Minimum-cost matching of targets to queries for a batch of problems.
 
   Args:
     cost: [B, Q, M] float, Q >= M.
@@ -39,8 +38,8 @@ def hungarian(cost, mask, mesh=None, axes=()):
 
   Returns:
     index [B, M] int32: the query assigned to each target (padded targets get
-    distinct leftover queries), and bad [B] int32: how many costs of real
-    targets were not finite. Callers report it; a run with bad > 0 has
+    distinct leftover queries), and bad [B] int32: the number of costs of real
+    targets that were not finite. Callers report it; a run with bad > 0 has
     diverged.
   """
   if cost.shape[1] < cost.shape[2]:
@@ -50,7 +49,7 @@ def hungarian(cost, mask, mesh=None, axes=()):
   cost = jax.lax.stop_gradient(cost).astype(jnp.float32)
   if mesh is None or not axes:
     return _assign(cost, mask)
-  # Under GSPMD the loop would exchange data in every iteration.
+  # Under GSPMD the loop would communicate in every iteration.
   spec = P(axes)
   return jax.shard_map(_assign, mesh=mesh, in_specs=(spec, spec),
                        out_specs=(spec, spec), check_vma=False)(cost, mask)
@@ -63,22 +62,22 @@ def _assign(cost, mask):
     return jnp.zeros((b, 0), jnp.int32), jnp.zeros(b, jnp.int32)
   finite = jnp.isfinite(cost)
   real = mask[:, None]
-  # A pair without a finite cost costs more than all that it could save
-  # elsewhere, so it is taken only where nothing else is left. Not more than
-  # that: the sums below have 24 bits.
+  # Replace a cost that is not finite by one just large enough that its pair is
+  # chosen only if there is no other choice. A larger value would cost
+  # precision: the sums below have 24 bits.
   span = jnp.max(jnp.where(finite & real, jnp.abs(cost), 0.), (1, 2),
                  keepdims=True)
   cost = jnp.where(finite, cost, (2 * span + 1) * m)
   bad = jnp.sum(~finite & real, (1, 2)).astype(jnp.int32)
 
-  # Rows of targets, the real ones first.
+  # One row per target, the real ones first.
   order = jnp.argsort(~mask, axis=1, stable=True)
   rows = jnp.take_along_axis(cost.swapaxes(1, 2), order[..., None], 1)
   count = mask.sum(1).astype(jnp.int32)
   owner = jax.lax.platform_dependent(
       rows, count, cuda=_solve_on_gpu, default=_solve_batch)  # [B, Q]
 
-  # Queries in the order of the targets that own them, the leftover last.
+  # Queries in the order of the targets that own them, free ones last.
   query = jnp.argsort(jnp.where(owner == _FREE, m, owner), axis=1,
                       stable=True)[:, :m].astype(jnp.int32)
   index = jnp.zeros((b, m), jnp.int32).at[
@@ -87,11 +86,11 @@ def _assign(cost, mask):
 
 
 def _solve_batch(cost, count):
-  """All problems at once, a step of each search in turn.
+  """Solves all problems together; each iteration is one step of every search.
 
   Args:
     cost: [B, M, Q] finite.
-    count: [B] how many of the rows are real; the others are not read.
+    count: [B] number of real rows; the others are not read.
 
   Returns:
     [B, Q] int32: the row assigned to each column, or -1.
@@ -103,7 +102,7 @@ def _solve_batch(cost, count):
   def search(carry):
     """One step of Dijkstra's algorithm in each problem."""
     target, row, base, distance, before, seen, dual, owner, owner_dual = carry
-    # `base`: length of the path so far, less the dual of the row it is at.
+    # `base`: length of the path so far minus the dual of its last row.
     reduced = jnp.take_along_axis(
         cost, jnp.minimum(row, m - 1)[:, None, None], 1)[:, 0]
     length = base[:, None] + reduced - dual
@@ -125,7 +124,7 @@ def _solve_batch(cost, count):
         carry)
 
   def finish(found, end, low, carry):
-    """Where a free column is `found`: flips the path, starts the next search.
+    """Where a search `found` a free column: flips its path, starts the next.
     """
     target, row, base, distance, before, seen, dual, owner, owner_dual = carry
     done = found[:, None]
@@ -139,11 +138,11 @@ def _solve_batch(cost, count):
             dual - gain, owner, owner_dual)
 
   def flip(before, target, low, carry):
-    """Gives a column of the path to the row that it was reached from."""
+    """Assigns a column of the path to the row it was reached from."""
     going, end, owner, owner_dual = carry
     row = at(before, end)
     first = row == target
-    # The column that the row leaves; the target itself has none to leave.
+    # The column that the row gives up; the target itself has none yet.
     there = owner == row[:, None]
     left = jnp.where(first, end, jnp.where(there, column, 0).sum(1))
     value = jnp.where(first, low, jnp.where(there, owner_dual, 0.).sum(1))
@@ -163,16 +162,16 @@ def _solve_batch(cost, count):
 
 
 def _solve_on_gpu(cost, count, interpret=False):
-  """`_solve_batch` as one Triton kernel, a warp for each problem.
+  """`_solve_batch` as one Triton kernel with a warp per problem.
 
-  XLA's loop launches some kernels for each step of a search, tens of
-  thousands in all, and each lasts microseconds.
+  XLA's loop launches several kernels for each step of a search: tens of
+  thousands in all, each of which lasts microseconds.
   """
-  # Where it is used: other machines need not have what it is built on.
+  # Imported here because machines without a GPU may lack Triton.
   from jax.experimental import pallas as pl  # pylint: disable=g-import-not-at-top
   from jax.experimental.pallas import triton as plt  # pylint: disable=g-import-not-at-top
   b, m, q = cost.shape
-  width = pl.next_power_of_2(q)  # of Triton's arrays; nobody wants the rest
+  width = pl.next_power_of_2(q)  # Triton needs a power of 2
   cost = jnp.pad(cost, ((0, 0), (0, 0), (0, width - q)),
                  constant_values=jnp.inf)
   owner = pl.pallas_call(
@@ -190,7 +189,7 @@ def _solve_kernel(cost_ref, count_ref, owner_ref):
   """One problem; names as in `_solve_batch`. Refs: [M, Q], [1], [Q]."""
   width = owner_ref.shape[0]
   column = jax.lax.iota(jnp.int32, width)
-  # Registers have no index: a masked sum takes the only element that is left.
+  # Registers cannot be indexed, so read element j as a masked sum.
   at = lambda x, j: jnp.sum(jnp.where(column == j, x, jnp.zeros_like(x)))
 
   def search(carry):

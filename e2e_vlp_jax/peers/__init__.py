@@ -1,24 +1,25 @@
-"""Other people's training steps, for `benchmark --peer`: one file a peer.
+"""Training steps of other libraries, for `benchmark --peer`; one file each.
 
-A peer is a class `Peer(config, batch, num_classes)`, made from the very
-batch that we train on, with `step()` (a whole optimisation step, finished
-when it returns), `name` and `version`. What it is written with is an extra,
-imported when a peer is made and never before.
+A peer is a class `Peer(config, batch, num_classes)` with `step()`, `name`,
+`version` and `parameters`. It is built from the same batch that we train on.
+`step()` runs one whole optimisation step and returns when it is finished. The
+library behind a peer is an optional extra, so it is imported only when the
+peer is built.
 """
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 
 
 def names():
-  """All peers."""
+  """Names of all peers."""
   return discovery.names('e2e_vlp_jax.peers', 'Peer')
 
 
 def build(name, config, batch, num_classes):
-  """The peer called `name`.
+  """Builds the peer called `name`.
 
   Raises:
-    UserError: no such peer, or what it needs is not installed.
+    UserError: no such peer, or its library is not installed.
   """
   peer = discovery.load('e2e_vlp_jax.peers', name, 'Peer', '--peer')
   try:

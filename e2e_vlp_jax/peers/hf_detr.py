@@ -1,9 +1,9 @@
-"""transformers' DetrForObjectDetection (torch), trained as DETR is.
+"""transformers' DetrForObjectDetection (torch), trained like DETR.
 
-The same trunk, width, layers, queries, images, boxes, auxiliary losses,
-AdamW with a tenth of the learning rate in the trunk, clipping; bfloat16 by
-autocast where config.dtype says so. On a GPU under torch.compile; matching
-by scipy on the host, as it is written.
+It has the same trunk, width, layers, queries, images, boxes, auxiliary losses
+and gradient clipping as our model, and AdamW with a tenth of the learning rate
+in the trunk. It uses autocast to bfloat16 if config.dtype is bfloat16, and
+torch.compile on a GPU. Matching runs in scipy on the host, as in transformers.
 """
 import os
 
@@ -14,7 +14,7 @@ from e2e_vlp_jax.models import resnet
 
 
 class Peer:
-  """See the package's docstring."""
+  """A peer, as described in the package's docstring."""
   name = 'hf_detr'
 
   def __init__(self, config, batch, num_classes):
@@ -24,7 +24,7 @@ class Peer:
     if c.get('backbone', {}).get('name') != 'resnet' or (
         'decoder_layers' not in c or c.use_text):
       raise errors.UserError(
-          '--peer hf_detr: is a DETR with a ResNet and without text; use '
+          '--peer hf_detr: needs a DETR with a ResNet and without text; use '
           '--config configs/e2e_vlp.py:detr')
     self._torch = torch
     self._gpu = torch.cuda.is_available()
@@ -32,7 +32,7 @@ class Peer:
     self.version = (f'transformers {transformers.__version__}, torch '
                     f'{torch.__version__}'
                     + (', torch.compile' if self._gpu else ''))
-    # As many threads as XLA takes.
+    # As many threads as XLA uses.
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(config.seed)
     device = torch.device('cuda' if self._gpu else 'cpu')
@@ -52,8 +52,9 @@ class Peer:
         encoder_ffn_dim=c.ffn, decoder_ffn_dim=c.ffn,
         num_queries=c.num_queries, num_labels=num_classes, dropout=c.dropout,
         auxiliary_loss=True))
-    # Trained from the second stage on, as in DETR; with its own ResNet
-    # transformers freezes all of the trunk, by a name that does not match.
+    # Train the trunk from its second stage on, as DETR does. We set this by
+    # hand, since transformers freezes all of its own ResNet: it looks for
+    # parameter names that do not occur there.
     rest, slow = [], []
     for name, x in model.named_parameters():
       if 'backbone' in name:
@@ -84,7 +85,7 @@ class Peer:
                 for i, m in enumerate(batch['box_mask'])])
 
   def step(self):
-    """One optimisation step; returns its loss when all of it is done."""
+    """Runs one optimisation step; waits for it and returns its loss."""
     torch = self._torch
     self._optimizer.zero_grad(set_to_none=True)
     with torch.autocast('cuda' if self._gpu else 'cpu', torch.bfloat16,

@@ -3,12 +3,12 @@
 Official layout under --source:
   annotations/{instances,captions}_{train2017,val2017}.json
   {train2017,val2017}/ or .zip, or the same under images/
-Splits are train (train2017) and validation (val2017); one of them may be
-absent. Images come in the order of their ids. COCO has no attributes.
+The splits are train (train2017) and validation (val2017); one of them may be
+absent. Images are sorted by id. COCO has no attributes.
 
-A box is kept clipped to the image. What has no area there is left out and
-counted, and so are images that are missing or broken; the report names them.
-How boxes and EXIF-rotated pixels are brought together: `Stored.box`.
+Boxes are clipped to the image. Boxes without area and missing or broken images
+are left out; the report counts and names them. `Stored.box` turns boxes along
+with images that have an EXIF orientation.
 """
 import collections
 import functools
@@ -25,12 +25,13 @@ _TYPES = {'file_name': str, 'name': str, 'caption': str, 'id': int,
 
 
 class Builder(base.RecordBuilder):
-  """Reads the JSON files, checks every box and image."""
+  """Reads the JSON files and checks every box and image."""
   name = 'coco'
   NEEDS_SOURCE = True
   OPTIONS = {
-      'limit': (0, 'keep the first images by id of each split; 0 keeps all'),
-      'captioned_only': (False, 'only images that have boxes and captions')}
+      'limit': (0, 'images to keep per split, the first by id; 0 keeps all'),
+      'captioned_only': (
+          False, 'keep only images that have boxes and captions')}
 
   def annotation_files(self):
     return [p for f in self._found() for p in self._files(f)]
@@ -39,9 +40,9 @@ class Builder(base.RecordBuilder):
     found = self._found()
     if not found:
       raise errors.UserError(
-          f'no {self._files("train2017")[0]} and no '
-          f'{self._files("val2017")[0]}: --source should be the folder that '
-          'holds annotations/')
+          f'neither {self._files("train2017")[0]} nor '
+          f'{self._files("val2017")[0]} exists; --source should be the folder '
+          'that contains annotations/')
     return {split: self._read(split, folder)
             for split, folder in _FOLDERS.items() if folder in found}
 
@@ -66,17 +67,17 @@ class Builder(base.RecordBuilder):
     unknown = (boxes.keys() | texts.keys()) - {i['id'] for i in images}
     if self.options['captioned_only']:
       images = [i for i in images if boxes[i['id']] and texts[i['id']]]
-    most = self.options['limit'] or len(images)
+    limit = self.options['limit'] or len(images)
     if not images:
       raise errors.UserError(
           f'{self._files(folder)[0]}: no image to keep'
-          + (' that has boxes and captions (captioned_only)'
+          + (' with boxes and captions (captioned_only)'
              if self.options['captioned_only'] else ''))
-    return min(most, len(images)), functools.partial(
-        self._records, split, images, files, boxes, texts, labels, most,
+    return min(limit, len(images)), functools.partial(
+        self._records, split, images, files, boxes, texts, labels, limit,
         unknown)
 
-  def _records(self, split, images, files, boxes, texts, labels, most,
+  def _records(self, split, images, files, boxes, texts, labels, limit,
                unknown):
     for i in sorted(unknown):
       self.skip(split, 'annotations of an image that is not listed', i)
@@ -103,11 +104,11 @@ class Builder(base.RecordBuilder):
           image=stored.data, image_id=str(image['id']), height=stored.height,
           width=stored.width, texts=captions, objects=objects)
       written += 1
-      if written == most:
+      if written == limit:
         return
 
   def _objects(self, split, image, stored, annotations, labels):
-    """The valid objects of an image; the others are counted."""
+    """Returns the valid objects of an image; counts the others."""
     objects = []
     height, width = image['height'], image['width']
     scale = stored.height * stored.width / (height * width)
@@ -129,7 +130,7 @@ class Builder(base.RecordBuilder):
 
 
 def _load(path):
-  """A COCO JSON file; checks the keys that are read of it."""
+  """Loads a COCO JSON file and checks the keys that are used."""
   try:
     with open(path, encoding='utf-8') as f:
       content = json.load(f)
@@ -154,10 +155,10 @@ def _load(path):
       if absent:
         raise errors.UserError(f'{path}: {key}[{k}] has no {absent[0]!r}')
       for n in names:
-        good = _TYPES[n]
-        if not isinstance(item[n], good) or n in ('height', 'width') and (
+        kind = _TYPES[n]
+        if not isinstance(item[n], kind) or n in ('height', 'width') and (
             item[n] <= 0):
           raise errors.UserError(
               f'{path}: {key}[{k}].{n} is {item[n]!r}; expected '
-              + ('text' if good is str else 'a positive whole number'))
+              + ('text' if kind is str else 'a positive whole number'))
   return content

@@ -1,5 +1,4 @@
-"""Images of official datasets: found in folders or zip files, checked, stored.
-"""
+"""Finds images of official datasets in folders or zip files and checks them."""
 import io
 import multiprocessing.pool
 import os
@@ -11,8 +10,8 @@ from PIL import Image
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import photographs
 
-# EXIF orientation -> where a point (x, y), in [0, 1] of the stored pixels,
-# lies in the upright picture.
+# EXIF orientation -> function that maps a point (x, y) of the stored pixels to
+# the upright picture, both in [0, 1].
 _TURNS = {
     2: lambda x, y: (1 - x, y),
     3: lambda x, y: (1 - x, 1 - y),
@@ -25,18 +24,18 @@ _ORIENTATION = 0x0112
 
 
 class ImageFiles:
-  """Reads images by name from the first place that has them."""
+  """Reads images by name from the first folder or zip file that has them."""
 
   def __init__(self, source, folders):
     """Looks for `folders` under `source`, as folders and as zip files.
 
     Args:
       source: a folder.
-      folders: e.g. ['train2017', 'images/train2017']. Files in a zip may lie
-        in one folder.
+      folders: e.g. ['train2017', 'images/train2017']. The files of a zip may
+        be in one top-level folder.
 
     Raises:
-      UserError: none of them exists.
+      UserError: none of the folders exists.
     """
     self._places = []
     for folder in folders:
@@ -86,12 +85,12 @@ class ImageFiles:
 def load_all(names, read):
   """Yields `Stored` or the UserError for each name, in order.
 
-  Decodes on all cores, a bounded number of images ahead.
+  Decodes on all cores, at most 64 images ahead.
 
   Args:
-    names: list.
-    read: name -> encoded bytes; may raise UserError. Called from several
-      threads.
+    names: list of names.
+    read: function from a name to encoded bytes; may raise UserError. Called
+      from several threads.
   """
   def load(name):
     try:
@@ -107,8 +106,8 @@ class Stored:
   """An image as it is stored: upright, RGB, 8 bit.
 
   Attributes:
-    data: encoded bytes, the original ones if they need no change.
-    height, width: of the upright picture.
+    data: encoded bytes; the original ones unless they had to change.
+    height, width: size of the upright picture.
     changed: why the image was encoded again, or ''.
   """
 
@@ -117,19 +116,19 @@ class Stored:
     self._orientation, self.changed = orientation, changed
 
   def box(self, x0, y0, x1, y1, height, width):
-    """A box of the annotations, in the upright picture.
+    """Maps a box of the annotations to the upright picture.
 
-    The annotations' own height and width tell which pixels they refer to: a box
-    is turned with the picture unless that size is already the upright one.
-    Where both sizes fit (a square, or no quarter turn), boxes refer to the
-    pixels as stored, as COCO's tools read them.
+    The annotations' height and width show which pixels they refer to: a box is
+    turned with the picture unless that size is already upright. Where both
+    sizes fit (a square, or no quarter turn), boxes are taken to refer to the
+    pixels as stored, as in COCO's tools.
 
     Args:
       x0, y0, x1, y1: pixels of an image of this height and width.
       height, width: the image's size according to the annotations.
 
     Returns:
-      (x0, y0, x1, y1) in [0, 1], or None if the picture has another shape.
+      (x0, y0, x1, y1) in [0, 1], or None if the aspect ratios differ.
     """
     turn = _TURNS.get(self._orientation, lambda x, y: (x, y))
     quarter = self._orientation in (5, 6, 7, 8)
@@ -145,10 +144,10 @@ class Stored:
 
 
 def storable(data, name):
-  """Decodes an encoded image and keeps or rewrites its bytes: a `Stored`.
+  """Decodes an image and rewrites its bytes where needed; returns a `Stored`.
 
   Raises:
-    UserError: it is not a complete image.
+    UserError: the bytes are not a complete image.
   """
   with photographs.readable(name):
     image = Image.open(io.BytesIO(data))
@@ -175,5 +174,5 @@ def storable(data, name):
 
 
 def _same_shape(a, b):
-  """Whether two sizes have one aspect ratio, up to a rounded pixel."""
+  """Whether two sizes have the same aspect ratio, up to rounding."""
   return abs(a[0] * b[1] - a[1] * b[0]) <= max(*a, *b)

@@ -1,4 +1,4 @@
-"""JSON files that hold one long list, read one item at a time.
+"""Reads JSON files that are one long list, one item at a time.
 
 Visual Genome's files take gigabytes as Python objects; their items are small.
 """
@@ -10,43 +10,43 @@ from e2e_vlp_jax import errors
 
 _OPEN, _CLOSE = re.compile(rb'\s*\[\s*'), re.compile(rb'\s*\]')
 _COMMA = re.compile(rb'\s*,\s*')
-_GUESS = 1 << 16  # bytes read for an item at first; more if it is longer
+_GUESS = 1 << 16  # bytes to read for an item at first; more if it is longer
 
 
 class JsonList:
-  """Items by their ids; only their places in the file are kept in memory.
+  """Items by id; keeps only their offsets in the file in memory.
 
   Attributes:
-    path: of the file.
+    path: path of the file.
   """
 
   def __init__(self, path, ids, key=None):
-    """Reads the file once, to find and check its items.
+    """Reads the file once to find and check its items.
 
     Args:
-      path: of a JSON file, a list of objects.
-      ids: keys; the first that an item has holds its id, a number.
-      key: a list of objects that every item must have; None = no such check.
+      path: path of a JSON file, a list of objects.
+      ids: keys; the first of them that an item has is its id, a number.
+      key: key of a list of objects that every item must have, or None.
 
     Raises:
-      UserError: no such file, or it does not hold such a list.
+      UserError: no such file, or it does not contain such a list.
     """
     self.path, self._places = path, {}
     for number, (start, end, item) in enumerate(_items(path)):
-      what = f'{path}: item {number}'
+      where = f'{path}: item {number}'
       found = [item[k] for k in ids if k in item] if isinstance(
           item, dict) else []
       if not found or not isinstance(found[0], int):
-        raise errors.UserError(f'{what} has no number {ids[0]!r}; is this an '
+        raise errors.UserError(f'{where} has no number {ids[0]!r}; is this an '
                                'official file?')
       if key and not (isinstance(item.get(key), list) and all(
           isinstance(x, dict) for x in item[key])):
-        raise errors.UserError(f'{what} has no list {key!r} of objects; is '
+        raise errors.UserError(f'{where} has no list {key!r} of objects; is '
                                'this an official file?')
       self._places[found[0]] = start, end
 
   def ids(self):
-    """Ids of the items, in the order of the file."""
+    """Ids of the items in the order of the file."""
     return self._places.keys()
 
   def get(self, i, default=None):
@@ -60,11 +60,11 @@ class JsonList:
         return json.loads(f.read(end - start))
       except ValueError as e:
         raise errors.UserError(
-            f'{self.path}: item of id {i} is not readable: {e}') from e
+            f'{self.path}: item of id {i} cannot be read: {e}') from e
 
 
 def _items(path):
-  """Yields (start, end, item) of the list in a file; in bytes."""
+  """Yields (start, end, item) of the list in a file; offsets in bytes."""
   bad = lambda at, why: errors.UserError(
       f'{path} is not a readable JSON list: byte {at}: {why}')
   try:
@@ -77,7 +77,7 @@ def _items(path):
         at, size = mark.end(), _GUESS
         while True:
           try:
-            # One byte per character; numbers and structure are ASCII.
+            # latin-1 has one byte per character, so that `length` is in bytes.
             item, length = json.JSONDecoder().raw_decode(
                 data[at:at + size].decode('latin-1'))
             break
@@ -89,7 +89,7 @@ def _items(path):
         mark = _COMMA.match(data, at + length)
         if not mark:
           if not _CLOSE.match(data, at + length):
-            raise bad(at + length, 'neither , nor ]')
+            raise bad(at + length, 'expected , or ]')
           return
   except FileNotFoundError as e:
     raise errors.UserError(f'no annotation file {path}') from e

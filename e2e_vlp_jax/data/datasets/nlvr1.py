@@ -1,13 +1,13 @@
 """`nlvr1`: NLVR v1, drawn scenes with human sentences (Suhr et al. 2017).
 
-Official layout under --source, for each of train, dev and test that is
-there: SPLIT/SPLIT.json (JSON lines) and its images, SPLIT/images/ or
-SPLIT/images.zip. Of the six permutations of an example's three boxes the
-first is read.
+Official layout under --source, for each of train, dev and test that exists:
+SPLIT/SPLIT.json (JSON lines) and its images in SPLIT/images/ or
+SPLIT/images.zip. NLVR shows each example in six permutations of its three
+boxes; we read the first.
 
-Objects and their attributes come from `structured_rep` and are exact. A
-sentence is a text of the image only if it is labelled true; true or false,
-it is a statement (about one image: `second_image` is empty). Use the label
+Objects and their attributes come from `structured_rep` and are exact. Every
+sentence becomes a statement about one image (`second_image` is empty).
+Sentences that are labelled true also become texts of the image. Use the label
 space `joint`.
 """
 import functools
@@ -25,18 +25,19 @@ _SIZES = {10: 'small', 20: 'medium', 30: 'large'}
 
 
 class Builder(base.RecordBuilder):
-  """One record an example: a sentence and the image it is about."""
+  """Yields one record per example: a sentence and its image."""
   name = 'nlvr1'
   NEEDS_SOURCE = True
-  OPTIONS = {'limit': (0, 'keep the first examples of each split; 0: all')}
+  OPTIONS = {
+      'limit': (0, 'examples to keep per split, the first; 0 keeps all')}
 
   def annotation_files(self):
     return [p for s in _SPLITS if os.path.exists(p := self._file(s))]
 
   def sources(self):
     if not self.annotation_files():
-      raise errors.UserError(f'no {self._file("dev")}: --source should be the '
-                             'folder that holds dev/ and test/')
+      raise errors.UserError(f'no {self._file("dev")}; --source should be the '
+                             'folder that contains dev/ and test/')
     found = {}
     for split in _SPLITS:
       if os.path.exists(self._file(split)):
@@ -102,7 +103,7 @@ def _load(path):
                                          'directory', 'structured_rep')})
       except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise errors.UserError(
-            f'{path}:{n}: not an example of NLVR: {type(e).__name__} {e}'
+            f'{path}:{n}: not an NLVR example: {type(e).__name__} {e}'
             ) from e
   if not rows:
     raise errors.UserError(f'{path} is empty')

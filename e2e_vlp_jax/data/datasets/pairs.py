@@ -2,20 +2,23 @@
 
   python -m e2e_vlp_jax.prepare pairs --name sbu --source DIR --data_dir data
 
-writes data/sbu, which configs then know as `sbu`. Under --source lies either
-of two layouts:
+writes data/sbu, which configs refer to as `sbu`. --source contains either of
+two layouts:
 
-- images and a table (.tsv, .csv or .jsonl), a row a pair, with the image's
-  path under --source and the text in the columns --image and --text. They are
-  headers (of JSON lines: keys), or numbers from 0 for a table without a
-  header: `--image 1 --text 0`. Rows of one image are texts of one record; a
-  JSON line may have a list of texts. Fields of .tsv are not quoted.
-- tar shards of img2dataset (`--output_format webdataset`), anywhere below:
-  members KEY.jpg (or another image), KEY.txt or else KEY.json's `caption`.
+- images and a table (.tsv, .csv or .jsonl) with one pair per row. The options
+  --image and --text name the columns of the image's path, relative to
+  --source, and of the text: by header, by key in JSON lines, or by number from
+  0 in a table without a header (`--image 1 --text 0`). Rows with the same
+  image become one record with several texts; a JSON line may also have a list
+  of texts. Fields of a .tsv are not quoted.
+- tar shards of img2dataset (`--output_format webdataset`), at any depth. Each
+  sample has KEY.jpg (or another image format) and its text in KEY.txt or under
+  `caption` in KEY.json.
 
-Split train; --num_validation holds out images, evenly spread (our choice).
-Images that are missing or broken or have no text are left out and counted.
-Memory: the rows of the table; of tar shards, the places of one shard.
+All images go to the split train, except --num_validation images that are held
+out, evenly spread (our choice). Images that are missing or broken or have no
+text are left out and counted. Memory: all rows of a table; of tar shards, the
+offsets within one shard at a time.
 """
 import csv
 import functools
@@ -32,16 +35,16 @@ _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp')
 
 
 class Builder(base.RecordBuilder):
-  """Groups pairs by image; a `_Table` or `_Shard`s say where they lie."""
+  """Groups pairs by image; a `_Table` or several `_Shard`s locate them."""
   name = 'pairs'
   NEEDS_SOURCE = True
   OPTIONS = {
       'name': ('pairs', 'name of the corpus'),
-      'table': ('', 'table under --source; by default the only one there'),
+      'table': ('', 'table under --source; default: the only one there'),
       'image': ('image', "the table's column of image paths"),
       'text': ('text', "the table's column of texts"),
       'num_validation': (0, 'images held out as split validation'),
-      'limit': (0, 'keep the first images of each split; 0 keeps all')}
+      'limit': (0, 'images to keep per split, the first; 0 keeps all')}
 
   def annotation_files(self):
     return [p.path for p in self._parts if isinstance(p, _Table)]
@@ -64,13 +67,13 @@ class Builder(base.RecordBuilder):
             for split, size in sizes.items()}
 
   def _found(self):
-    """The parts of the corpus."""
-    place = lambda pattern: sorted(glob.glob(
+    """The table or the shards of the corpus."""
+    find = lambda pattern: sorted(glob.glob(
         os.path.join(glob.escape(self.source), pattern), recursive=True))
-    tables = [p for p in place('*') if p.endswith(tuple(_READ))]
+    tables = [p for p in find('*') if p.endswith(tuple(_READ))]
     if self.options['table']:
       tables = [os.path.join(self.source, self.options['table'])]
-    shards = place('**/*.tar')
+    shards = find('**/*.tar')
     if len(tables) > 1:
       raise errors.UserError(
           f'{len(tables)} tables in {self.source!r}, such as {tables[0]}; '
@@ -80,21 +83,22 @@ class Builder(base.RecordBuilder):
                      self.options['text'])]
     if not shards:
       raise errors.UserError(
-          f'no table ({", ".join(_READ)}) in {self.source!r}, and no .tar '
-          'shards below')
+          f'no table ({", ".join(_READ)}) and no .tar shards in '
+          f'{self.source!r}')
     return [_Shard(p, self.source) for p in shards]
 
-  def _records(self, split, total, most):
+  def _records(self, split, total, limit):
     done = written = 0
     for part in self._parts:
       names = part.names()
-      mine = [n for k, n in enumerate(names, done) if base.held_out(
+      wanted = [n for k, n in enumerate(names, done) if base.held_out(
           k, total, self.options['num_validation']) == (split == 'validation')]
       done += len(names)
       if split == 'train':
         for reason, where in part.faults:
           self.skip(split, reason, where)
-      for name, stored in zip(mine, image_files.load_all(mine, part.image)):
+      for name, stored in zip(
+          wanted, image_files.load_all(wanted, part.image)):
         if isinstance(stored, errors.UserError):
           self.skip(split, f'image: {base.reason(stored, name)}',
                     part.image_id(name))
@@ -110,7 +114,7 @@ class Builder(base.RecordBuilder):
                           height=stored.height, width=stored.width,
                           texts=texts)
         written += 1
-        if written == most:
+        if written == limit:
           return
       part.forget()
 
@@ -119,8 +123,8 @@ class _Table:
   """Images in files, and their texts in a table.
 
   Attributes:
-    path: of the table.
-    faults: [(what, which row)] that are left out.
+    path: path of the table.
+    faults: [(reason, row number)] of the rows that are left out.
   """
 
   def __init__(self, path, source, image, text):
@@ -142,8 +146,8 @@ class _Table:
             self.faults.append(('row without a text', number))
           elif '://' in name:
             raise errors.UserError(
-                f'{path}:{number}: the image is an address, {name!r}; '
-                'download first, with img2dataset for example')
+                f'{path}:{number}: the image is a URL, {name!r}; '
+                'download the images first, for example with img2dataset')
           else:
             self._texts.setdefault(name.strip(), []).extend(texts)
     except FileNotFoundError as e:
@@ -178,7 +182,7 @@ class _Table:
           else f'{name} cannot be read: {e}') from e
 
   def forget(self):
-    """Nothing: there is only one table."""
+    """Does nothing: there is only one table."""
 
 
 class _NoColumn(Exception):
@@ -189,16 +193,16 @@ def _delimited(f, image, text, **form):
   """Yields (row number, (image, text)) of a .csv or .tsv file."""
   rows = enumerate(csv.reader(f, **form), 1)
   if image.isdigit() and text.isdigit():
-    places = int(image), int(text)
+    columns = int(image), int(text)
   else:
     _, header = next(rows, (0, []))
     for wanted in (image, text):
       if wanted not in header:
         raise _NoColumn(repr(wanted) + errors.nearest(wanted, header))
-    places = header.index(image), header.index(text)
+    columns = header.index(image), header.index(text)
   for number, row in rows:
     if row:
-      yield number, [row[p] if p < len(row) else None for p in places]
+      yield number, [row[c] if c < len(row) else None for c in columns]
 
 
 def _json_lines(f, image, text):
@@ -207,7 +211,7 @@ def _json_lines(f, image, text):
     if line.strip():
       row = json.loads(line)
       if not isinstance(row, dict):
-        raise ValueError(f'row {number} is no JSON object')
+        raise ValueError(f'row {number} is not a JSON object')
       for wanted in (image, text):
         if number == 1 and wanted not in row:
           raise _NoColumn(repr(wanted) + errors.nearest(wanted, row))
@@ -224,11 +228,11 @@ _READ = {
 class _Shard:
   """A tar file of img2dataset.
 
-  Where its contents lie is found by `names` and held until `forget`.
+  `names` finds the offsets of its members and keeps them until `forget`.
 
   Attributes:
-    path: of the file.
-    faults: as of a `_Table`.
+    path: path of the file.
+    faults: as in `_Table`.
   """
 
   def __init__(self, path, source):
@@ -242,14 +246,14 @@ class _Shard:
     return self._count
 
   def names(self):
-    """Keys of the samples with an image, as they come."""
+    """Keys of the samples that have an image, in the order of the file."""
     samples, self.faults = {}, []
     try:
       with tarfile.open(self.path, 'r:') as tar:
         for m in tar:
           if m.isfile():
             folder, name = os.path.split(m.name)
-            # As webdataset: the key ends at the first dot of the name.
+            # As in webdataset, the key ends at the first dot of the name.
             key, _, kind = name.partition('.')
             samples.setdefault(os.path.join(folder, key), {})[
                 kind.lower()] = m.offset_data, m.size
@@ -278,11 +282,11 @@ class _Shard:
       if 'json' in sample:
         return [json.loads(self._read(sample['json']))['caption'] or '']
     except (ValueError, KeyError, TypeError):
-      pass  # Not UTF-8, or no JSON with a caption: counted as no text.
+      pass  # Not UTF-8, or JSON without a caption: treat it as no text.
     return []
 
-  def _read(self, place):
-    start, size = place
+  def _read(self, extent):
+    start, size = extent
     try:
       with open(self.path, 'rb') as f:
         f.seek(start)

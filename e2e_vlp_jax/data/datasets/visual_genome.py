@@ -1,31 +1,31 @@
 """`visual_genome`: photographs with objects, attributes and region phrases.
 
-Official layout (visualgenome.org, 1.2 or 1.4) under --source, unzipped but
-for the images:
+Official layout (visualgenome.org, 1.2 or 1.4) under --source; unzip all files
+except the images:
   objects.json
   region_descriptions.json, or region_graphs.json, which has the same phrases
   attributes.json   without it, objects have no attributes
-  image_data.json   without it, boxes are of the pixels as they are stored
+  image_data.json   without it, boxes refer to the pixels as stored
   VG_100K/, VG_100K_2/, or .zip, or images.zip and images2.zip
 
-A record's `texts` are the phrases of its regions, each wording once (as the
-released FIBER reads them); its `phrases` are all of them with their boxes.
+A record's `texts` are the distinct phrases of its regions, as in the released
+FIBER. Its `phrases` are all phrases with their boxes.
 
-An object is what its first name says, cleaned as bottom-up attention does
-(data/genome/setup_vg.py there): lower case, without a final full stop;
-colours and the like in front of a name become attributes; attributes are
-split at 'and'. Names become those of the label space; what it lacks is left
-out, and the report has how many and which.
+An object's class is its first name, cleaned as in bottom-up attention
+(data/genome/setup_vg.py there): lower case, without a final full stop.
+Adjectives in front of a name, such as colours, become attributes. Attributes
+are split at 'and'. Names are mapped to those of the label space; names that it
+lacks are left out, and the report counts and lists them.
 
-All images are training images, as SOHO and FIBER use them, unless --splits
-names the folder of bottom-up attention's train.txt, val.txt and test.txt
-(data/genome there), or --num_validation holds out some (our choice: spread
-evenly over the ids). Some 51,000 of the images are COCO's, too:
---exclude_coco leaves out those on which a model will be evaluated, such as
-COCO's instances_val2017.json; the splits of bottom-up attention agree with
-COCO's Karpathy splits by themselves.
+All images are training images, as in SOHO and FIBER, unless --splits names the
+folder of bottom-up attention's train.txt, val.txt and test.txt (data/genome
+there), or --num_validation holds out some (our choice: spread evenly over the
+ids). Some 51,000 of the images are also in COCO. --exclude_coco leaves out
+those on which a model will be evaluated, such as the images of
+instances_val2017.json. The splits of bottom-up attention already agree with
+COCO's Karpathy splits.
 
-Memory: the places of the items in the JSON files and one image's items, some
+Memory: the offsets of the items in the JSON files and one image's items, some
 100 MB (our estimate). Each file is read twice.
 """
 import collections
@@ -44,26 +44,26 @@ _SPLITS = {'train': 'train', 'validation': 'val', 'test': 'test'}
 _REGIONS = ('region_descriptions.json', 'region_graphs.json')
 _FOLDERS = ['VG_100K', 'VG_100K_2', 'images', 'images2', 'images/VG_100K',
             'images/VG_100K_2']
-_LISTED = 200  # unknown names in the report, the most frequent ones
-# Before a name, these are attributes; of bottom-up attention.
+_LISTED = 200  # unknown names in the report, the most frequent first
+# Attributes when they stand before a name, as in bottom-up attention.
 _ADJECTIVES = frozenset(
     'black blue brown dark gray green grey large long metal orange pink red '
     'silver small tall white wooden yellow'.split())
 
 
 class Builder(base.RecordBuilder):
-  """Brings together what the files say about each image."""
+  """Joins the annotations of the files by image."""
   name = 'visual_genome'
   NEEDS_SOURCE = True
   OPTIONS = {
-      'limit': (0, 'keep the first images by id of each split; 0 keeps all'),
-      'labels': ('joint', 'label space: objects and attributes that it names '
-                 'are kept, under its names'),
+      'limit': (0, 'images to keep per split, the first by id; 0 keeps all'),
+      'labels': ('joint', 'label space: keeps the objects and attributes that '
+                 'it names, under its names'),
       'num_validation': (0, 'images held out as split validation'),
       'splits': ('', "folder of bottom-up attention's train.txt, val.txt, "
                  'test.txt'),
-      'exclude_coco': ('', 'COCO JSON file, or text file of COCO image ids or '
-                       'file names, one a line: these images are left out')}
+      'exclude_coco': ('', 'images to leave out: a COCO JSON file, or a text '
+                       'file with one COCO image id or file name per line')}
 
   def annotation_files(self):
     return [p for n in ('image_data.json', 'objects.json', 'attributes.json',
@@ -92,17 +92,17 @@ class Builder(base.RecordBuilder):
     for split, members in self._split(ids).items():
       if not members:
         raise errors.UserError(f'visual_genome: no image for split {split}')
-      most = min(self.options['limit'] or len(members), len(members))
-      found[split] = most, functools.partial(
-          self._records, split, members, files, most)
+      limit = min(self.options['limit'] or len(members), len(members))
+      found[split] = limit, functools.partial(
+          self._records, split, members, files, limit)
     return found
 
   def _file(self, name):
     return os.path.join(self.source, name)
 
   def _regions_name(self):
-    there = [n for n in _REGIONS if os.path.exists(self._file(n))]
-    return (there or _REGIONS)[0]
+    existing = [n for n in _REGIONS if os.path.exists(self._file(n))]
+    return (existing or _REGIONS)[0]
 
   def _list(self, name, key, optional=False):
     path = self._file(name)
@@ -138,7 +138,7 @@ class Builder(base.RecordBuilder):
       splits['validation'] = [i for i, h in zip(ids, held) if h]
     return splits
 
-  def _records(self, split, ids, files, most):
+  def _records(self, split, ids, files, limit):
     unknown = collections.defaultdict(collections.Counter)
     if self._excluded:
       kept = [i for i in ids if (self._images.get(i) or {}).get('coco_id')
@@ -164,10 +164,10 @@ class Builder(base.RecordBuilder):
       yield base.record(
           image=stored.data, image_id=str(i), height=stored.height,
           width=stored.width, texts=texts, phrases=phrases,
-          objects=self._things(split, i, stored, size, unknown),
+          objects=self._image_objects(split, i, stored, size, unknown),
           has_attributes=bool(self._described))
       written += 1
-      if written == most:
+      if written == limit:
         break
     for what, names in unknown.items():
       self.reports[split]['skipped'][f'{what} outside of the label space'] = {
@@ -192,25 +192,25 @@ class Builder(base.RecordBuilder):
         phrases.append(dict(bbox=base.stored_box(box), text=text))
     return list(texts), phrases
 
-  def _things(self, split, i, stored, size, unknown):
-    """The objects of an image."""
-    said = collections.defaultdict(list)
+  def _image_objects(self, split, i, stored, size, unknown):
+    """The objects of an image; counts names outside the label space."""
+    attributes_of = collections.defaultdict(list)  # by object id
     if self._described:
       for a in (self._described.get(i) or {}).get('attributes', ()):
-        said[a.get('object_id')] += a.get('attributes') or ()
+        attributes_of[a.get('object_id')] += a.get('attributes') or ()
     objects = []
     scale = stored.height * stored.width / (size[0] * size[1])
     for o in (self._objects.get(i) or {}).get('objects', ()):
       name = f'{i}#{o.get("object_id")}'
-      # Objects that were found to be one keep the ids they had.
+      # Attributes refer to merged objects by their old ids.
       attributes = [a for k in (o.get('object_id'),
                                 *(o.get('merged_object_ids') or ()))
-                    for a in said.pop(k, ())]
-      called = o.get('names') or [o.get('name')]
-      if not isinstance(called[0], str):
+                    for a in attributes_of.pop(k, ())]
+      names = o.get('names') or [o.get('name')]
+      if not isinstance(names[0], str):
         self.skip(split, 'box: no name', name)
         continue
-      label, adjectives = self._read_name(called[0])
+      label, adjectives = self._read_name(names[0])
       if label not in self._classes:
         unknown['object'][label] += 1
         continue
@@ -219,7 +219,7 @@ class Builder(base.RecordBuilder):
       if box is None:
         continue
       known = {}
-      for a in adjectives + [b for a in attributes for b in _parts(a)]:
+      for a in adjectives + [b for a in attributes for b in _split_and(a)]:
         if a in self._attributes:
           known[self._attributes[a]] = True
         elif a:
@@ -229,7 +229,7 @@ class Builder(base.RecordBuilder):
           attributes=list(known), is_crowd=False,
           area=float(o['w']) * float(o['h']) * scale,
           id=int(o.get('object_id') or 0)))
-    for _ in (k for k, v in said.items() if v):
+    for _ in (k for k, v in attributes_of.items() if v):
       self.note(split, 'attributes of an object that is not listed left out')
     return objects
 
@@ -242,7 +242,7 @@ class Builder(base.RecordBuilder):
     return name, []
 
 
-def _parts(attribute):
+def _split_and(attribute):
   """'Tall and green' -> ['tall', 'green']."""
   name = _tidy(str(attribute))
   return [name] if name == 'black and white' else [
@@ -254,7 +254,7 @@ def _tidy(name):
 
 
 def _ids(path):
-  """The image ids of a COCO JSON file, or of a list of ids or file names."""
+  """Image ids from a COCO JSON file, or from a list of ids or file names."""
   try:
     with open(path, encoding='utf-8') as f:
       if path.endswith('.json'):
@@ -266,6 +266,6 @@ def _ids(path):
   found = [re.search(r'(\d+)(\.\w+)?$', w) for w in words]
   if not all(found) or not found:
     wrong = [w for w, m in zip(words, found) if not m]
-    raise errors.UserError(f'{path}: not a list of image ids, one a line: '
+    raise errors.UserError(f'{path}: not a list of image ids, one per line: '
                            f'{wrong[0] if wrong else "it is empty"!r}')
   return {int(m[1]) for m in found}
