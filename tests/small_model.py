@@ -9,7 +9,7 @@ from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
-from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import checkpointer
 from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.training import train_step
 
@@ -63,7 +63,7 @@ def save(folder, config, requests=None, step=7):
       step=np.int32(step), params=variables.pop('params'),
       model_state=variables, opt_state=(), ema_params=None,
       rng=jax.random.key(0), bad_steps=np.int32(0))
-  saver = checkpoint.Checkpointer(
+  saver = checkpointer.Checkpointer(
       str(folder), {'config': workdir_lib.to_dict(config),
                     **predictor.vocabularies.to_dict()}, config.checkpoint)
   saver.save(step, state)

@@ -122,34 +122,54 @@ print('visible', xla_bridge.CUDA_VISIBLE_DEVICES.value, jax.device_count())
 '''
 
 
-@pytest.mark.parametrize('late', [0, 8])
-def test_joining_under_slurm(late, monkeypatch):
-  """With all that srun sets: jax must not take one device of each for ours.
+@pytest.fixture
+def start_pair():
+  """Starts two programs as processes of a run, with all that srun sets."""
+  processes = []
 
-  One peer comes late, after nearly all of the time that the other waits: ten
-  of thirty minutes, on a clock that is shortened.
+  def start(*programs, late=0):
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      port = s.getsockname()[1]
+    for i, program in enumerate(programs):
+      time.sleep(late * i)
+      env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':
+             '--xla_force_host_platform_device_count=4',
+             'E2E_VLP_COORDINATOR': f'localhost:{port}',
+             'E2E_VLP_PROCESSES': '2', 'E2E_VLP_PROCESS': str(i),
+             'SLURM_JOB_ID': '4100', 'SLURM_STEP_NODELIST': 'n[1-2]',
+             'SLURM_NTASKS': '2', 'SLURM_PROCID': str(i),
+             'SLURM_LOCALID': '0', 'SLURM_STEP_NUM_NODES': '2'}
+      processes.append(subprocess.Popen(
+          [sys.executable, '-c', program], cwd=runs.REPO, env=env, text=True,
+          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return processes
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize('late', [0, 8])
+def test_joining_under_slurm(late, start_pair, monkeypatch):
+  """jax must not take one device of each for ours, as it would under srun.
+
+  One peer comes late: ten of thirty minutes, on a clock that is shortened.
   """
   monkeypatch.setenv('E2E_VLP_JOIN_TIMEOUT', '60' if late else '300')
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  processes = []
-  for i in range(2):
-    time.sleep(late * i)
-    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':
-           '--xla_force_host_platform_device_count=4',
-           'E2E_VLP_COORDINATOR': f'localhost:{port}',
-           'E2E_VLP_PROCESSES': '2', 'E2E_VLP_PROCESS': str(i),
-           'SLURM_JOB_ID': '4100', 'SLURM_STEP_NODELIST': 'n[1-2]',
-           'SLURM_NTASKS': '2', 'SLURM_PROCID': str(i), 'SLURM_LOCALID': '0',
-           'SLURM_STEP_NUM_NODES': '2'}
-    processes.append(subprocess.Popen(
-        [sys.executable, '-c', JOIN], cwd=runs.REPO, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-  for process in processes:
+  for process in start_pair(JOIN, JOIN, late=late):
     said, _ = process.communicate(timeout=runs.PATIENCE)
     assert process.returncode == 0, said
     assert 'visible all 8' in said, said
+
+
+def test_a_process_that_fails_is_gone_at_once(start_pair):
+  """It does not wait for its peers, which wait for it."""
+  first, second = start_pair(JOIN + 'import time; time.sleep(600)',
+                             JOIN + 'raise ValueError("here")')
+  said, _ = second.communicate(timeout=runs.PATIENCE)
+  assert second.returncode == 1 and 'ValueError: here' in said
+  assert first.poll() is None
 
 
 def test_pods_wait_longest(monkeypatch):

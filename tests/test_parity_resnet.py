@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import parity
+from e2e_vlp_jax import models
 from e2e_vlp_jax.models import resnet
 from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet as names
@@ -93,9 +94,12 @@ def test_names_are_those_of_transformers(torch_extra, depth):
 
 
 def test_frozen_parts_pass_no_gradient():
-  """frozen_bn and frozen_stages, as DETR trains its trunk."""
+  """As DETR trains its trunk, by the patterns of its config alone."""
   _, variables = parity.build_resnet(18)
-  trunk = resnet.ResNet(18, frozen_bn=True, frozen_stages=2)
+  groups = models.frozen_groups(parity.resnet_config(18))
+  trunk = resnet.ResNet(18, frozen=tuple(
+      (pattern.replace('backbone/', ''), freeze)
+      for pattern, freeze in groups))
   params, state = variables['params'], variables['batch_stats']
   pixels = parity.resnet_pixels()[:1, :32, :32]
 

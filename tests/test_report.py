@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     ('e2e_vlp:r101,data=published', 'e2e_vlp: resnet-101, 12 encoder and 6 '
      'decoder layers, width 256', 'coco/train x by_rows, visual_genome/train '
      'x by_rows'),
-    ('soho:r18,data=published', 'soho: resnet-18, 2048 visual words, 3 '
+    ('soho:r18,data=published', 'soho: resnet-18, 2048 visual codes, 3 '
      'encoder layers, width 768', 'coco/train x by_texts, '
      'visual_genome/train x by_texts'),
     ('fiber:base', 'fiber: Swin 2-2-18-2 of width 128, RoBERTa of 12 layers, '

@@ -82,6 +82,7 @@ def join():
   watch.start()
   jax.distributed.initialize(initialization_timeout=timeout + 60, **options)
   watch.cancel()
+  sys.excepthook = _leave
   seconds = time.perf_counter() - start
   name = socket.gethostname().encode()[:_NAME_BYTES].ljust(_NAME_BYTES)
   names = multihost_utils.process_allgather(np.frombuffer(name, np.uint8))
@@ -91,6 +92,16 @@ def join():
     print(f'{jax.process_count()} processes, {jax.device_count()} devices '
           f'({jax.local_device_count()} here), joined in {seconds:.1f} s',
           flush=True)
+
+
+def _leave(kind, error, trace):
+  """Ends a process at its first exception, which the others must notice.
+
+  Otherwise jax waits minutes for the others, and they wait for this one.
+  """
+  sys.__excepthook__(kind, error, trace)
+  sys.stderr.flush()
+  os._exit(130 if kind is KeyboardInterrupt else 1)
 
 
 def _who_joined(options):
