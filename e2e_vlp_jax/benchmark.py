@@ -332,7 +332,7 @@ def main(argv=None):
     if args.input:
       report = input_speed(config)
       print(f'pipeline {report["pipeline_images_per_s"]:.1f} images/s, plain '
-            f'decoding {report["decoding_images_per_s"]:.1f}: a share of '
+            f'decoding {report["decoding_images_per_s"]:.1f}: ratio '
             f'{report["share"]:.2f}')
     else:
       report = benchmark(config, args.steps, args.peer, args.data, args.score)

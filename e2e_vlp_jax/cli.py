@@ -117,8 +117,9 @@ def load_sweep(spec):
   except TypeError:
     runs = []
   if not runs or not all(isinstance(run, dict) for run in runs):
-    raise errors.UserError(f'--config {spec}: get_sweep gave no list of '
-                           'dicts; expected such as [{"seed": 0}, {"seed": 1}]')
+    raise errors.UserError(f'--config {spec}: get_sweep returned no list '
+                           'of dicts; expected for example [{"seed": 0}, '
+                           '{"seed": 1}]')
   return runs
 
 
@@ -163,7 +164,7 @@ def _override(config, key, text):
   if not _has(config, key):
     why = old_names.gone(key)
     if why:
-      raise errors.UserError(f'config key {key!r} is gone: {why}')
+      raise errors.UserError(f'config key {key!r} was removed: {why}')
     raise errors.UserError(
         f'unknown config key {key!r}'
         + (errors.nearest(key, _keys(config))

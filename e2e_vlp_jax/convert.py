@@ -76,8 +76,8 @@ def import_weights(format_name, path, config, output, *, resize=False,
       source, tensors, config, {k: x.shape for k, x in shapes.items()}, path,
       resize)
   if not variables:
-    raise errors.UserError(f'--input {path!r}: the model of --config has no '
-                           'place for any of its tensors')
+    raise errors.UserError(f'--input {path!r}: the model of --config uses '
+                           'none of its tensors')
   kept = _kept(record['missing'], base, shapes, onto)
   missing = [k for k in record['missing'] if k not in base]
   gaps = mapping.uncovered(source, missing, variables)
@@ -160,8 +160,8 @@ def _report(record, source, facts, config, onto):
   for key in getattr(source, 'UNSAID', ()):
     if key not in facts:
       print(f'  {key}={mapping.value_of(config, key)} is taken from --config: '
-            'a weights file does not say, and there is no config.json beside '
-            'it')
+            'weights files do not contain it, and there is no config.json in '
+            'the folder')
 
 
 def export_weights(path, output, format_name=None):
@@ -190,7 +190,7 @@ def export_weights(path, output, format_name=None):
     used = {e.ours for e in mapping.find(format_name).entries(
         ml_collections.ConfigDict(meta['config']))}
     _list('left out', [k for k in variables if k not in used],
-          lambda name: f'no place in {format_name}')
+          lambda name: f'not part of {format_name}')
   print(f'written: {output}')
 
 

@@ -79,8 +79,8 @@ def _check_writable(name, path):
   known = Image.registered_extensions()
   if name == 'picture' and known.get(
       os.path.splitext(path)[1].lower()) not in Image.SAVE:
-    raise errors.UserError(f'--picture {path}: not a picture\'s name; try '
-                           'one that ends in .png or .jpg')
+    raise errors.UserError(f'--picture {path}: not a picture file; expected a '
+                           'name that ends in .png or .jpg')
   files.check_writable(f'--{name}', path)
 
 

@@ -208,7 +208,7 @@ def run_here(runs, after):
   for number, run in enumerate(runs, 1):
     here = f'[{number}/{len(runs)}] {run.name}'
     if workdir_lib.finished(run.workdir, run.config):
-      print(f'{here}: done before', flush=True)
+      print(f'{here}: already finished', flush=True)
       continue
     print(f'{here}: {run.workdir}', flush=True)
     children.append(subprocess.Popen([sys.executable, *TRAIN[1:],
@@ -216,7 +216,7 @@ def run_here(runs, after):
     code = children[-1].wait()
     after()
     if stopped:
-      print(f'{here}: stopped; the same command goes on', flush=True)
+      print(f'{here}: stopped; run the same command to continue', flush=True)
       break
     if code or not workdir_lib.finished(run.workdir, run.config):
       failed[run.name] = f'exit code {code}' if code else 'ended too early'
@@ -249,7 +249,7 @@ def check_metric(metric, config):
   names = [f'eval/{name}/' for name in config.evals]
   if metric != 'train/loss' and not any(map(metric.startswith, names)):
     raise errors.UserError(
-        f'--metric: {metric!r} is of no evaluator of the config'
+        f'--metric: {metric!r} belongs to no evaluator of the config'
         + (errors.nearest('/'.join(metric.split('/')[:2]) + '/', names)
            or f'; expected one that begins with {names[0]}'))
 

@@ -107,8 +107,8 @@ def test_values_reach_train_as_they_are(place, tmp_path, capsys):
     # Under its old name, too.
     ([{'warm_start.optim.learning_rate': 1.}],
      ['--config.warm_start.schedule.learning_rate=2'], ['the sweep']),
-    ([], [], ['get_sweep gave no list']),
-    (['seed'], [], ['get_sweep gave no list']),
+    ([], [], ['get_sweep returned no list']),
+    (['seed'], [], ['get_sweep returned no list']),
     ([{'seed': 1}], ['--metric', 'eval/itn/accuracy'], ["'eval/itm/'"]),
     ([{'seed': 1}], ['--mode', 'remote'], ['local', 'remote']),
 ])
@@ -154,7 +154,7 @@ def test_local_runs(place, tmp_path, capfd):
   config = place([{'seed': 3}, {'seed': 5}, {'seed': 8}])
   assert call('--config', config, *argv) == 0
   assert names() == ['seed=8']
-  assert '[1/3] seed=3: done before' in capfd.readouterr().out
+  assert '[1/3] seed=3: already finished' in capfd.readouterr().out
   # With other values elsewhere they are other runs: train has the last word.
   calls.write_text('')
   config.write_text(config.read_text().replace('sides=(1, 2)', 'sides=(1, 3)'))
@@ -193,7 +193,7 @@ def test_stopped_it_stops_the_training_and_starts_no_other(place, tmp_path):
   process.send_signal(signal.SIGTERM)
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 128 + signal.SIGTERM
-  assert 'stopped; the same command goes on' in out
+  assert 'stopped; run the same command to continue' in out
   assert (tmp_path / 'calls').read_text().count('\n') == 1
 
 
@@ -251,4 +251,4 @@ def test_a_real_one(tiny_scenes, tmp_path, capfd):
   assert first < second
   capfd.readouterr()
   assert call(*argv) == 0
-  assert capfd.readouterr().out.count('done before') == 2
+  assert capfd.readouterr().out.count('already finished') == 2

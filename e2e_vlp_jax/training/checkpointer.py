@@ -118,8 +118,8 @@ class Checkpointer:
         raise
       raise errors.UserError(
           f'checkpoint: cannot save in {self._root!r}: '
-          f'{known[0] if known else text[:200]}; the checkpoints before it '
-          'are intact, run the same command again once there is room'
+          f'{known[0] if known else text[:200]}; earlier checkpoints '
+          'are intact; free some space and run the same command again'
       ) from e
 
   def restore(self, state):

@@ -50,7 +50,7 @@ def _read_safetensors(path):
       return {name: f.get_tensor(name) for name in f.keys()}
   except (safetensors.SafetensorError, OSError, TypeError, ValueError) as e:
     raise errors.UserError(
-        f'--input: {path!r} is not a whole safetensors file ({e})') from e
+        f'--input: {path!r} is not a complete safetensors file ({e})') from e
 
 
 def _read_torch(path):
@@ -69,7 +69,7 @@ def _read_torch(path):
         f'a file of plain tensors ({_first_line(e)})') from e
   except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError,
           TypeError, AttributeError, UnicodeDecodeError) as e:
-    raise errors.UserError(f'--input: {path!r} is not a whole torch file '
+    raise errors.UserError(f'--input: {path!r} is not a complete torch file '
                            f'({type(e).__name__}: {_first_line(e)})') from e
   # Training scripts wrap the tensors in a dict of their own.
   for key in ('state_dict', 'model'):
