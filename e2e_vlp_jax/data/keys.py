@@ -1,9 +1,9 @@
 """Batch keys, each declared once, next to the op that makes it.
 
-An op file lists the keys of its ops under `KEYS`. From these declarations the
-pipeline knows which values of an example go into a batch, with their dtypes and
-static shapes; `synthetic` knows how to draw a batch without data; and the table
-in docs/data.md is written.
+An op file lists the keys of its ops under `KEYS`. These declarations tell the
+pipeline which values of an example go into a batch, with their dtypes and
+static shapes, and `synthetic` how to draw a batch without data. The table in
+docs/data.md is generated from them.
 """
 import dataclasses
 from typing import Any, Callable, Optional

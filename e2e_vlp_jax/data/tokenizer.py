@@ -113,7 +113,7 @@ class _WordPiece(Tokenizer):
     super().__init__({'tokens': data['tokens']}, data['tokens'])
     self._t = tokenizers.Tokenizer(tokenizers.models.WordPiece(
         {t: i for i, t in enumerate(self.tokens)}, unk_token='[UNK]'))
-    # Lower-casing implies NFD and dropping of combining marks, as BERT.
+    # Lower-casing implies NFD and dropping combining marks, as in BERT.
     self._t.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     self._t.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     self._t.decoder = tokenizers.decoders.WordPiece(cleanup=True)

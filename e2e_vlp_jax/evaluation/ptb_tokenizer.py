@@ -207,7 +207,7 @@ def tokenize_all(captions):
 
 
 def _written(token, text, end):
-  """The tokens as the original prints them; `end`: position behind."""
+  """The tokens as the original prints them; `end`: position after it."""
   lower = token.lower()
   if lower in _SPLIT:
     return _SPLIT[lower].split()

@@ -24,9 +24,9 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
              max_pairs=100_000, at_once=16):
   """Recall in both directions.
 
-  An image may have several texts. Each of them should find the image, and the
-  image counts as found if any of its texts is among the first K. Ties count as
-  errors, so a model that gives all pairs the same score finds nothing.
+  An image may have several texts. Each text searches for its image. The search
+  of an image succeeds if any of its own texts is among the first K. Ties count
+  as errors, so a model that gives all pairs the same score finds nothing.
 
   Args:
     predictor: a Predictor.

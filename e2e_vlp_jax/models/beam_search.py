@@ -8,9 +8,8 @@ with the beams. A model uses one of two variants (`beam_search`):
   Candidates are ranked by their mean log-probability, but when beams are
   reordered, their lengths stay in their slots. A finished beam proposes every
   token of the vocabulary at its own score, so it also takes all slots below its
-  own. Padding ends a text, too. The search ends when all beams
-  of the batch have ended; the first beam wins. Only <mask> is excluded before
-  the softmax.
+  own. Padding ends a text, too. The search ends when all beams of the batch
+  have ended; the first beam wins. Only <mask> is excluded before the softmax.
 """
 import functools
 from typing import Any, NamedTuple

@@ -25,7 +25,7 @@ _ACTIVATIONS = {'relu': jax.nn.relu,
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-  """'relu' | 'gelu' (the exact erf form, as BERT and torch have it)."""
+  """'relu' | 'gelu' (the exact erf form, as in BERT and torch)."""
   if name not in _ACTIVATIONS:
     raise errors.UserError(f'model.act: {name!r}'
                            + errors.nearest(name, _ACTIVATIONS))
@@ -419,8 +419,8 @@ class TextEmbedding(nn.Module):
   """Word + learned position embeddings, LayerNorm, dropout (BERT's form).
 
   Attributes:
-    types: rows of a token-type table, as BERT has them; a single text is of
-      type 0 throughout. 0 = no table.
+    types: rows of a token-type table, as in BERT; all tokens of a single text
+      have type 0. 0 = no table.
   """
   vocab_size: int
   width: int
