@@ -41,8 +41,8 @@ def detr(case):
       backbone_config=_resnet_config(c.depth, out_features=['stage4']),
       use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
       d_model=c.width, encoder_layers=c.encoder, decoder_layers=c.decoder,
-      encoder_attention_heads=c.attention_heads,
-      decoder_attention_heads=c.attention_heads,
+      encoder_attention_heads=c.heads,
+      decoder_attention_heads=c.heads,
       encoder_ffn_dim=c.ffn, decoder_ffn_dim=c.ffn, num_queries=c.queries,
       num_labels=c.classes, dropout=0., auxiliary_loss=True))
   # DETR trains layer2 to layer4; with its own ResNet transformers freezes
