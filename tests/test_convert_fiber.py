@@ -288,7 +288,7 @@ def test_missing_and_extra_tensors(files, vocabulary, tmp_path, capsys):
   out = capsys.readouterr().out
   assert 'vit_model.extra (unknown to this format)' in out
   assert 'image_queue (past examples' in out
-  assert 'temp (model.queue says which' in out
+  assert 'temp (model.queue decides which' in out
 
 
 def test_other_formats_are_recognised(files, vocabulary, tmp_path, capsys):
