@@ -46,6 +46,8 @@ computes outputs from a named state of a view.
   are split over the devices like the batch.
 - `frozen`: the groups of `config.optim.groups` by which parameters are
   frozen; see `layers.is_frozen`. `build` fills it in.
+- `describe(config)`, a function of the model's file and optional: the `model`
+  part of a config in one line, for reports.
 - `adapt(loaded, params)`: a checkpoint's parameters, changed where parameters
   depend on the size of the input.
 - the random streams 'dropout' (in training) and 'sample' (for random choices
