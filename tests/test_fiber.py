@@ -479,9 +479,12 @@ def test_what_does_not_fit_is_refused(change, message):
   assert '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('arg', ['huge', 'base,sides=3', 'tiny,data=flickr'])
-def test_arguments_are_checked(arg):
-  with pytest.raises(ValueError, match='choose'):
+@pytest.mark.parametrize('arg, message', [
+    ('huge', "no size 'huge'; valid choices: tiny"),
+    ('base,sides=3', "no argument 'sides'; did you mean 'side'"),
+    ('tiny,data=flickr', "no data 'flickr'; valid choices: published")])
+def test_arguments_are_checked(arg, message):
+  with pytest.raises(ValueError, match=message):
     config_lib.get_config(arg)
   with pytest.raises(ValueError, match="side: found 'x', expected a whole"):
     config_lib.get_config('base,side=x')

@@ -70,8 +70,12 @@ def test_positions_do_not_depend_on_the_canvas(h, w):
   assert centers.min() > 0 and centers.max() < 1
 
 
+FROZEN = (('.*', True),)  # BatchNorm as constants, as in DETR
+
+
 @pytest.mark.parametrize('trunk, stride', [
-    (resnet.ResNet(18), 32), (resnet.ResNet(18, dilated=True), 16),
+    (resnet.ResNet(18, frozen=FROZEN), 32),
+    (resnet.ResNet(18, dilated=True, frozen=FROZEN), 16),
     (patch_cnn.PatchCNN(8, 16, 2), 12)], ids=['resnet18', 'dc5', 'patch_cnn'])
 def test_features_do_not_depend_on_the_canvas(trunk, stride):
   """An image on a larger canvas has the features that it has alone."""
