@@ -1,7 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# Sourced by the scripts that start a run elsewhere (tpu_vm.sh, gke.sh,
-# slurm.sbatch) and by those that run there (tpu_vm_host.sh, worker.sh): dry
-# runs, errors, options, the checks of train's arguments. Installs nothing.
+# Sourced by the scripts that start a run elsewhere and by those that run there:
+# dry runs, errors, options, the checks of train's arguments. Installs nothing.
 
 DRY_RUN="${DRY_RUN:-0}"
 MOUNT=/mnt/gcs  # where every machine sees the bucket

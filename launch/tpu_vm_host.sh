@@ -23,9 +23,8 @@ exec >>"$log" 2>&1
 
 again() { until "$@"; do say "failed, again in a minute: $1"; sleep 60; done; }
 
-# The bucket as a folder (Cloud Storage FUSE). Files read at random, as records
-# are, are kept on the disk whole, unless --cache-gb 0. Nothing is remembered
-# about which files there are: hosts must agree on the newest checkpoint.
+# The bucket as a folder (Cloud Storage FUSE). Records are kept on the disk, whole
+# files; which files there are is not: hosts agree on the newest checkpoint.
 mount_bucket() {
   ! mountpoint -q "$MOUNT" || return 0
   if ! command -v gcsfuse >/dev/null; then
