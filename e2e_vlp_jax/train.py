@@ -186,11 +186,14 @@ def main(argv=None):
     parser = cli.parser(__doc__, config='required', workdir=True)
     parser.add_argument('--allow-changes', action='store_true',
                         help='continue a run whose config has changed')
+    parser.add_argument('--check', action='store_true',
+                        help='only check the arguments, as launchers do')
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
     stages.stages(config)  # A wrong config fails before the processes join.
-    distributed.join()
-    train(config, args.workdir, args.allow_changes)
+    if not args.check:
+      distributed.join()
+      train(config, args.workdir, args.allow_changes)
 
 
 if __name__ == '__main__':
