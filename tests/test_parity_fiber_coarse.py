@@ -27,6 +27,7 @@ from e2e_vlp_jax.training import optim
 from e2e_vlp_jax.weights import fiber_coarse
 from e2e_vlp_jax.weights import mapping
 from tests import parity
+from tests import xla_flags
 
 AGAINST = 'the original code (stored)'
 VOCABULARY, QUEUE = 120, 8
@@ -678,7 +679,8 @@ def test_captions_teacher_forced(record_property, reference, plain,
   want = reference('captioning')
   model, variables, batch = plain
   run = jax.jit(lambda v: model.apply(v, batch,
-                                      {'image_only': ('captioning',)}))
+                                      {'image_only': ('captioning',)}),
+                compiler_options=xla_flags.EXACT)
   pairs = {}
   for name, v in (('mle', variables), ('head_mle', captioner)):
     out = run(v)

@@ -5,6 +5,13 @@ compiles in 6 instead of 28 CPU seconds, and a step takes half as long again.
 """
 import importlib.metadata
 
+_VERSION = [int(x) for x in
+            importlib.metadata.version('jaxlib').split('.')[:2]]
+_OLD = 'xla_cpu_use_fusion_emitters'  # until jaxlib 0.11
+# Options of jax.jit for a test whose tolerance the older code generator's
+# rounding comes close to.
+EXACT = {_OLD: True} if _VERSION < [0, 11] else {}
+
 
 def flags(devices):
   """[(flag, value)].
@@ -18,9 +25,8 @@ def flags(devices):
          # Codegen in parallel parts costs more than one part, and tests already
          # run in as many processes as there are cores.
          ('--xla_cpu_parallel_codegen_split_count', 1)]
-  version = importlib.metadata.version('jaxlib').split('.')
-  if [int(x) for x in version[:2]] < [0, 11]:
+  if _VERSION < [0, 11]:
     # XLA's older code generator compiles in half the time. Later versions
     # do not have it, and end a process that asks for it.
-    out.append(('--xla_cpu_use_fusion_emitters', 'false'))
+    out.append((f'--{_OLD}', 'false'))
   return out
