@@ -26,10 +26,10 @@ for _flag, _value in xla_flags.flags(devices=8):
         f'{os.environ.get("XLA_FLAGS", "")} {_flag}={_value}')
 
 import collections  # noqa: E402
+import contextlib  # noqa: E402
 import ctypes  # noqa: E402
 import gc  # noqa: E402
 import importlib.util  # noqa: E402
-import resource  # noqa: E402
 import sys  # noqa: E402
 
 import pytest  # noqa: E402
@@ -52,6 +52,8 @@ def _release_memory():
 
   What the next file shares with this one comes from the compilation cache.
   """
+  with contextlib.suppress(OSError):  # Linux: the peak of this file alone.
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
   yield
   jax = sys.modules.get('jax')
   if jax is not None:
@@ -66,8 +68,18 @@ def _cpu_seconds():
   return sum(os.times()[:4])
 
 
+def _peak_memory():
+  """GiB of this process, from Linux's /proc; 0 elsewhere."""
+  try:
+    lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  except OSError:
+    return 0.
+  found = [int(x.split()[1]) for x in lines if x.startswith('VmHWM')]
+  return found[0] / 2**20 if found else 0.
+
+
 class _Usage:
-  """Notes what tests cost; sums it up at the end of the run.
+  """Notes what each file of tests costs; prints it at the end of the run.
 
   Every worker of pytest-xdist runs one of these, and the main process too.
   """
@@ -75,43 +87,42 @@ class _Usage:
   def __init__(self):
     self._before = _cpu_seconds()
     self._wall, self._cpu = collections.Counter(), collections.Counter()
-    self._peaks = {}
+    self._peak_of_file, self._peak_of_worker = {}, {}
 
   @pytest.hookimpl(wrapper=True)
   def pytest_runtest_makereport(self):
-    """Adds the CPU seconds of a phase to its report (in a worker)."""
+    """Adds CPU seconds and memory of a phase to its report (in a worker)."""
     report = yield
     now = _cpu_seconds()
-    report.user_properties.append(('cpu', now - self._before))
+    report.user_properties += [('cpu', now - self._before),
+                               ('peak', _peak_memory())]
     self._before = now
     return report
 
   def pytest_runtest_logreport(self, report):
+    """Adds a report to the sums (in the main process)."""
     path = report.nodeid.partition('::')[0]
+    worker = getattr(report, 'worker_id', 'this process')
+    used = dict(report.user_properties)
     self._wall[path] += report.duration
-    self._cpu[path] += dict(report.user_properties).get('cpu', 0.)
-
-  def pytest_sessionfinish(self, session):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if hasattr(session.config, 'workeroutput'):
-      session.config.workeroutput['peak'] = peak
-    elif not self._peaks:  # There are no workers: the tests ran here.
-      self._peaks['this process'] = peak
-
-  @pytest.hookimpl(optionalhook=True)
-  def pytest_testnodedown(self, node):
-    self._peaks[node.gateway.id] = getattr(node, 'workeroutput', {}).get('peak')
+    self._cpu[path] += used.get('cpu', 0.)  # A worker that died says nothing.
+    for peaks, name in ((self._peak_of_file, path),
+                        (self._peak_of_worker, worker)):
+      peaks[name] = max(peaks.get(name, 0.), used.get('peak', 0.))
 
   def pytest_terminal_summary(self, terminalreporter):
     write = terminalreporter.write_line
     terminalreporter.section('memory and time')
     write('peak memory: ' + ', '.join(
-        f'{name} {"?" if peak is None else f"{peak:.1f} GiB"}'
-        for name, peak in sorted(self._peaks.items())))
+        f'{name} {peak:.1f} GiB'
+        for name, peak in sorted(self._peak_of_worker.items())))
     write(f'all files: {sum(self._wall.values()):.0f} s in tests, '
           f'{sum(self._cpu.values()):.0f} CPU seconds; the slowest:')
     for path, seconds in self._cpu.most_common(10):
       write(f'  {seconds:6.0f} CPU s {self._wall[path]:6.0f} s  {path}')
+    write('the largest:')
+    for path, peak in collections.Counter(self._peak_of_file).most_common(10):
+      write(f'  {peak:6.1f} GiB  {path}')
 
 
 def pytest_configure(config):
