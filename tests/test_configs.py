@@ -253,7 +253,15 @@ TASK = '''
 from e2e_vlp_jax.tasks import base
 
 class Task(base.Task):
+  requests = {{'joint': ('itm',)}}
+  in_samples = False
   finetuning = {finetuning}
+
+  def outputs(self, outputs, batch):
+    return outputs['joint']
+
+  def result(self, predictor, arrays, size, texts):
+    return base.Result(self.name, *size)
 '''
 FINETUNING = '''base.Finetuning(
     unit='image', objectives={{'{objective}': 1.}}, train_ops='text|mlm(.3)',

@@ -13,6 +13,7 @@ import pytest
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import predict
+from e2e_vlp_jax import tasks
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.tasks import base
 from tests import small_model
@@ -240,6 +241,27 @@ def test_mistakes_end_with_one_line(trained, photo, tmp_path, capsys):
   cut.write_bytes(pathlib.Path(photo).read_bytes()[:800])
   assert 'cut.jpg' in fails(capsys, '--checkpoint', trained, '--image',
                             str(cut), '--task', 'detect')
+
+
+@pytest.mark.parametrize('body, lacking', [
+    ('', 'requests {view: (head, ...)}, outputs, result'),
+    ("requests = {'joint': ('itm',)}\n  outputs = result = print\n"
+     '  needs_text = True', 'sample_texts (or in_samples = False)')])
+def test_an_incomplete_task_is_named(tmp_path, monkeypatch, loaded, body,
+                                     lacking):
+  """Before it is run, and before a training that would draw samples of it."""
+  (tmp_path / 'half.py').write_text(
+      'from e2e_vlp_jax.tasks import base\n'
+      f'class Task(base.Task):\n  summary = "x"\n  {body}\n')
+  monkeypatch.setattr(tasks, '__path__', [*tasks.__path__, str(tmp_path)])
+  monkeypatch.delitem(sys.modules, 'e2e_vlp_jax.tasks.half', raising=False)
+  predictor, _ = loaded
+  predictor = predictor_lib.Predictor(predictor.model, predictor.config,
+                                      predictor.vocabularies)
+  for ask in (lambda: base.load('half'), predictor.task_names):
+    with pytest.raises(errors.UserError) as e:
+      ask()
+    assert str(e.value) == f'tasks/half.py: class Task lacks {lacking}'
 
 
 def test_a_model_without_text_has_only_detection(tmp_path, photo):

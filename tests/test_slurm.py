@@ -4,7 +4,7 @@ Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge; the
 nodes' GPUs are files, what runs on them are CPU devices.
 
 Environment variables:
-  E2E_VLP_REQUIRE_SLURM=1: fail where Slurm is missing (`.ci/run`).
+  E2E_VLP_REQUIRE_SLURM=1: fail where Slurm is missing, instead of skipping.
 """
 import contextlib
 import json
@@ -20,6 +20,7 @@ import time
 import pytest
 
 from tests import kill_and_resume as runs
+from tests import xla_flags
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 # Process 0 alone would find its program in the cache, and gloo gives up where
@@ -91,10 +92,10 @@ class Cluster:
     self.env = {k: v for k, v in os.environ.items()
                 if not k.startswith(('SLURM', 'SBATCH', 'E2E_VLP'))}
     self.env |= {'SLURM_CONF': str(folder / 'slurm.conf'),
-                 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS':
-                 '--xla_force_host_platform_device_count=2 '
-                 '--xla_backend_optimization_level=0 '
-                 '--xla_llvm_disable_expensive_passes=true',
+                 'JAX_PLATFORMS': 'cpu',
+                 # As of the runs that these are compared with, to the bit.
+                 'XLA_FLAGS': ' '.join(f'{k}={v}' for k, v in
+                                       xla_flags.flags(devices=2)),
                  NO_CACHE[0]: NO_CACHE[1]}
 
   def _gpus(self):

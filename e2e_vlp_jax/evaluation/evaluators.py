@@ -56,6 +56,8 @@ class Evaluators:
       self._functions[name] = _function(name, options)
       # Opened now, so that a missing split fails before training.
       self._pipelines[name] = self._open(options.source, options.pp)
+    if config.samples.count:
+      self.predictor.task_names()  # Likewise a task that is not complete.
 
   def _open(self, source, pp):
     config = self._config

@@ -38,12 +38,31 @@ def load(name, key='task'):
     key: argument or config key that contains `name`, for the error message.
 
   Raises:
-    UserError: no such task; suggests the nearest name.
+    UserError: no such task; suggests the nearest name. Or a file whose class
+      lacks what a task must have.
   """
   if name not in names():
     raise errors.UserError(f'{key}: no task {name!r}'
                            + errors.nearest(name, names()))
-  return discovery.load(_PACKAGE, name, 'Task', key)()
+  task = discovery.load(_PACKAGE, name, 'Task', key)()
+  lacking = list(_missing(type(task)))
+  if not task.requests:
+    lacking.insert(0, 'requests {view: (head, ...)}')
+  if lacking:
+    raise errors.UserError(f'tasks/{name}.py: class Task lacks '
+                           + ', '.join(lacking))
+  return task
+
+
+def _missing(cls):
+  """Names of the methods that a task class must override and does not."""
+  own = lambda method: getattr(cls, method) is not getattr(Task, method)
+  if not own('compute') and not own('outputs'):
+    yield 'outputs'
+  if not own('result'):
+    yield 'result'
+  if cls.needs_text and cls.in_samples and not own('sample_texts'):
+    yield 'sample_texts (or in_samples = False)'
 
 
 @dataclasses.dataclass(frozen=True)
