@@ -11,7 +11,8 @@ def get_config(arg=None):
 
   Args:
     arg: 'evaluated' = with one evaluator of each kind, on 16 images; 'light' =
-      two objectives, which compile in a third of the time, no warm start.
+      two objectives, which compile in a third of the time, no warm start;
+      'short' = two steps, no warm start.
   """
   config = e2e_vlp.get_config('tiny')
   config.update_from_flattened_dict({
@@ -29,4 +30,12 @@ def get_config(arg=None):
   if arg == 'light':
     config.objectives.update(dict(detection=0., captioning=0.))
     config.warm_start.steps = 0
+  if arg == 'short':
+    config.total_steps, config.warm_start.steps = 2, 0
   return config
+
+
+def get_sweep(arg=None):
+  """Two seeds."""
+  del arg
+  return [{'seed': seed} for seed in (0, 1)]

@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 
 import pytest
@@ -247,18 +246,10 @@ def test_a_stopped_job_of_two_nodes_goes_on_to_the_same_bits(
 @pytest.mark.slow
 def test_a_sweep(slurm, tiny_scenes, tmp_path):
   """Written, submitted as it says, two runs at once, and in the table."""
-  config = tmp_path / 'config.py'
-  config.write_text(textwrap.dedent('''
-      from tests import small_run
-      def get_config(arg=None):
-        config = small_run.get_config(arg)
-        config.total_steps, config.warm_start.steps = 2, 0
-        return config
-      def get_sweep(arg=None):
-        return [{'seed': seed} for seed in (0, 1)]'''))
   workdir = tmp_path / 'W'
-  sweep = [sys.executable, '-m', 'e2e_vlp_jax.sweep', '--config', str(config),
-           '--workdir', str(workdir), f'--config.data.dir={tiny_scenes}',
+  sweep = [sys.executable, '-m', 'e2e_vlp_jax.sweep',
+           '--config', 'tests/small_run.py:short', '--workdir', str(workdir),
+           f'--config.data.dir={tiny_scenes}',
            f'--config.data.buckets={VALUES["data.buckets"]}']
   submit = slurm.run(*sweep, '--mode', 'slurm').split()
   number = slurm.submit(*submit[1:])

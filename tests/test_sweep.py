@@ -233,16 +233,7 @@ def test_sweeps_of_our_configs(file, config):
 
 @pytest.mark.slow
 def test_a_real_one(tiny_scenes, tmp_path, capfd):
-  config = tmp_path / 'config.py'
-  config.write_text(textwrap.dedent('''
-      from tests import small_run
-      def get_config(arg=None):
-        config = small_run.get_config(arg)
-        config.total_steps, config.warm_start.steps = 2, 0
-        return config
-      def get_sweep(arg=None):
-        return [{'seed': seed} for seed in (0, 1)]'''))
-  argv = ['--config', config, '--workdir', tmp_path / 'W',
+  argv = ['--config', 'tests/small_run.py:short', '--workdir', tmp_path / 'W',
           f'--config.data.dir={tiny_scenes}', '--metric', 'train/loss']
   assert call(*argv) == 0
   found = json.loads((tmp_path / 'W' / 'sweep.json').read_text())['runs']

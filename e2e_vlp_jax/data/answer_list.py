@@ -8,12 +8,10 @@ read. Lists are JSON files in `answers/`, {"source": ..., "answers": [...]}:
           airsplay/lxmert (MIT), data/vqa/trainval_label2ans.json.
 """
 import functools
-import json
-import os
 
-from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import shipped
 
-_FOLDER = os.path.join(os.path.dirname(__file__), 'answers')
+_FOLDER = 'answers'
 
 
 class AnswerList:
@@ -46,22 +44,10 @@ class AnswerList:
     Raises:
       UserError: no such list, or a file without one.
     """
-    path = os.path.join(_FOLDER, f'{name}.json')
-    if not os.path.exists(path):
-      path = str(name)
-    if not os.path.isfile(path):
-      raise errors.UserError(f'data.answers: no answer list {name!r}'
-                             + errors.nearest(name, names()))
-    try:
-      with open(path, encoding='utf-8') as f:
-        return cls(json.load(f)['answers'])
-    except (ValueError, TypeError, KeyError) as e:
-      raise errors.UserError(f'data.answers: {path} is not an answer list: {e}'
-                             ) from e
+    return shipped.load(_FOLDER, name, 'data.answers', 'an answer list',
+                        lambda found: cls(found['answers']))
 
 
 def names():
   """Names of the shipped answer lists."""
-  if not os.path.isdir(_FOLDER):
-    return []
-  return sorted(f[:-5] for f in os.listdir(_FOLDER) if f.endswith('.json'))
+  return shipped.names(_FOLDER)

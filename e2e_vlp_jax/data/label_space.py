@@ -19,12 +19,11 @@ JSON files in `labels/`:
 """
 import dataclasses
 import functools
-import json
-import os
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import shipped
 
-_FOLDER = os.path.join(os.path.dirname(__file__), 'labels')
+_FOLDER = 'labels'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +51,8 @@ class LabelSpace:
     Raises:
       UserError: no such space, or a file without one.
     """
-    path = os.path.join(_FOLDER, f'{name}.json')
-    if not os.path.exists(path):
-      path = str(name)
-    if not os.path.isfile(path):
-      raise errors.UserError(
-          f'labels: no label space {name!r}' + errors.nearest(name, names()))
-    try:
-      with open(path, encoding='utf-8') as f:
-        return cls.from_dict(json.load(f))
-    except (ValueError, TypeError, KeyError) as e:
-      raise errors.UserError(f'labels: {path} is not a label space: {e}') from e
+    return shipped.load(_FOLDER, name, 'labels', 'a label space',
+                        cls.from_dict)
 
   @classmethod
   def from_dict(cls, d):
@@ -112,4 +102,4 @@ def _look_up(kind, ids, name):
 
 def names():
   """Names of the shipped label spaces."""
-  return sorted(f[:-5] for f in os.listdir(_FOLDER) if f.endswith('.json'))
+  return shipped.names(_FOLDER)
