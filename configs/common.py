@@ -178,8 +178,8 @@ def evaluate(config, names, unseen=False, **pp):
   config.evals = {kind: evaluator(kind, source, ops)
                   for kind, ops in pp.items()}
   if unseen:
-    unseen = dict(name='scenes', split='unseen')
-    config.evals.update({f'{kind}_unseen': evaluator(kind, unseen, ops, 500, 0)
+    pairs = dict(name='scenes', split='unseen')
+    config.evals.update({f'{kind}_unseen': evaluator(kind, pairs, ops, 500, 0)
                          for kind, ops in pp.items()})
   # Sample pictures of predictions at each evaluation.
   config.samples = dict(count=12, source=source)

@@ -98,7 +98,7 @@ def _start(how, options):
 
 def _system(name):
   """The config module of a system."""
-  systems = [n for n in discovery.names('configs', 'resize')]
+  systems = discovery.names('configs', 'resize')
   if name not in systems:
     raise ValueError(f'no system {name!r}' + errors.nearest(name, systems))
   return importlib.import_module(f'configs.{name}')
@@ -157,9 +157,8 @@ def _schedule(config, given, data, recipe):
 
 def _drop_unread(optim):
   """Removes options that the chosen schedule does not read."""
-  used = stages.SCHEDULES.get(optim.schedule, ())
-  for key in {k for keys in stages.SCHEDULES.values() for k in keys}:
-    if key in optim and key not in used:
+  for key in stages.unread(optim.schedule):
+    if key in optim:
       del optim[key]
 
 

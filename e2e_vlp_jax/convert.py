@@ -4,8 +4,7 @@
       --config configs/e2e_vlp.py:detr --config.data.labels=coco91 --output D
   python -m e2e_vlp_jax.convert --export --input D --output model.safetensors
 
-Formats: fiber_coarse, soho, hf_detr, hf_resnet, torchvision_resnet, hf_bert,
-hf_roberta, hf_swin, timm_swin (docs/weights.md).
+Each format is a file of e2e_vlp_jax/weights; docs/weights.md describes them.
 D can be used as `init_from`, and as the checkpoint of evaluate and predict.
 Variables that the file lacks are taken from the checkpoint --onto, or else
 randomly initialised with config.seed. D/conversion.json lists them, and every

@@ -130,7 +130,7 @@ def main(argv=None):
                         "not in the config's data.dir")
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
-    tasks = args.tasks and [t for t in args.tasks.split(',') if t]
+    tasks = None if args.tasks is None else args.tasks.split(',')
     evaluate(config, args.checkpoint, args.workdir, tasks, args.limit,
              args.data_dir)
 

@@ -14,6 +14,8 @@ import json
 import logging
 import os
 
+from PIL import Image
+
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
@@ -75,7 +77,6 @@ def _check_writable(name, path):
   """UserError unless the output file can be opened for writing."""
   if not path:
     return
-  from PIL import Image  # pylint: disable=g-import-not-at-top
   known = Image.registered_extensions()
   if name == 'picture' and known.get(
       os.path.splitext(path)[1].lower()) not in Image.SAVE:

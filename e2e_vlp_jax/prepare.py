@@ -25,6 +25,7 @@ import tensorflow_datasets as tfds
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
 from e2e_vlp_jax.data import records
 
 _DATASETS = 'e2e_vlp_jax.data.datasets'
@@ -87,9 +88,7 @@ def prepare(builder_class, data_dir, source, options):
                 seconds=round(time.time() - start, 1), splits=builder.reports,
                 source_sha256={f: _sha256(f)
                                for f in builder.annotation_files()})
-  with open(path + '.part', 'w', encoding='utf-8') as f:
-    json.dump(report, f, indent=2)
-  os.replace(path + '.part', path)
+  files.write_json(path, report)
   _print(report, folder)
   return report
 

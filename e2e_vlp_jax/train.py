@@ -56,7 +56,8 @@ def train(config, workdir, allow_changes=False):
     monitor = stack.enter_context(monitor_lib.Monitor(
         workdir, config.total_steps, int(state.step), config.tensorboard))
     monitor.say(_summary(assembly, data, int(state.step)))
-    skipped = nonfinite.NonFinite(workdir, data, config.max_bad_steps)
+    skipped = nonfinite.NonFinite(workdir, data, config.max_bad_steps,
+                                  int(state.bad_steps))
 
     # --- Train --------------------------------------------------------------
     with (stop_signal.StopSignal() as stop,
@@ -80,8 +81,8 @@ def train(config, workdir, allow_changes=False):
                 **run_step.speed(), **clock.fractions()})
             run_step.restart()
           profiler.after(step, metrics, look_for_file=log)
-          skipped.look(t, metrics, wait=stage_ends)
           stop.look(step)
+          skipped.look(t, metrics, wait=stage_ends or stop.requested)
           scores = None
           if evaluation.due(step) and not stop.requested:
             with run_step.interrupted('evaluation'):

@@ -121,7 +121,8 @@ while ((failures < 5)); do
   code="$(remote exit)"
   if [[ -n $code ]]; then
     say "ended with code $code, workdir $workdir; log: $remote/log/0-0"
-    [[ -n $keep || $(state) == NONE ]] || delete
+    [[ -n $keep || $(state) == NONE ]] || delete ||
+      say "not deleted: look with ${queue[*]} list ${where[*]}"
     exit "$code"
   fi
   now="$(state)" line=''

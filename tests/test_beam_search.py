@@ -26,7 +26,7 @@ def log_softmax(x):
 
 # --- Plain implementations --------------------------------------------------
 def released(logits_of, images, length):
-  """As facts of the released code: [tokens] of each image's caption.
+  """The released code's search: [tokens] of each image's caption.
 
   Args:
     logits_of: (image, tokens so far) -> [V].

@@ -174,4 +174,4 @@ def test_a_peer_that_is_not_installed(capsys, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   line = refused(*SMALL_DETR, '--batch-size', '8', '--peer', 'hf_detr',
                  capsys=capsys)
-  assert 'needs torch' in line and 'e2e_vlp_jax[torch]' in line
+  assert 'needs torch' in line and "pip install -e '.[torch]'" in line

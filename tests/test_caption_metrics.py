@@ -190,8 +190,7 @@ def test_what_cannot_be_scored_is_an_error():
 
 @pytest.mark.slow
 def test_meteor_where_it_can_run(compact):
-  pytest.importorskip('pycocoevalcap', reason='pip install '
-                      'e2e_vlp_jax[meteor]')
+  pytest.importorskip('pycocoevalcap', reason="pip install -e '.[meteor]'")
   if not shutil.which('java'):
     pytest.skip('no java')
   published = compact['nlg_eval']

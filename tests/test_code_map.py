@@ -34,7 +34,7 @@ def steps(section):
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
-  """A copy of what git knows, without tests/data."""
+  """A copy of package, configs and tests, without tests/data."""
   folder = tmp_path_factory.mktemp('repository')
   for name in ('e2e_vlp_jax', 'configs', 'tests'):
     shutil.copytree(REPO / name, folder / name,

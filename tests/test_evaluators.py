@@ -12,6 +12,7 @@ from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import pipeline as pipeline_lib
 from e2e_vlp_jax.evaluation import captioning
 from e2e_vlp_jax.evaluation import detection
+from e2e_vlp_jax.evaluation import evaluators as evaluators_lib
 from e2e_vlp_jax.evaluation import inputs
 from e2e_vlp_jax.evaluation import itm
 from e2e_vlp_jax.evaluation import mlm
@@ -340,6 +341,7 @@ def test_evaluate_needs_no_config(checkpoint, tiny_scenes, tmp_path, capsys):
 @pytest.mark.parametrize('options, part', [
     ([], '--data_dir'), (['--tasks', 'detectoin'], "did you mean 'detection'"),
     (['--tasks', 'retrieval'], 'it has captioning, '),
+    (['--tasks', ''], "no evaluator or task ''"),
     (['--limit', '0'], 'at least 1')])
 def test_evaluate_refuses_in_one_line(checkpoint, tiny_scenes, tmp_path,
                                       options, part, capsys):
@@ -349,6 +351,14 @@ def test_evaluate_refuses_in_one_line(checkpoint, tiny_scenes, tmp_path,
                    *data, *options])
   message = capsys.readouterr().err
   assert part in message and message.count('\n') == 1
+
+
+def test_samples_without_a_split_fail_before_training(config, built):
+  other = config.copy_and_resolve_references()
+  other.evals = {}
+  other.samples = dict(count=1, source=dict(name='scenes', split='tset'))
+  with pytest.raises(errors.UserError, match='tset'):
+    evaluators_lib.Evaluators(other, built[0].model, built[0].vocabularies)
 
 
 def test_tasks_select_evaluators(config):

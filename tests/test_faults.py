@@ -100,7 +100,7 @@ def test_damaged_records_are_skipped_counted_and_named(tiny_scenes, tmp_path,
 def test_nonfinite_updates_in_a_row_end_the_run(tiny_scenes, tmp_path):
   """An absurd learning rate: the first update ruins every later loss."""
   config = light_config(tiny_scenes, total_steps=30, max_bad_steps=3, **{
-      'optim.learning_rate': 1e38, 'optim.warmup_steps': 0,
+      'checkpoint.every_steps': 1, 'optim.learning_rate': 1e38, 'optim.warmup_steps': 0,
       'optim.clip_norm': 0.})
   with pytest.raises(errors.UserError, match='3 updates in a row'):
     train.train(config, str(tmp_path))
@@ -116,6 +116,12 @@ def test_nonfinite_updates_in_a_row_end_the_run(tiny_scenes, tmp_path):
   assert 'null' in text and 'NaN' not in text and 'Infinity' not in text
   assert np.all([np.isfinite(x).all() for x in (
       checkpoint.load(str(tmp_path))[0]['project']['kernel'],)])
+  # A run that goes on counts on: it does not get three more.
+  last = saved_steps(tmp_path)[-1]
+  assert last >= found[-2]['step']
+  with pytest.raises(errors.UserError, match='updates in a row'):
+    train.train(config, str(tmp_path))
+  assert lines(tmp_path / 'nonfinite.jsonl')[-1]['step'] == last + 1
 
 
 def test_an_unfinished_checkpoint_is_no_checkpoint(tiny_scenes, tmp_path):

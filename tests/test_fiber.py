@@ -14,6 +14,7 @@ from configs import fiber as config_lib
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.models import feature_queue
 from e2e_vlp_jax.models import fiber
 from e2e_vlp_jax.objectives import itc
 from e2e_vlp_jax.training import assemble
@@ -379,6 +380,19 @@ def test_two_devices_train_as_one():
     for key in ('loss', 'itc', 'itm', 'mlm'):
       np.testing.assert_allclose(a[key], b[key], rtol=2e-4, err_msg=key)
   assert one[0]['itc'] != one[1]['itc']
+
+
+def test_the_last_rows_of_a_large_batch_stay():
+  queue = feature_queue.Queue(3)
+  rows = dict(text=np.arange(5)[:, None], text_features=np.eye(5, 4))
+  state = queue.init(jax.random.key(0), rows, True)
+  for seen in (5, 10):
+    _, state = queue.apply(state, rows, True, mutable=['queue'])
+    kept = state['queue']
+    assert kept['count'] == seen
+    assert sorted(kept['text'][:, 0].tolist()) == [2, 3, 4]
+    np.testing.assert_array_equal(
+        kept['text_features'], rows['text_features'][kept['text'][:, 0]])
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ case "$*" in
   *'tpu-vm describe'*) next nodes ;;
   *describe*state.state*) next states ;;
   *describe*) echo 'no quota left' ;;
+  *' delete '*) next deletes ;;
   *' create '*)
     next creates
     for word; do
@@ -215,7 +216,8 @@ def scenario(place, states, exits=('',), options=(), **others):
     place.fake('gcloud', GCLOUD)
     place.fake('sleep')
   answers = {'states': states, 'exits': exits, 'nodes': ['READY'],
-             'logs': ['step 7'], 'sends': [''], 'creates': [''], **others}
+             'logs': ['step 7'], 'sends': [''], 'creates': [''],
+             'deletes': [''], **others}
   for name, lines in answers.items():
     (place.fakes / name).write_text(''.join(f'{x}\n' for x in lines))
   return place.run('tpu_vm.sh', *TPU_VM, *options, '--', *TRAIN)
@@ -258,6 +260,9 @@ LOST = '!ERROR: (gcloud.x) Reauthentication failed. cannot prompt'
     # Deleted from elsewhere: not asked for again.
     ([GONE, GONE, 'ACTIVE', GONE], [''], {}, 1, 'somebody has deleted',
      ['rm', 'cp', 'create']),
+    # Finished, whether or not the slice can be deleted.
+    ([GONE, GONE, 'ACTIVE'], ['', '', '0'], {'deletes': ['!UNAVAILABLE']}, 0,
+     'not deleted: look', ['rm', 'cp', 'create', 'delete']),
     # A mistake is not repeated, and not paid for any longer.
     ([GONE, GONE, 'ACTIVE'], ['', '', '2'], {}, 2, 'ended with code 2',
      ['rm', 'cp', 'create', 'delete']),
@@ -274,8 +279,8 @@ LOST = '!ERROR: (gcloud.x) Reauthentication failed. cannot prompt'
      'does not exist', ['rm', 'cp']),
     # Not logged in at all.
     ([LOST], [''], {}, 2, 'Reauthentication', [])],
-    ids=['lost', 'repair', 'deleted', 'mistake', 'failed', 'denied',
-         'unavailable', 'bucket', 'login'])
+    ids=['lost', 'repair', 'deleted', 'not deleted', 'mistake', 'failed',
+         'denied', 'unavailable', 'bucket', 'login'])
 def test_tpu_vm_when_things_fail(place, states, exits, others, code, said, did):
   got, out, err = scenario(place, states, exits, **others)
   assert got == code, (out, err)

@@ -106,10 +106,17 @@ def test_the_gpu_kernel_finds_the_same_cost(monkeypatch, shape):
   draw = np.random.default_rng([SEED, *shape])
   parts = [problems(4, *shape, kind, draw) for kind in KINDS]
   cost, mask = (np.concatenate(x) for x in zip(*parts))
-  monkeypatch.setattr(
-      jax.lax, 'platform_dependent',
-      lambda *args, cuda, default: cuda(*args, interpret=True))
-  index, bad = jax.device_get(jax.jit(matching._assign)(cost, mask))
+  ran = []
+
+  def as_on_a_gpu(*args, cuda, default):
+    del default
+    ran.append(cuda)
+    return cuda(*args, interpret=True)
+  monkeypatch.setattr(jax.lax, 'platform_dependent', as_on_a_gpu)
+  # A new function: jit would reuse the trace of one it knows.
+  index, bad = jax.device_get(
+      jax.jit(lambda *args: matching._assign(*args))(cost, mask))
+  assert ran == [matching._solve_on_gpu]
   assert not bad.any()
   for c, m, i in zip(cost, mask, index):
     assert len(set(i)) == len(i) and i.min() >= 0 and i.max() < shape[0]

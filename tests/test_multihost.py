@@ -46,9 +46,10 @@ def assert_same_metrics(ours, theirs):
 
 def test_two_processes_continue_before_a_damaged_checkpoint(
     alone, tiny_scenes, tmp_path):
-  """Both set it aside. Then: the same losses as one process, same scores.
+  """Both set it aside; the last steps and the scores are those of one process.
 
-  16 examples are evaluated in batches of 24.
+  16 examples are evaluated in batches of 24. The first steps of two processes:
+  test_sigterm_to_one_process_stops_both_at_one_step.
   """
   workdir, end = tmp_path / 'w', runs.STEPS
   shutil.copytree(alone, workdir)
@@ -105,6 +106,8 @@ def test_peers_that_do_not_join_are_named(tiny_scenes, tmp_path, monkeypatch):
     ({'PROCESSES': '2'}, 'E2E_VLP_COORDINATOR, E2E_VLP_PROCESS: not set'),
     ({'COORDINATOR': 'localhost:1', 'PROCESSES': '2', 'PROCESS': '2'},
      "E2E_VLP_PROCESS: '2', expected a whole number from 0 to 1"),
+    ({'COORDINATOR': 'host0', 'PROCESSES': '2', 'PROCESS': '1'},
+     "E2E_VLP_COORDINATOR: 'host0', expected host:port"),
     ({'DISTRIBUTED': 'yes'}, "E2E_VLP_DISTRIBUTED: 'yes'")])
 def test_wrong_variables_are_user_errors(variables, message, monkeypatch):
   for name, value in variables.items():

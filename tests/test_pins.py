@@ -1,9 +1,8 @@
 """What must not move: batches, config values, parameter names, old runs.
 
 `tests/data/pins` was written by the code of November 2026 (5a6402d), before
-the library was rearranged. A batch, a parameter or a config value that is
-another today breaks somebody's run; a key that is merely called otherwise
-does not.
+the library was rearranged. A batch, parameter or config value that has changed
+since then breaks somebody's run; a key that was only renamed does not.
 """
 import gzip
 import hashlib
@@ -72,7 +71,7 @@ def test_batches(spec, folder):
         config.data, vocabularies=vocabularies, sources=sources, pp=pp,
         seed=config.seed, batch_size=4, train=kind == 'train')
     found = digests(data.batch(int(t)))
-    # New keys are welcome; those of then are what they were.
+    # There may be new keys; the old ones must be unchanged.
     assert {k: found.get(k) for k in want} == want, name
 
 

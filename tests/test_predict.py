@@ -16,6 +16,7 @@ from e2e_vlp_jax import predict
 from e2e_vlp_jax import tasks
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.tasks import base
+from e2e_vlp_jax.tasks import match
 from tests import small_model
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -127,6 +128,11 @@ def test_images_of_a_shape_run_together_and_compile_once(loaded, monkeypatch):
     alone, = predictor.predict(variables, images[i:i + 1], 'match', texts[i])
     assert [m.score for m in alone.match] == pytest.approx(
         [m.score for m in found[i].match], abs=1e-5)
+  # Another object of the same task runs the same program.
+  monkeypatch.setattr(predictor, 'task', base.load)
+  monkeypatch.setattr(match.Task, 'compute',
+                      lambda *args, **kwargs: pytest.fail('traced again'))
+  predictor.predict(variables, images[:1], 'match', texts[0])
 
 
 def test_what_predict_takes(loaded, photo):

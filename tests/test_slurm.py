@@ -267,7 +267,7 @@ def test_mistakes_are_not_queued_again(slurm, tmp_path):
   assert 'total_steps' in said and 'queued again' not in said
 
 
-def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):
+def test_a_cancelled_job_stays_cancelled(slurm, tmp_path, request):
   """Train saves and ends with 0, as for every SIGTERM."""
   fake = tmp_path / 'python'
   fake.write_text(f'''#!/usr/bin/env bash
@@ -276,8 +276,10 @@ trap 'sleep 1; exit 0' TERM
 touch {tmp_path}/started
 for i in {{1..200}}; do sleep .1; done''')
   fake.chmod(0o755)
-  (slurm.repo / 'launch/common.sh').rename(slurm.repo / 'launch/kept')
-  (slurm.repo / 'launch/common.sh').write_text(f'PATH={tmp_path}:$PATH\n')
+  common = slurm.repo / 'launch/common.sh'
+  kept = common.read_text()
+  request.addfinalizer(lambda: common.write_text(kept))
+  common.write_text(f'PATH={tmp_path}:$PATH\n')
   workdir = tmp_path / 'w'
   workdir.mkdir()
   (workdir / 'config.json').write_text('{"total_steps": 10}')
@@ -286,7 +288,6 @@ for i in {{1..200}}; do sleep .1; done''')
   slurm.run('scancel', number)
   slurm.wait(number)
   assert slurm.state(number) == {'CANCELLED'}
-  (slurm.repo / 'launch/kept').replace(slurm.repo / 'launch/common.sh')
 
 
 def test_more_nodes_than_there_are(slurm, tmp_path):

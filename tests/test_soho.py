@@ -492,7 +492,8 @@ def test_a_module_that_is_covered_in_part_is_an_error(
     ('model.act', 'gelo', "did you mean 'gelu'"),
     ('model.text_pool', 'cla', "did you mean 'cls'"),
     ('model.dictionary.size', -1, 'model.dictionary.size: -1'),
-    ('model.dictionary.decay', 1.2, 'decay: 1.2; expected 0 to 1'),
+    ('model.dictionary.decay', 1.2, 'decay: 1.2; expected at least 0'),
+    ('model.dictionary.decay', 1., 'decay: 1.0; expected .* less than 1'),
     ('model.backbone.depth', 19, 'depth 19; valid choices: 18, 34'),
     ('data.max_text', 17, 'texts of 17 tokens for model.max_text: 16')])
 def test_values_that_do_not_fit(key, value, part):

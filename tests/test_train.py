@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import evaluate
 from e2e_vlp_jax import models
@@ -65,7 +66,7 @@ def one_batch():
 def test_overfits_one_batch(one_batch):
   state, step, batch = one_batch
   first = None
-  for _ in range(140):
+  for _ in range(140):  # The small model has one layer.
     state, metrics = step(state, batch)
     first = first or jax.device_get(metrics)
   last = jax.device_get(metrics)
@@ -216,6 +217,19 @@ def test_workdir_of_another_run_is_refused(tiny_scenes, tmp_path):
   with pytest.raises(errors.UserError, match='optim.learning_rate'):
     workdir_lib.open_workdir(str(tmp_path), config)
   assert (tmp_path / 'config.json').read_text() == before
+
+
+@pytest.mark.parametrize('schedule', ['constant', 'linear', 'step'])
+def test_a_run_with_another_schedule_goes_on(tmp_path, schedule):
+  """Its config keeps options that only the other schedule reads."""
+  config = cli.load_config('configs/e2e_vlp.py:tiny', [
+      ('optim.schedule', schedule)])
+  workdir_lib.open_workdir(str(tmp_path), config)
+  (tmp_path / 'checkpoints' / str(config.total_steps)).mkdir(parents=True)
+  workdir_lib.open_workdir(str(tmp_path), config)
+  assert workdir_lib.finished(str(tmp_path), config)
+  config.optim.learning_rate = 1.
+  assert not workdir_lib.finished(str(tmp_path), config)
 
 
 def test_unwritable_workdir_is_a_user_error(tmp_path):

@@ -222,6 +222,20 @@ def test_a_second_image_by_its_record(open_, tmp_path, place):
       assert mask.all() == (place == 'squash') or record['height'] == 40
 
 
+def test_units_come_in_their_image_s_bucket(open_, tmp_path):
+  prepare.prepare(Toy, str(tmp_path), None, dict(shift=1))
+  data = open_('statement', PAIR.format('fit'), [
+      dict(name='toy', split='train')],
+               dict(dir=str(tmp_path), buckets=((20, 40), (40, 40))),
+               batch_size=2)
+  shapes = set()
+  for _, batch in data.iterate():
+    for example_id in batch['example_id'][batch['valid']]:
+      height = data.unit(example_id)[0]['height']
+      shapes.add((height, batch['image'].shape[1]))
+  assert shapes == {(20, 20), (30, 40), (40, 40), (50, 40)}
+
+
 class Far(Toy):
   """Names a record that is not there."""
   name = 'far'

@@ -186,7 +186,7 @@ def test_without_answers_there_is_a_submission_and_no_score(tmp_path, caplog):
   question['id'] = 7
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be written'):
-    vqa.evaluate(predictor, None, pipeline,
+    vqa.evaluate(None, None, pipeline,  # Before anything is predicted.
                  submission=str(tmp_path / 'file' / 'results.json'))
 
 

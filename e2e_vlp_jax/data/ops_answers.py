@@ -8,8 +8,7 @@ from e2e_vlp_jax.data.keys import Key
 from e2e_vlp_jax.errors import UserError
 
 # Target of an answer by the number of people, of ten, who gave it: 0, 1, 2, 3,
-# or more (LXMERT and FIBER, write_vqa.py). With only one person it
-# is 1.
+# or more (LXMERT and FIBER, write_vqa.py). With only one person it is 1.
 _SCORES = (0., .3, .6, .9, 1.)
 _MOST = 10  # answers kept per question: one for each person
 

@@ -164,7 +164,7 @@ KEYS = {'boxes': (
         'whether it has attributes too',
         lambda draw: np.full(draw.shape, draw.sizes['num_attributes'] > 0)),
     Key('crowd_mask', bool, 'C', False,
-        'True where there is a crowd; `boxes(crowds=C)` alone makes the two',
+        'True where there is a crowd; only `boxes(crowds=C)` makes these keys',
         lambda draw: draw.rng.random(draw.shape) < .5),
     Key('crowd_boxes', np.float32, 'C4', 0, 'as `boxes`',
         _draw_boxes('crowd_mask')),

@@ -82,7 +82,7 @@ class TrainOrder:
     block, offset = divmod(t, _BLOCK)
     buckets, counts = interleave(
         block * _BLOCK + rng.permute(np.arange(_BLOCK), _BLOCK,
-                                       rng.fold(self._seed, 0, block)),
+                    rng.fold(self._seed, 0, block)),
         self._bucket_shares)
     bucket = int(buckets[offset])
     same = buckets == bucket

@@ -199,7 +199,7 @@ def meteor(candidates, references):
   try:
     from pycocoevalcap.meteor import meteor as official  # pylint: disable=g-import-not-at-top
   except ImportError:
-    logging.info('METEOR skipped: pip install e2e_vlp_jax[meteor]')
+    logging.info("METEOR skipped: pip install -e '.[meteor]'")
     return None
   if not shutil.which('java'):
     logging.info('METEOR skipped: no java on the PATH')

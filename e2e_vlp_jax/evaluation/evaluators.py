@@ -56,7 +56,9 @@ class Evaluators:
       self._functions[name] = _function(name, options)
       # Opened now, so that a missing split fails before training.
       self._pipelines[name] = self._open(options.source, options.pp)
+    self._samples = None
     if config.samples.count:
+      self._samples = self._open(config.samples.source, config.data.pp_eval)
       self.predictor.task_names()  # Likewise a task that is not complete.
 
   def _open(self, source, pp):
@@ -111,11 +113,9 @@ class Evaluators:
             progress=lambda done, bar=progress: bar.update(done - bar.n),
             **options.get('options', {}))
       scores.update({f'eval/{name}/{k}': v for k, v in found.items()})
-    samples = self._config.samples
     images = pictures.sample_sheet(
-        self.predictor, variables,
-        self._open(samples.source, self._config.data.pp_eval),
-        samples.count) if samples.count else []
+        self.predictor, variables, self._samples,
+        self._config.samples.count) if self._samples else []
     return scores, {f'sample_{i:02d}': x for i, x in enumerate(images)}
 
 

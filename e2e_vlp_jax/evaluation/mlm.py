@@ -18,9 +18,6 @@ class FillIn(base.Task):
     return {'tokens': outputs['joint_masked']['mlm_logits'].argmax(-1)}
 
 
-_FILL_IN = FillIn()  # One object, so that a Predictor compiles it once.
-
-
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
              progress=None):
   """Accuracy of the predicted tokens, with the image and with a blank one.
@@ -46,7 +43,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
                       predictor.gather(batch, 'mlm_labels'), -1)
     blank = {**batch, 'image': np.broadcast_to(mean, batch['image'].shape)}
     for k, one in enumerate((batch, blank)):
-      tokens = predictor.run(variables, one, _FILL_IN)['tokens']
+      tokens = predictor.run(variables, one, FillIn())['tokens']
       right[k] += ((tokens == labels) & (labels >= 0)).sum()
     count += (labels >= 0).sum()
   with_image, without = (right / max(count, 1)).tolist()

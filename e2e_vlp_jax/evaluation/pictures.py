@@ -177,7 +177,7 @@ def sample_sheet(predictor, variables, pipeline, n):
         truth = dataset_checks.truth(pipeline, example_id, predictor.labels)
         images.append(draw(
             photographs.decode_image(truth.record['image'],
-                                 truth.record['image_id']),
+                                     truth.record['image_id']),
             [of[row] for of in found], truth))
   return images
 

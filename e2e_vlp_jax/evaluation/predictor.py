@@ -120,7 +120,8 @@ class Predictor:
     rows = 1 if len(images) == 1 else _ROWS
     if self._mesh is not None:
       rows = -(-rows // self._mesh.size) * self._mesh.size
-    examples = (inputs.example(self, image, own, max(map(len, texts)))
+    most = max(map(len, texts), default=0)
+    examples = (inputs.example(self, image, own, most)
                 for image, own in zip(images, texts))
     results = {}
     for numbers, batch in inputs.in_batches(examples, rows):
@@ -153,7 +154,7 @@ class Predictor:
   def run(self, variables, batch, task, **options):
     """Runs a task's computation: dict of numpy arrays, all hosts' rows.
 
-    It is compiled once per shape of a batch.
+    It is compiled once per kind of task and shape of a batch.
 
     Args:
       variables: {'params': ..., **model_state}.
@@ -170,7 +171,7 @@ class Predictor:
     batch = self._place({k: batch[k] for k in task.keys if k in batch})
     try:
       return sharding.to_host(self._program(
-          (task, *sorted(fixed.items())), compute)(variables, batch))
+          (type(task), *sorted(fixed.items())), compute)(variables, batch))
     except flax.errors.ScopeParamNotFoundError as e:
       heads = sorted({h for hs in task.requests.values() for h in hs})
       raise NotTrained(

@@ -152,9 +152,9 @@ def _facts(config, series):
   steps = [max(points) for name, points in series.items()
            if name.startswith('train/')]
   if steps or get('total_steps'):
-    facts.append(('steps', f'{max(steps, default=0):,} of '
-                           f'{get("total_steps") or "?":,}'
-                  if get('total_steps') else f'{max(steps):,}'))
+    total = get('total_steps')
+    facts.append(('steps', f'{max(steps, default=0):,}'
+                  + (f' of {total:,}' if total else '')))
   if get('model', 'name'):
     facts.append(('model', _describe(get('model'))))
   if get('data', 'train'):

@@ -6,6 +6,7 @@ import os
 import jax
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
 from e2e_vlp_jax.data import vqa_answers
 from e2e_vlp_jax.evaluation import inputs
 
@@ -35,6 +36,10 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
       cannot be written.
   """
   task = predictor.task('answer')
+  if submission and not jax.process_index():
+    # Now, as answering takes long.
+    files.check_folder('submission',
+                       os.path.dirname(os.path.abspath(submission)))
   names = predictor.vocabularies.answers.answers
   accuracies, kinds, types, results = [], [], [], []
   for batch, ids in inputs.batches(predictor, pipeline, max_examples,
@@ -98,13 +103,6 @@ def write_submission(path, results, expected):
   if len(results) < expected:
     logging.warning('%s: answers to %d of %d questions', path, len(results),
                     expected)
-  if jax.process_index():
-    return
-  try:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + '.part', 'w', encoding='utf-8') as f:
-      json.dump(sorted(results, key=lambda r: r['question_id']), f)
-    os.replace(path + '.part', path)
-  except OSError as e:
-    raise errors.UserError(f'submission: {path!r} cannot be written: '
-                           f'{e.strerror}') from e
+  if not jax.process_index():
+    files.write(path, json.dumps(
+        sorted(results, key=lambda r: r['question_id'])))

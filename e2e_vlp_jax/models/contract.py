@@ -51,7 +51,8 @@ computes outputs from a named state of a view.
 - `adapt(loaded, params)`: a checkpoint's parameters, changed where parameters
   depend on the size of the input.
 - the random streams 'dropout' (in training) and 'sample' (for random choices
-  of a view; without it, `hard_negative` takes the most likely choice).
+  of a view). Without 'sample', `hard_negative` takes the most likely choice
+  and `mvm` cannot run.
 """
 import dataclasses
 from typing import Any, Dict, Mapping, NamedTuple, Sequence, Tuple

@@ -38,8 +38,10 @@ class Queue(nn.Module):
            jnp.arange(self.size) < count.value)
     if update and not self.is_initializing():
       rows = next(iter(new.values())).shape[0]
-      at = (count.value + jnp.arange(rows)) % self.size
+      # Of a batch larger than the queue, only the last rows stay.
+      first = max(rows - self.size, 0)
+      at = (count.value + jnp.arange(first, rows)) % self.size
       for k, v in kept.items():
-        v.value = v.value.at[at].set(new[k].astype(v.value.dtype))
+        v.value = v.value.at[at].set(new[k][first:].astype(v.value.dtype))
       count.value += rows
     return out

@@ -66,9 +66,10 @@ class Model(contract.BaseModel):
     if c.dictionary.size < 0:
       raise errors.UserError(f'model.dictionary.size: {c.dictionary.size}; '
                              'expected 0 (none) or a number of codes')
-    if not 0 <= c.dictionary.decay <= 1:
+    if not 0 <= c.dictionary.decay < 1:
       raise errors.UserError(f'model.dictionary.decay: {c.dictionary.decay}; '
-                             'expected 0 to 1, the share of a code that stays')
+                             'expected at least 0 and less than 1, the share '
+                             'of a code that stays')
     self.backbone = self.make_backbone()
     self.neck = necks.Neck(c.width, dict(c.dictionary), dtype=self.dtype,
                            frozen=self.frozen, **c.neck)

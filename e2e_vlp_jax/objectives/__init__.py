@@ -28,7 +28,8 @@ def build(config, mesh=None, batch_axes=(), weights=None):
     UserError: unknown objective or option, or nothing to train.
   """
   out = {}
-  for name, weight in dict(weights or config.objectives).items():
+  weights = config.objectives if weights is None else weights
+  for name, weight in dict(weights).items():
     if not weight:
       continue
     objective = discovery.load(__name__, name, 'Objective',

@@ -27,4 +27,4 @@ def build(name, config, batch, num_classes):
   except ModuleNotFoundError as e:
     raise errors.UserError(
         f'--peer {name}: needs {e.name}, which is not installed; pip install '
-        "'e2e_vlp_jax[torch]'") from e
+        "-e '.[torch]'") from e

@@ -107,5 +107,5 @@ def devices(topology):
       raise
     raise errors.UserError(
         '--topology: compiling for a TPU that is not attached needs libtpu '
-        "(700 MB): pip install 'e2e_vlp_jax[preflight]'") from e
+        "(700 MB): pip install -e '.[preflight]'") from e
   return TPUS[chip], found

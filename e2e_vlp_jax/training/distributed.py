@@ -61,6 +61,9 @@ def join():
   address, options = 'the platform', {}
   if not automatic:
     address, count = found[0], _integer(_VARIABLES[1], found[1], 1)
+    if not re.fullmatch(r'.+:\d+', address):
+      raise errors.UserError(f'{_VARIABLES[0]}: {address!r}, expected '
+                             'host:port of process 0')
     # Under srun, jax would also read Slurm's variables and use only the GPU
     # SLURM_LOCALID. All visible devices belong to this process.
     options = dict(coordinator_address=address, num_processes=count,
@@ -137,7 +140,10 @@ def _connected(host, port):
                  for i in range(0, len(address), 8)]
         ip = ipaddress.ip_address(b''.join(words))
         found.append(str(getattr(ip, 'ipv4_mapped', None) or ip))
-  own = socket.gethostbyname(host)  # We are also connected to ourselves.
+  try:
+    own = socket.gethostbyname(host)  # We are also connected to ourselves.
+  except OSError:  # A name that others know; `give_up` must go on.
+    own = None
   for address in found:
     if address == own or ipaddress.ip_address(address).is_loopback:
       found.remove(address)

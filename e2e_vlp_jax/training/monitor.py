@@ -84,8 +84,8 @@ class Monitor:
     """
     shown = [f'{k} {float(metrics[k]):.2f}' for k in ('loss', *objectives)]
     if 'perf/step_s' in performance:
-      performance['perf/goodput'] = self._goodput(
-          step, performance['perf/step_s'])
+      performance = {**performance, 'perf/goodput': self._goodput(
+          step, performance['perf/step_s'])}
       shown.append(f'{performance["perf/images_per_s"]:.0f} img/s')
     self.write(step, {**{f'train/{k}': v for k, v in metrics.items()},
                       **performance})
@@ -127,7 +127,6 @@ class Monitor:
       step_seconds: time of one undisturbed step.
     """
     return min(1., steps * step_seconds / max(time.time() - self._began, 1e-9))
-
 
 
 def _first_time(path):

@@ -16,12 +16,13 @@ class NonFinite:
       the batch's examples.
     data: the training Pipeline.
     limit: skipped updates in a row that end the run.
+    in_a_row: skipped updates directly before, in the run that is resumed.
   """
 
-  def __init__(self, workdir, data, limit):
+  def __init__(self, workdir, data, limit, in_a_row=0):
     self._path = os.path.join(workdir, 'nonfinite.jsonl')
     self._data, self._limit = data, limit
-    self._in_a_row, self._unseen = 0, None
+    self._in_a_row, self._unseen = in_a_row, None
 
   def look(self, t, metrics, wait=False):
     """Inspects the metrics of the previous step while this one runs.

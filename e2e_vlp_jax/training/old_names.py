@@ -7,6 +7,7 @@ dropped from a stored config and refused on a command line.
 import re
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.training import stages
 
 # (old key, new key) as regular expressions; the first match wins.
 _RENAMED = (
@@ -103,8 +104,9 @@ def modernise(config, where='config'):
   """A stored config under current names.
 
   Args:
-    config: dict, from a ConfigDict or from JSON. If its names are already
-      current, an equal dict is returned.
+    config: dict, from a ConfigDict or from JSON. Current names stay as they
+      are. Options that the chosen schedule or optimizer never reads are left
+      out.
     where: where the config was found, for the error message.
 
   Returns:
@@ -143,10 +145,7 @@ def _drop_unread(flat):
     schedule = flat.get(f'{group}.schedule')
     if schedule is None:
       continue
-    unread = {'step': ('final_fraction',),
-              'constant': ('final_fraction', 'decay_steps', 'decay_factor')
-              }.get(schedule, ('decay_steps', 'decay_factor'))
-    for key in unread:
+    for key in stages.unread(schedule):
       flat.pop(f'{group}.{key}', None)
   # Only a model that can also be a plain detector reads `use_text`.
   if 'model.num_queries' not in flat:

@@ -11,6 +11,12 @@ SCHEDULE_KEYS = ('schedule', 'learning_rate', 'warmup_steps', 'warmup_init',
                  'decay_steps', 'decay_factor', 'final_fraction')
 
 
+def unread(schedule):
+  """The options of other schedules, which `schedule` does not read."""
+  return {key for keys in SCHEDULES.values() for key in keys}.difference(
+      SCHEDULES.get(schedule, ()))
+
+
 class Stage(NamedTuple):
   """Steps start..end with their own objectives and learning rate.
 

@@ -11,9 +11,10 @@ from e2e_vlp_jax.training import old_names
 
 # Keys that may change when a run is resumed: they affect output, hardware or
 # speed, not the trained parameters.
-FREE_KEYS = ('log_every_steps', 'eval_every_steps', 'checkpoint', 'mesh',
-             'evals', 'samples', 'tensorboard', 'data.dir', 'data.threads',
-             'data.pp_eval', 'profile')
+FREE_KEYS = ('log_every_steps', 'eval_every_steps', 'eval_batch_size',
+             'max_bad_steps', 'checkpoint', 'mesh', 'evals', 'samples',
+             'tensorboard', 'data.dir', 'data.threads', 'data.pp_eval',
+             'profile')
 
 
 def to_dict(config):
@@ -44,8 +45,8 @@ def finished(workdir, config):
   except (OSError, ValueError, errors.UserError):
     return False
   last = os.path.join(workdir, 'checkpoints', str(config.total_steps))
-  return os.path.isdir(last) and not differences(held, to_dict(config),
-                                                 FREE_KEYS)
+  new = old_names.modernise(to_dict(config))
+  return os.path.isdir(last) and not differences(held, new, FREE_KEYS)
 
 
 def open_workdir(workdir, config, allow_changes=False):
@@ -73,7 +74,8 @@ def open_workdir(workdir, config, allow_changes=False):
                          *glob.glob(f'{glob.escape(workdir)}/checkpoints/*'))
              if os.path.exists(f)]
   if written and os.path.exists(path):
-    _compare(workdir, _read(path), new, allow_changes)
+    # The stored config lacks what its schedule does not read.
+    _compare(workdir, _read(path), old_names.modernise(new), allow_changes)
   if jax.process_index() == 0:
     files.check_folder('--workdir', workdir)
     files.write_json(path, new)
