@@ -1,4 +1,7 @@
 """The assignment is optimal, counts what is not finite, and fits the loss."""
+import os
+import subprocess
+import sys
 
 import hypothesis
 from hypothesis import strategies as st
@@ -6,49 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.objectives import detection
 from e2e_vlp_jax.ops import matching
 from tests import parity
+from tests.assignment_problems import KINDS, best, problems
+from tests.assignment_problems import cost_of as ours
 
 SEED = 11
 SHAPES = ((1, 1), (5, 5), (7, 1), (12, 7), (30, 30), (64, 40), (100, 20),
           (100, 100))  # queries, targets
-KINDS = ('uniform', 'detr', 'ties', 'equal', 'scales')
 fast = hypothesis.settings(max_examples=40, deadline=None)
-
-
-def problems(count, queries, targets, kind, draw):
-  """(cost [count, Q, M], mask [count, M]); from no target to all of them."""
-  shape = (count, queries, targets)
-  if kind == 'uniform':
-    cost = draw.uniform(-1, 1, shape)
-  elif kind == 'detr':  # 1 class, 5 L1, 2 GIoU
-    cost = (-draw.random(shape) + 5 * draw.random(shape) * 4
-            - 2 * draw.uniform(-1, 1, shape))
-  elif kind == 'ties':
-    cost = draw.integers(0, 4, shape)
-  elif kind == 'scales':  # huge costs in one problem, tiny ones in another
-    cost = draw.normal(0, 1, shape) * draw.choice([1e-6, 1e6], (count, 1, 1))
-  else:
-    cost = np.full(shape, 2.5)
-  mask = np.arange(targets) < draw.integers(0, targets + 1, (count, 1))
-  # Targets may be anywhere, and padding may hold anything.
-  mask = draw.permuted(mask, axis=1)
-  cost = np.where(mask[:, None], cost, draw.normal(0, 1e3, shape))
-  return cost.astype(np.float32), mask
-
-
-def best(cost, mask):
-  """scipy's optimal cost of one problem."""
-  real = cost[:, mask].astype(float)
-  return real[scipy.optimize.linear_sum_assignment(real)].sum()
-
-
-def ours(cost, mask, index):
-  return cost[index, np.arange(len(index))].astype(float)[mask].sum()
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
@@ -124,14 +96,64 @@ def test_the_gpu_kernel_finds_the_same_cost(monkeypatch, shape):
                                atol=1e-6 * np.abs(c).max())
 
 
+def lowered_for_a_gpu(queries, targets):
+  like = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
+  return matching.hungarian.trace(
+      like(192, queries, targets), jax.ShapeDtypeStruct((192, targets), bool)
+  ).lower(lowering_platforms=('cuda',))
+
+
 def test_one_kernel_on_a_gpu():
   """Lowered for CUDA on a machine without: one Triton call and no loop."""
-  like = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
-  text = matching.hungarian.trace(
-      like(192, 100, 100), jax.ShapeDtypeStruct((192, 100), bool)).lower(
-          lowering_platforms=('cuda',)).as_text()
+  text = lowered_for_a_gpu(100, 100).as_text()
   assert text.count('__gpu$xla.gpu.triton') == 1
   assert 'stablehlo.while' not in text
+
+
+def triton_module(lowered):
+  """The text of the Triton program inside; parsing it verifies it."""
+  from jax._src.lib import triton  # pylint: disable=g-import-not-at-top
+  from jaxlib.mlir import ir  # pylint: disable=g-import-not-at-top
+  found = []
+
+  def visit(op):
+    op = op.operation
+    if (op.name == 'stablehlo.custom_call'
+        and 'triton' in str(op.attributes['call_target_name'])):
+      config = ir.DictAttr(op.attributes['mhlo.backend_config'])
+      found.append(ir.StringAttr(config['ir']).value_bytes)
+    return ir.WalkResult.ADVANCE
+  lowered.compiler_ir('stablehlo').operation.walk(visit)
+  code, = found
+  with ir.Context() as context:
+    triton.dialect.register_dialect(context)
+    return str(ir.Module.parse(code))
+
+
+@pytest.mark.parametrize('shape', ((100, 100), (5, 5), (300, 100)), ids=str)
+def test_triton_compiles_the_kernel(tmp_path, shape):
+  """For an H100, without one: a program may lower and yet not compile.
+
+  E2E_VLP_TRITON names a folder with triton: pip install --target FOLDER triton.
+  It crashes on some loops, so it runs in a process of its own.
+  """
+  path = tmp_path / 'matching.ttir'
+  path.write_text(triton_module(lowered_for_a_gpu(*shape)))
+  folder = os.environ.get('E2E_VLP_TRITON')
+  if not folder:
+    pytest.skip('E2E_VLP_TRITON is not set')
+  code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+kernel = triton.compile({str(path)!r}, target=GPUTarget('cuda', 90, 32),
+                        options=dict(num_warps=1))
+assert kernel.asm['cubin']
+"""
+  run = subprocess.run([sys.executable, '-c', code], check=False,
+                       capture_output=True, text=True,
+                       env={**os.environ, 'PYTHONPATH': folder,
+                            'TRITON_CACHE_DIR': str(tmp_path)})
+  assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])

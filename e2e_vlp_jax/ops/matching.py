@@ -186,56 +186,57 @@ def _solve_on_gpu(cost, count, interpret=False):
 
 
 def _solve_kernel(cost_ref, count_ref, owner_ref):
-  """One problem; names as in `_solve_batch`. Refs: [M, Q], [1], [Q]."""
+  """One problem; names as in `_solve_batch`. Refs: [M, Q], [1], [Q].
+
+  Triton's compiler crashes on a while loop some of whose results are not used
+  (its pass TritonGPURemoveLayoutConversions takes the numbers of what the loop
+  carries for those of its results). So all of them are.
+  """
   width = owner_ref.shape[0]
   column = jax.lax.iota(jnp.int32, width)
   # Registers cannot be indexed, so read element j as a masked sum.
   at = lambda x, j: jnp.sum(jnp.where(column == j, x, jnp.zeros_like(x)))
 
-  def search(carry):
-    row, base, distance, before, seen, nearest, low, dual, owner, owner_dual = (
-        carry)
-    length = base + cost_ref[row, :] - dual
-    shorter = (length < distance) & (seen == 0)
-    distance = jnp.where(shorter, length, distance)
-    before = jnp.where(shorter, row, before)
-    open_distance = jnp.where(seen == 0, distance, jnp.inf)
-    low = jnp.min(open_distance)
-    nearest = jnp.argmin(open_distance, 0).astype(jnp.int32)
-    row = at(owner, nearest)
-    seen = jnp.where((row != _FREE) & (column == nearest), 1, seen)
-    return (row, low - at(owner_dual, nearest), distance, before, seen,
-            nearest, low, dual, owner, owner_dual)
-
-  def flip(carry):
-    _, end, before, target, low, owner, owner_dual = carry
-    row = at(before, end)
-    first = row == target
-    here = owner == row
-    left = jnp.where(first, end, jnp.sum(jnp.where(here, column, 0)))
-    value = jnp.where(first, low,
-                      jnp.sum(jnp.where(here, owner_dual, 0.)))
-    owner = jnp.where(column == end, row, owner)
-    owner_dual = jnp.where(column == end, value, owner_dual)
-    return jnp.where(first, 0, 1), left, before, target, low, owner, owner_dual
-
   def insert(target, carry):
-    dual, owner, owner_dual = carry
-    none = jnp.full((width,), _FREE, jnp.int32)
-    _, _, distance, before, seen, nearest, low, *_ = jax.lax.while_loop(
-        lambda c: c[0] != _FREE, search,
-        (target, 0., jnp.full((width,), jnp.inf, jnp.float32), none,
-         jnp.zeros((width,), jnp.int32), jnp.int32(0), 0., dual, owner,
-         owner_dual))
+    dual, owner, owner_dual, end = carry
+
+    def search(carry):
+      distance, before, seen, row, base, _ = carry
+      length = base + cost_ref[row, :] - dual
+      shorter = (length < distance) & (seen == 0)
+      distance = jnp.where(shorter, length, distance)
+      before = jnp.where(shorter, row, before)
+      open_distance = jnp.where(seen == 0, distance, jnp.inf)
+      nearest = jnp.argmin(open_distance, 0).astype(jnp.int32)
+      row = at(owner, nearest)
+      seen = jnp.where((row != _FREE) & (column == nearest), 1, seen)
+      base = jnp.min(open_distance) - at(owner_dual, nearest)
+      return distance, before, seen, row, base, nearest
+
+    def flip(carry):
+      owner, owner_dual, end = carry
+      row = at(before, end)
+      first = row == target
+      here = owner == row
+      left = jnp.where(first, _FREE, jnp.sum(jnp.where(here, column, 0)))
+      value = jnp.where(first, low, jnp.sum(jnp.where(here, owner_dual, 0.)))
+      owner = jnp.where(column == end, row, owner)
+      owner_dual = jnp.where(column == end, value, owner_dual)
+      return owner, owner_dual, left
+
+    # A free column has no dual, so `base` ends as the length of the path.
+    distance, before, seen, free, low, nearest = jax.lax.while_loop(
+        lambda c: c[3] != _FREE, search,
+        (jnp.full((width,), jnp.inf, jnp.float32),
+         jnp.full((width,), _FREE, jnp.int32),
+         jnp.zeros((width,), jnp.int32), target, 0., end))
     gain = jnp.where(seen == 1, low - distance, 0.)
-    *_, owner, owner_dual = jax.lax.while_loop(
-        lambda c: c[0] == 1, flip,
-        (jnp.int32(1), nearest, before, target, low, owner,
-         owner_dual + gain))
-    return dual - gain, owner, owner_dual
+    owner, owner_dual, end = jax.lax.while_loop(
+        lambda c: c[2] != free, flip, (owner, owner_dual + gain, nearest))
+    return dual - gain, owner, owner_dual, end
 
   zeros = jnp.zeros((width,), jnp.float32)
-  _, owner, _ = jax.lax.fori_loop(
+  _, owner, *_ = jax.lax.fori_loop(
       0, count_ref[0], insert,
-      (zeros, jnp.full((width,), _FREE, jnp.int32), zeros))
+      (zeros, jnp.full((width,), _FREE, jnp.int32), zeros, jnp.int32(_FREE)))
   owner_ref[:] = owner
