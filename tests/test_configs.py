@@ -115,7 +115,7 @@ def test_every_key_is_read(spec, tiny_scenes, tmp_path, toy_task):
   source = dict(name='scenes', split='test')
   config.data.dir = str(tiny_scenes)
   config.data.train = (dict(source, weight=1.),)
-  for options in config.evals.values():
+  for options in (*config.evals.values(), config.samples):
     options.source = source
   config.batch_size = config.eval_batch_size = 8
   if 'warm_start' in config:

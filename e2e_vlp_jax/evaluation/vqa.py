@@ -35,11 +35,11 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     UserError: a submission for questions without official ids, or a file that
       cannot be written.
   """
-  task = predictor.task('answer')
   if submission and not jax.process_index():
     # Now, as answering takes long.
     files.check_folder('submission',
                        os.path.dirname(os.path.abspath(submission)))
+  task = predictor.task('answer')
   names = predictor.vocabularies.answers.answers
   accuracies, kinds, types, results = [], [], [], []
   for batch, ids in inputs.batches(predictor, pipeline, max_examples,
