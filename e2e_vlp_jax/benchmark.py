@@ -23,11 +23,13 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax import peers
+from e2e_vlp_jax import xla
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.profiling import by_module
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
+from e2e_vlp_jax.profiling import roofline
 from e2e_vlp_jax.profiling import timing
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
@@ -78,15 +80,18 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
     for _ in range(_WARM_UP):
       theirs.step()
   times, peer_times = [], []
-  for _ in range(steps):
-    # In turns, so that other work on the machine slows both equally.
-    times.append(timing.seconds(ours.step))
-    if theirs:
-      peer_times.append(timing.seconds(theirs.step))
+  with timing.compilations() as compiled:
+    for _ in range(steps):
+      # In turns, so that other work on the machine slows both equally.
+      times.append(timing.seconds(ours.step))
+      if theirs:
+        peer_times.append(timing.seconds(theirs.step))
 
   seconds = float(np.mean(times))
   peak, peak_from = timing.peak_flops(chip, mesh.size, config.dtype)
+  bound = ours.roofline(chip)
   say('profiling')
+  parts, operations = ours.parts()
   report = {
       'config': config.model.name, 'device': chip.name, 'devices': mesh.size,
       'mesh': dict(mesh.shape), 'batch_size': config.batch_size,
@@ -96,9 +101,12 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
       'steps': steps, 'images_per_s': config.batch_size / seconds,
       'step_time_s': timing.percentiles(times), 'compile_s': ours.compile_s,
       'flops_per_step': ours.flops, 'mfu': ours.flops / seconds / peak,
-      'mfu_of': peak_from, 'peak_memory_bytes': memory,
-      'parts': ours.parts(), 'data_wait': None, 'score_pairs_per_s': None,
-      'peer': None}
+      'mfu_of': peak_from, 'roofline': {
+          **bound, 'share': bound['step_time_s'] and (
+              bound['step_time_s'] / seconds)},
+      'recompilations': len(compiled), 'operations_per_step': operations,
+      'peak_memory_bytes': memory, 'parts': parts, 'data_wait': None,
+      'score_pairs_per_s': None, 'peer': None}
   if data:
     report |= _with_data(assembly, ours, vocabularies, steps)
   if score:
@@ -126,6 +134,7 @@ class _OurStep:
     start = time.perf_counter()
     traced = assembly.trace(size)
     self.flops = program.flops(traced.jaxpr)
+    self._devices = mesh.size
     self._compiled = traced.lower().compile()
     self.compile_s = time.perf_counter() - start
     self.state = assembly.init()
@@ -135,8 +144,19 @@ class _OurStep:
     self.state, metrics = self._compiled(self.state, self.batch)
     jax.block_until_ready((self.state, metrics))
 
+  def roofline(self, chip):
+    """The least time that a step can take; see profiling/roofline.py."""
+    hlo = self._compiled.as_text()
+    return roofline.bound(
+        chip, self.flops / self._devices, program.memory_traffic(hlo),
+        sum(c.traffic for c in program.collectives(hlo)))
+
   def parts(self):
-    """{part: share of a step}, largest first; see profiling/by_module.py."""
+    """What a profiler sees of a step; see profiling/by_module.py.
+
+    Returns:
+      {part: share of a step}, largest first, and the operations of a step.
+    """
     operations = by_module.of_operations(self._compiled.as_text(),
                                          set(self.state.params))
 
@@ -145,9 +165,10 @@ class _OurStep:
         self.step()
     with tempfile.TemporaryDirectory() as folder:
       by_module.trace(several_steps, folder)
-      seconds = by_module.seconds(folder, operations)
+      seconds, count = by_module.measured(folder, operations)
     total = sum(seconds.values())
-    return {k: v / total for k, v in seconds.most_common() if total}
+    return ({k: v / total for k, v in seconds.most_common() if total},
+            count // _TRACED)
 
 
 def _peer(peer, times, our_seconds, batch_size):
@@ -286,6 +307,9 @@ def table(report):
                 f'{ms(r["step_time_s"])}'),
       ('FLOPs', f'{r["flops_per_step"]:.3e} a step; MFU {r["mfu"]:.1%} '
                 f'({r["mfu_of"]})'),
+      ('roofline', _roofline_row(r['roofline'])),
+      ('kernels', f'{r["operations_per_step"]:,} operations a step; '
+                  f'{r["recompilations"]} recompilations'),
       ('peak memory', f'{r["peak_memory_bytes"] / chips.GIB:.2f} GiB'),
       ('compiled in', f'{r["compile_s"]:.0f} s'),
       ('parts', ', '.join(f'{k} {v:.1%}' for k, v in r['parts'].items()))]
@@ -304,6 +328,14 @@ def table(report):
   return '\n'.join(f'{name:12} {text}' for name, text in rows)
 
 
+def _roofline_row(roof):
+  if roof['step_time_s'] is None:
+    return f'unknown: {roof["reason"]}'
+  return (f'{roof["share"]:.1%} of it: at least '
+          f'{roof["step_time_s"] * 1e3:.1f} ms a step, bound by '
+          f'{roof["bound"]}')
+
+
 def main(argv=None):
   with errors.exit_on_user_error():
     parser = cli.parser(__doc__, config='required')
@@ -319,6 +351,8 @@ def main(argv=None):
                              'decoding of the same files')
     parser.add_argument('--score', action='store_true',
                         help='also the scoring of image-text pairs')
+    parser.add_argument('--deterministic', action='store_true',
+                        help='on a GPU: the same bits in every run')
     parser.add_argument('--json', metavar='OUT', help='write the figures')
     args, config = cli.parse(parser, argv)
     if args.steps < 1:
@@ -329,6 +363,8 @@ def main(argv=None):
       files.check_writable('--json', args.json)
     if args.peer:  # Leave it GPU memory; jax reads this at first use.
       os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    xla.set_flags(args.deterministic)
+    xla.use_cache()
     if args.input:
       report = input_speed(config)
       print(f'pipeline {report["pipeline_images_per_s"]:.1f} images/s, plain '

@@ -26,6 +26,7 @@ from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program as program_lib
+from e2e_vlp_jax.profiling import roofline
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
 
@@ -74,7 +75,7 @@ def preflight(config, topology, search=True, say=print):
         program.peak, state, chip.hbm, say, most=8 if search else 0)
   if chip.hbm and program.peak > chip.hbm:
     raise errors.UserError(_too_large(config, program, chip, shards, largest))
-  roofline = _roofline(program, chip, mesh, config)
+  bound = _roofline(program, chip, mesh, config)
   return {
       'config': config.model.name, 'topology': topology, 'chip': chip.name,
       'chips': mesh.size, 'mesh': dict(mesh.shape),
@@ -88,9 +89,9 @@ def preflight(config, topology, search=True, say=print):
       'collective_bytes': _by_kind(program.collectives),
       'collectives_in_unknown_loops': sum(
           c.in_loop for c in program.collectives),
-      'roofline': roofline,
-      'days': (None if roofline['step_time_s'] is None else
-               roofline['step_time_s'] * config.total_steps / 86400),
+      'roofline': bound,
+      'days': (None if bound['step_time_s'] is None else
+               bound['step_time_s'] * config.total_steps / 86400),
       'total_steps': config.total_steps,
       'largest_batch_per_chip': largest, 'compile_s': program.seconds,
       'quick': jax.config.jax_optimization_level == 'O0'}
@@ -168,25 +169,12 @@ def _largest(peak_of, first, first_peak, state, capacity, say, most):
 
 
 def _roofline(program, chip, mesh, config):
-  """A lower bound on the time of a step, if everything overlaps.
-
-  It is the longest of three times: of matrix products at the chip's peak, of
-  memory traffic, and of the collectives' traffic over all links.
-  """
-  if chip.flops is None:
-    return {'step_time_s': None, 'bound': None,
-            'reason': f'peak rates of {chip.name} are not known'}
+  """A lower bound on the time of a step; see profiling/roofline.py."""
   # Rows are split over data and fsdp; 'tensor' shares work only by rules.
   shards = mesh.size if config.sharding_rules else (
       mesh.shape['data'] * mesh.shape['fsdp'])
-  times = {'compute': program.flops / shards / chip.flops,
-           'memory': program.traffic / chip.hbm_bandwidth}
-  if chip.ici_bandwidth:
-    times['interconnect'] = sum(
-        c.traffic for c in program.collectives) / chip.ici_bandwidth
-  bound = max(times, key=times.get)
-  return {'step_time_s': times[bound], 'bound': bound,
-          **{f'{k}_s': v for k, v in times.items()}}
+  return roofline.bound(chip, program.flops / shards, program.traffic,
+                        sum(c.traffic for c in program.collectives))
 
 
 def _by_kind(collectives):

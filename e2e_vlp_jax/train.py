@@ -10,6 +10,7 @@ import jax
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
+from e2e_vlp_jax import xla
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.profiling import program
@@ -187,13 +188,17 @@ def main(argv=None):
     parser = cli.parser(__doc__, config='required', workdir=True)
     parser.add_argument('--allow-changes', action='store_true',
                         help='continue a run whose config has changed')
+    parser.add_argument('--deterministic', action='store_true',
+                        help='on a GPU: the same bits in every run, slower')
     parser.add_argument('--check', action='store_true',
                         help='only check the arguments, as launchers do')
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
     stages.stages(config)  # A wrong config fails before the processes join.
     if not args.check:
+      xla.set_flags(args.deterministic)
       distributed.join()
+      xla.use_cache()
       train(config, args.workdir, args.allow_changes)
 
 

@@ -14,9 +14,11 @@ import re
 import jax
 
 OTHER = 'other'
+_COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$')
 _INSTRUCTION = re.compile(
     r'^\s+(?:ROOT )?%?([\w.\-]+) = .*?\s[\w\-]+\((.*)$')
 _NAME = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r'\b(?:calls|to_apply)=%?([\w.\-]+)')
 _OPERAND = re.compile(r'%([\w.\-]+)')
 
 
@@ -42,19 +44,33 @@ def part_of(op_name, modules):
 def of_operations(hlo, modules):
   """{operation: part} of `compiled.as_text()`.
 
+  A fusion that is named after no part (a GPU's are often named after a
+  conversion or a copy) counts for the part of most operations inside it.
   Operations that the compiler added (mostly copies) have no name. They count
   for the part that they call or else read.
   """
   parts, nameless = {}, []
+  inside = collections.defaultdict(collections.Counter)  # computation: parts
+  computation = None
   for line in hlo.splitlines():
+    opens = None if line.startswith(' ') else _COMPUTATION.match(line)
+    if opens:
+      computation = opens[1]
     match = _INSTRUCTION.match(line)
-    if match:
-      found = _NAME.search(line)
-      part = found and part_of(found[1], modules)
-      if part:
-        parts[match[1]] = part
-      elif not found:
-        nameless.append((match[1], _OPERAND.findall(match[2])))
+    if not match:
+      continue
+    name, rest = match.groups()
+    scopes = _NAME.search(rest)
+    part = scopes and part_of(scopes[1], modules)
+    if not part:  # A computation stands before the operation that calls it.
+      within = sum((inside[c] for c in _CALLED.findall(rest)),
+                   collections.Counter())
+      part = within.most_common(1)[0][0] if within else None
+    if part:
+      parts[name] = part
+      inside[computation][part] += 1
+    elif not scopes:
+      nameless.append((name, _OPERAND.findall(rest)))
   for name, operands in nameless:
     known = [parts[x] for x in operands if x in parts]
     if known:
@@ -70,12 +86,16 @@ def trace(run, folder):
     run()
 
 
-def seconds(folder, parts):
-  """{part: seconds}, summed over cores or devices, of a trace in `folder`.
+def measured(folder, parts):
+  """What a trace in `folder` says of the parts.
 
   Args:
     folder: folder of `trace`.
     parts: from `of_operations`, for the one program that ran.
+
+  Returns:
+    {part: seconds}, summed over cores or devices, and the number of operations
+    that ran; on a GPU these are kernels and copies.
   """
   path, = glob.glob(os.path.join(folder, '**', '*.xplane.pb'), recursive=True)
   planes = jax.profiler.ProfileData.from_file(path).planes
@@ -92,7 +112,7 @@ def seconds(folder, parts):
   for events in chosen:
     for operation, nanoseconds in _own_times(events):
       out[parts.get(operation, OTHER)] += nanoseconds / 1e9
-  return out
+  return out, sum(map(len, chosen))
 
 
 def _operation(event, parts):

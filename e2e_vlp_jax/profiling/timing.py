@@ -1,4 +1,5 @@
 """Measures time and memory, and the peak speed of a machine."""
+import contextlib
 import resource
 import time
 
@@ -12,6 +13,21 @@ def seconds(function):
   start = time.perf_counter()
   function()
   return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def compilations():
+  """Yields a list that grows by one item with each program compiled."""
+  found = []
+
+  def listen(event, duration, **unused):
+    if event == '/jax/core/compile/backend_compile_duration':
+      found.append(duration)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield found
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def percentiles(times):
