@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import models
 from e2e_vlp_jax import train
+from e2e_vlp_jax.data import synthetic
+from e2e_vlp_jax.data import vocabularies
+from e2e_vlp_jax.profiling import timing
+from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import monitor as monitor_lib
 from e2e_vlp_jax.training import nonfinite
 from e2e_vlp_jax.training import profiler as profiler_lib
@@ -73,6 +78,26 @@ def test_the_rate_leaves_out_compilation_evaluation_and_saves(monkeypatch):
   # Another bucket compiles, and the measurement begins again.
   step(state, {'image': jnp.ones((2, 5))})
   assert not step.speed()
+
+
+def test_a_bucket_compiles_once():
+  """200 steps in random order of three buckets: three programs."""
+  config = small_run.get_config('light')
+  config.data.buckets = ((48, 48), (48, 72), (72, 48))
+  sizes = vocabularies.Vocabularies.load(config.data).sizes
+  draw = lambda bucket, size=8: synthetic.synthetic_batch(
+      config.data, batch_size=size, bucket=bucket, **sizes)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  assembly = assemble.Assembly(config, models.build(config, **sizes), mesh,
+                               draw(0, 1))
+  state, step = assembly.init(), assembly.step()
+  batches = [sharding.shard_batch(mesh, draw(i)) for i in range(3)]
+  order = np.random.default_rng(4).integers(0, 3, 200)
+  with timing.compilations() as compiled:
+    for bucket in order:
+      state, metrics = step(state, batches[bucket])
+  assert np.isfinite(metrics['loss']) and int(state.step) == 200
+  assert len(compiled) == 3
 
 
 # --- Updates that are not finite --------------------------------------------

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import hypothesis
 from hypothesis import strategies as st
@@ -108,6 +109,21 @@ def test_one_kernel_on_a_gpu():
   text = lowered_for_a_gpu(100, 100).as_text()
   assert text.count('__gpu$xla.gpu.triton') == 1
   assert 'stablehlo.while' not in text
+
+
+def test_a_gpu_without_triton_runs_the_loops(monkeypatch, caplog):
+  for capability, runs in (('7.5', False), ('9.0', True)):
+    device = types.SimpleNamespace(compute_capability=capability)
+    with monkeypatch.context() as patch:
+      patch.setattr(jax, 'default_backend', lambda: 'gpu')
+      patch.setattr(jax, 'local_devices', lambda d=device: [d])
+      assert matching._triton_runs() == runs
+  assert 'compute capability 7.5' in caplog.text
+  monkeypatch.setenv('E2E_VLP_MATCHING', 'xla')
+  jax.clear_caches()
+  text = lowered_for_a_gpu(5, 5).as_text()
+  jax.clear_caches()
+  assert 'stablehlo.while' in text and '__gpu$xla.gpu.triton' not in text
 
 
 def triton_module(lowered):

@@ -13,6 +13,8 @@ costs. This suits a batch of problems on a CPU or TPU (`_solve_batch`), and one
 problem in the registers of one warp on a GPU (`_solve_kernel`).
 """
 import functools
+import logging
+import os
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from e2e_vlp_jax import errors
 
 _FREE = -1
+_CAPABILITY = 8.  # Compute capability that XLA's Triton needs: Ampere.
 
 
 @functools.partial(jax.jit, static_argnames=('mesh', 'axes'))
@@ -75,7 +78,8 @@ def _assign(cost, mask):
   rows = jnp.take_along_axis(cost.swapaxes(1, 2), order[..., None], 1)
   count = mask.sum(1).astype(jnp.int32)
   owner = jax.lax.platform_dependent(
-      rows, count, cuda=_solve_on_gpu, default=_solve_batch)  # [B, Q]
+      rows, count, cuda=_solve_on_gpu if _triton_runs() else _solve_batch,
+      default=_solve_batch)  # [B, Q]
 
   # Queries in the order of the targets that own them, free ones last.
   query = jnp.argsort(jnp.where(owner == _FREE, m, owner), axis=1,
@@ -83,6 +87,24 @@ def _assign(cost, mask):
   index = jnp.zeros((b, m), jnp.int32).at[
       jnp.arange(b)[:, None], order].set(query)
   return index, bad
+
+
+def _triton_runs():
+  """Whether the GPUs run Triton; True where none are attached.
+
+  E2E_VLP_MATCHING=xla is for GPUs or drivers on which the kernel fails.
+  """
+  if os.environ.get('E2E_VLP_MATCHING') == 'xla':
+    return False
+  if jax.default_backend() != 'gpu':
+    return True
+  capability = getattr(jax.local_devices()[0], 'compute_capability', '8.0')
+  if float(capability) >= _CAPABILITY:
+    return True
+  logging.warning('matching: a GPU of compute capability %s runs no Triton '
+                  'kernel; expected %s or more; XLA loops are used, which are '
+                  'slower', capability, _CAPABILITY)
+  return False
 
 
 def _solve_batch(cost, count):
