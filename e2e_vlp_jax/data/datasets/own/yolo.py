@@ -1,0 +1,324 @@
+"""Reads a YOLO folder: names of the classes, images, one text file an image.
+
+Names of the classes are in data.yaml (`names`, a list or a dict), or in
+obj.names (Darknet, CVAT), or in classes.txt (Label Studio, labelImg). Images
+and label files are in one of these places:
+
+  images/SPLIT/ and labels/SPLIT/        Ultralytics
+  SPLIT/images/ and SPLIT/labels/        Roboflow
+  images/ and labels/                    Label Studio, one split
+  obj_SPLIT_data/ or SPLIT/, each text beside its image; Darknet, CVAT
+
+where SPLIT is train, val or valid, test. If data.yaml names places of the
+splits that exist, those are read. A row is `class cx cy w h`, or `class` and
+the corners of a polygon, whose bounding box is taken; all are fractions of the
+upright image. An image without a label file has no objects.
+"""
+import glob
+import math
+import os
+import re
+
+import yaml
+
+from e2e_vlp_jax import errors
+from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data.datasets.own import layout
+
+_IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff',
+           '.mpo', '.heic', '.heif', '.avif', '.jp2')
+_LISTS = ('obj.names', 'classes.txt', '*.names', 'data/*.names',
+          'labels/classes.txt')
+# Fractions beyond this are pixels, or of another image.
+_FAR = 1.5
+NAMES = 'data.yaml (with `names`), obj.names, classes.txt'
+_NOT_LABELS = ('classes.txt', 'train.txt', 'valid.txt', 'val.txt', 'test.txt',
+               'readme.txt', 'readme.roboflow.txt', 'readme.dataset.txt')
+
+
+def find(source):
+  """Path of the file that names the classes, or None."""
+  for path in _glob(source, '*.yaml', '*.yml'):
+    if isinstance(_yaml(path), dict) and 'names' in _yaml(path):
+      return path
+  return next(iter(_glob(source, *_LISTS)), None)
+
+
+def read(source, path):
+  """The `Layout` of a folder.
+
+  Args:
+    source: the folder.
+    path: from `find`, or the user's choice.
+
+  Raises:
+    UserError: no names or no images, or a row of a class that has no name.
+  """
+  about = _yaml(path) if path.endswith(('.yaml', '.yml')) else None
+  classes = _names(path, about)
+  splits = {}
+  for split, images in _places(source, path, about or {}).items():
+    reader = _Reader(source, classes, _keypoints(about))
+    splits[split] = reader.split(images)
+  if not any(s.items for s in splits.values()):
+    raise errors.UserError(
+        f'{source!r}: no images beside {os.path.basename(path)}; looked in '
+        'images/SPLIT, SPLIT/images, images, SPLIT and obj_SPLIT_data, SPLIT '
+        'being train, val or valid, test')
+  splits = {k: s for k, s in splits.items() if s.items}
+  named = None not in splits
+  if not named:
+    splits = {split or 'train': s for split, s in splits.items()}
+  return layout.Layout(splits, named, classes, [path])
+
+
+def _glob(source, *patterns):
+  return [p for pattern in patterns for p in sorted(glob.glob(
+      os.path.join(glob.escape(source), pattern)))]
+
+
+# --- Names of the classes ---------------------------------------------------
+def _yaml(path):
+  try:
+    with open(path, encoding='utf-8') as f:
+      return yaml.safe_load(f)
+  except (OSError, ValueError, yaml.YAMLError) as e:
+    raise errors.UserError(f'{path} is not readable YAML: {e}') from e
+
+
+def _names(path, about):
+  """The names of the classes; the position is the id."""
+  if about is None:
+    try:
+      with open(path, encoding='utf-8-sig') as f:
+        found = [line.strip() for line in f]
+    except (OSError, ValueError) as e:
+      raise errors.UserError(f'{path} is not readable: {e}') from e
+    while found and not found[-1]:
+      found.pop()
+  else:
+    found = about.get('names') if isinstance(about, dict) else None
+    if isinstance(found, dict):
+      found = _in_order(path, found)
+  if not isinstance(found, list) or not found:
+    raise errors.UserError(f'{path}: names is {found!r:.60}; expected a list '
+                           'of the classes, or a dict {0: name, ...}')
+  for k, name in enumerate(found):
+    # YAML reads yes, no, on and off as truth values.
+    if isinstance(name, bool) or not isinstance(name, (str, int, float)):
+      raise errors.UserError(f'{path}: names[{k}] is {name!r}, not a text; '
+                             'put the name in quotes')
+    if not str(name).strip():
+      raise errors.UserError(f'{path}: names[{k}] is empty')
+  found = [' '.join(str(name).split()) for name in found]
+  repeated = next((n for n in found if found.count(n) > 1), None)
+  if repeated is not None:
+    ids = [k for k, n in enumerate(found) if n == repeated]
+    raise errors.UserError(f'{path}: two classes, {ids[0]} and {ids[1]}, have '
+                           f'the same name {repeated!r}')
+  return found
+
+
+def _in_order(path, names):
+  """{0: 'a', 1: 'b'} -> ['a', 'b']; ids may be texts."""
+  try:
+    names = {int(k): v for k, v in names.items()}
+  except (TypeError, ValueError) as e:
+    raise errors.UserError(f'{path}: names has a key that is not the number '
+                           f'of a class: {e}') from e
+  if sorted(names) != list(range(len(names))):
+    missing = min(set(range(len(names))) - names.keys())
+    raise errors.UserError(
+        f'{path}: names has {len(names)} classes, but none with id {missing}; '
+        'expected the ids 0, 1, 2, ...')
+  return [names[k] for k in range(len(names))]
+
+
+def _keypoints(about):
+  """Whether rows have keypoints behind their box."""
+  return isinstance(about, dict) and bool(about.get('kpt_shape'))
+
+
+# --- Places of the images ---------------------------------------------------
+def _places(source, path, about):
+  """{split or None: paths of its images, sorted}."""
+  found = {}
+  for key in ('train', 'val', 'valid', 'validation', 'test'):
+    images = [i for value in _as_list(about.get(key))
+              for i in _listed(source, path, about, value)]
+    if images:
+      found.setdefault(layout.split_named(key), []).extend(images)
+  if 'train' not in found or len(found) < 2:
+    for split, images in _by_folder(source).items():
+      found.setdefault(split, images)
+    if len(found) > 1:
+      found.pop(None, None)
+  return {split: sorted(dict.fromkeys(images))
+          for split, images in found.items()}
+
+
+def _as_list(value):
+  value = value if isinstance(value, list) else [value]
+  return [v for v in value if isinstance(v, str) and v.strip()]
+
+
+def _listed(source, path, about, value):
+  """Images of a place that data.yaml names: a folder or a list of files.
+
+  Written on another machine, its paths are often wrong: Roboflow's start with
+  a `../` too many, others are absolute.
+  """
+  root = about.get('path') if isinstance(about.get('path'), str) else ''
+  value = value.replace('\\', '/')
+  plain = re.sub(r'^(\.\.?/)+', '', value)
+  here = os.path.dirname(path)
+  for place in (os.path.join(here, root, value), os.path.join(here, value),
+                os.path.join(here, plain), os.path.join(source, plain)):
+    if os.path.isdir(place):
+      return _images(place)
+    if os.path.isfile(place) and place.endswith('.txt'):
+      with open(place, encoding='utf-8') as f:
+        names = [line.strip().replace('\\', '/') for line in f]
+      return [i for n in names if n for i in _suffix(
+          (os.path.dirname(place), source), n)]
+  return []
+
+
+def _suffix(folders, name):
+  """The file of the longest end of a path that exists: [path] or []."""
+  parts = [p for p in name.split('/') if p not in ('', '.', '..')]
+  for k in range(len(parts)):
+    for folder in folders:
+      path = os.path.join(folder, *parts[k:])
+      if os.path.isfile(path):
+        return [path]
+  return []
+
+
+def _by_folder(source):
+  """{split or None: images} by the names of the folders."""
+  found, rest = {}, []
+  for place in (source, os.path.join(source, 'images')):
+    if not os.path.isdir(place):
+      continue
+    for name in sorted(os.listdir(place)):
+      folder = os.path.join(place, name)
+      split = layout.split_named(name)
+      if split and os.path.isdir(folder) and name not in ('images', 'labels'):
+        inner = os.path.join(folder, 'images')
+        images = _images(inner if os.path.isdir(inner) else folder)
+        found.setdefault(split, []).extend(images)
+  found = {split: images for split, images in found.items() if images}
+  if not found:
+    place = os.path.join(source, 'images')
+    rest = _images(place if os.path.isdir(place) else source)
+  return {None: rest} if rest else found
+
+
+def _images(folder):
+  """Paths of the images under a folder, at any depth."""
+  return sorted(os.path.join(where, name)
+                for where, _, names in os.walk(folder) for name in names
+                if name.lower().endswith(_IMAGES) and name[0] != '.')
+
+
+# --- Labels -----------------------------------------------------------------
+class _Reader:
+  """Reads the label files of one split."""
+
+  def __init__(self, source, classes, keypoints):
+    self._source, self._classes = source, classes
+    self._keypoints = keypoints
+    self._split = layout.Split([], self._load)
+
+  def split(self, images):
+    """The `Split` of these images."""
+    used, folders = set(), set()
+    for path in images:
+      labels = _labels_of(path)
+      folders.add(os.path.dirname(labels))
+      used.add(labels)
+      name = os.path.relpath(path, self._source)
+      self._split.items.append(layout.Item(
+          name, os.path.splitext(name)[0], None, self._boxes(labels), []))
+    for folder in sorted(folders):
+      for path in _glob(folder, '*.txt'):
+        if path not in used and os.path.basename(path).lower() not in (
+            _NOT_LABELS):
+          self._split.skipped.append(
+              ('label file without an image',
+               os.path.relpath(path, self._source)))
+    return self._split
+
+  def _load(self, names):
+    def read(name):
+      try:
+        with open(os.path.join(self._source, name), 'rb') as f:
+          return f.read()
+      except OSError as e:
+        raise errors.UserError(f'{name} cannot be read: {e}') from e
+    return image_files.load_all(names, read)
+
+  def _boxes(self, path):
+    """The boxes of a label file; counts the rows that cannot be read."""
+    if not os.path.isfile(path):
+      self._split.changed.append('image without a label file: no objects')
+      return []
+    relative, boxes = os.path.relpath(path, self._source), []
+    try:
+      with open(path, encoding='utf-8-sig') as f:
+        rows = f.read().splitlines()
+    except (OSError, ValueError):
+      self._split.skipped.append(('label file cannot be read', relative))
+      return []
+    for number, row in enumerate(rows, 1):
+      if row.strip():
+        box = self._box(f'{relative}:{number}', row.split())
+        if box:
+          boxes.append(box)
+    return boxes
+
+  def _box(self, where, words):
+    try:
+      numbers = [float(w) for w in words]
+    except ValueError:
+      numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)):
+      return self._skip('label row: not numbers', where)
+    number, values = numbers[0], numbers[1:]
+    if number != int(number) or not 0 <= number < len(self._classes):
+      raise errors.UserError(
+          f'{os.path.join(self._source, where)}: class {words[0]}; expected '
+          f'one of the {len(self._classes)} classes, 0 to '
+          f'{len(self._classes) - 1}')
+    if self._keypoints and len(values) > 4:
+      values = values[:4]
+    if len(values) == 5:            # Some tools append a score.
+      values = values[:4]
+    if len(values) >= 6 and len(values) % 2 == 0:
+      self._split.changed.append('polygon: its bounding box taken')
+      xs, ys = values[::2], values[1::2]
+      xywh = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    elif len(values) == 4:
+      cx, cy, w, h = values
+      xywh = [cx - w / 2, cy - h / 2, w, h]
+    else:
+      return self._skip(
+          'label row: not `class cx cy w h` or a polygon', where)
+    if max(map(abs, values)) > _FAR:
+      return self._skip('label row: not fractions of the image', where)
+    return layout.Box(where, self._classes[int(number)], xywh)
+
+  def _skip(self, reason, where):
+    self._split.skipped.append((reason, where))
+
+
+def _labels_of(image):
+  """Path of an image's label file: .../labels/... for .../images/...."""
+  stem = os.path.splitext(image)[0]
+  front, middle, last = stem.rpartition(f'{os.sep}images{os.sep}')
+  if middle:
+    path = f'{front}{os.sep}labels{os.sep}{last}.txt'
+    if os.path.isfile(path) or not os.path.isfile(f'{stem}.txt'):
+      return path
+  return f'{stem}.txt'
