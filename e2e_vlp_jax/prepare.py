@@ -3,9 +3,9 @@
   python -m e2e_vlp_jax.prepare scenes --data_dir data
   python -m e2e_vlp_jax.prepare coco --source DIR --data_dir data
 
-Writes data/NAME/1.0.0: TFDS ArrayRecord shards, one index per split, and
-prepare_report.json, with counts of images, texts and boxes, what was skipped
-and why, and checksums. A second run finds the data and stops. After an
+Writes data/NAME/1.0.0: TFDS ArrayRecord shards, one index per split, the
+names of the objects (labels.json), and prepare_report.json, with counts of
+images, texts and boxes, what was skipped and why, and checksums. A second run finds the data and stops. After an
 interruption it starts over.
 """
 import contextlib
@@ -84,6 +84,9 @@ def prepare(builder_class, data_dir, source, options):
     builder.download_and_prepare()
   for split, index in builder.indexes.items():
     np.savez(os.path.join(folder, f'{split}.index.npz'), **index)
+  space = builder.label_space()
+  if space:
+    files.write_json(os.path.join(folder, records.LABELS), space.to_dict())
   report = dict(name=name, options=wanted,
                 seconds=round(time.time() - start, 1), splits=builder.reports,
                 source_sha256={f: _sha256(f)

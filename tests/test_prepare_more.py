@@ -490,11 +490,12 @@ def test_mixtures_of_configs(spec, names, weight, tmp_path):
         dict(name=n, split='train', weight=weight) for n in expected.split()]
     for e in config.evals.values():
       assert e.source.to_dict() == dict(name='coco', split='validation')
-    assert config.data.labels == 'joint'
+    assert config.data.labels == (
+        'joint+prepared' if 'mine' in arg else 'joint')
   assert [dict(s) for s in load('coco').data.train] == [
       dict(name='coco', split='train', weight=1.)]
-  for wrong in ('cocoo', 'coco2+sbu', ''):
-    with pytest.raises(errors.UserError, match='no data'):
+  for wrong in ('coco+', 'coco sbu', ''):
+    with pytest.raises(errors.UserError, match='name of a prepared dataset'):
       load(wrong)
   # What is not prepared: the command that makes it.
   with pytest.raises(errors.UserError, match='prepare pairs --name mine'):

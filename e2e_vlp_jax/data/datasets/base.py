@@ -15,6 +15,7 @@ import tqdm
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import boxes
+from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import units
 
@@ -89,6 +90,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version('1.0.0')
   # Command-line options of the dataset: {name: (default, help)}.
   OPTIONS = {}
+  # The shipped label space that has the names of the dataset's objects.
+  LABELS = ''
   # True where `prepare` needs --source, a folder of official files.
   NEEDS_SOURCE = False
   # TFDS would look here for checksums of downloads; we download nothing.
@@ -116,6 +119,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def sources(self):
     """{split: (upper bound of its records, function that yields them)}."""
     raise NotImplementedError
+
+  def label_space(self):
+    """The `LabelSpace` that is stored with the dataset; None: no objects."""
+    return label_space.LabelSpace.load(self.LABELS) if self.LABELS else None
 
   def annotation_files(self):
     """Paths whose checksums go into the report."""

@@ -27,6 +27,7 @@ _TYPES = {'file_name': str, 'name': str, 'caption': str, 'id': int,
 class Builder(base.RecordBuilder):
   """Reads the JSON files and checks every box and image."""
   name = 'coco'
+  LABELS = 'coco'
   NEEDS_SOURCE = True
   OPTIONS = {
       'limit': (0, 'images to keep per split, the first by id; 0 keeps all'),

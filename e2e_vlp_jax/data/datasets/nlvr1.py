@@ -27,6 +27,7 @@ _SIZES = {10: 'small', 20: 'medium', 30: 'large'}
 class Builder(base.RecordBuilder):
   """Yields one record per example: a sentence and its image."""
   name = 'nlvr1'
+  LABELS = 'joint'
   NEEDS_SOURCE = True
   OPTIONS = {
       'limit': (0, 'examples to keep per split, the first; 0 keeps all')}

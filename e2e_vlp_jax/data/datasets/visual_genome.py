@@ -65,6 +65,9 @@ class Builder(base.RecordBuilder):
       'exclude_coco': ('', 'images to leave out: a COCO JSON file, or a text '
                        'file with one COCO image id or file name per line')}
 
+  def label_space(self):
+    return label_space.LabelSpace.load(self.options['labels'])
+
   def annotation_files(self):
     return [p for n in ('image_data.json', 'objects.json', 'attributes.json',
                         self._regions_name())

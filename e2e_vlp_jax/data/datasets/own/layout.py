@@ -18,7 +18,7 @@ class Box:
     name: names the annotation in the report.
     label: name of its class.
     xywh: left, top, width, height in pixels of an image of the item's size;
-      fractions of the image if the item has no size.
+      fractions of it if the item is relative.
     crowd: whether it stands for many objects.
     area: pixels of that image, or None: the box's own.
     id: number, or -1.
@@ -38,16 +38,17 @@ class Item:
   Attributes:
     name: of the image file, as `Split.load` takes it.
     image_id: text.
-    size: (height, width) that the boxes refer to. None: boxes are fractions of
-      the upright image.
+    size: (height, width) that the boxes refer to; None: the upright image's.
     boxes: list of `Box`.
     texts: list of captions, not yet checked.
+    relative: whether the boxes are fractions of the image, not pixels.
   """
   name: str
   image_id: str
   size: Any
   boxes: list
   texts: list
+  relative: bool = False
 
 
 @dataclasses.dataclass

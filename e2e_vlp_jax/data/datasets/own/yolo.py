@@ -240,7 +240,8 @@ class _Reader:
       used.add(labels)
       name = os.path.relpath(path, self._source)
       self._split.items.append(layout.Item(
-          name, os.path.splitext(name)[0], None, self._boxes(labels), []))
+          name, os.path.splitext(name)[0], None, self._boxes(labels), [],
+          relative=True))
     for folder in sorted(folders):
       for path in _glob(folder, '*.txt'):
         if path not in used and os.path.basename(path).lower() not in (
