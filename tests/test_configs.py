@@ -369,7 +369,7 @@ def test_from_scratch_and_on_another_dataset(toy_task, old_run):
     ('guess,from=FOLDER', ['FOLDER', 'none found']),
     ('guess,system=fibre', ["'fibre'", "'fiber'"]),
     ('guess,system=fiber,size=bas', ["'bas'", "'base'"]),
-    ('guess,system=fiber,data=nlvr1', ["'nlvr1'", "'scenes'"]),
+    ('guess,system=fiber,data=nlvr1', ["'nlvr1'", 'scenes']),
     ('guess,system=fiber,sid=3', ["'sid'", "'side'"]),
     ('rest,system=fiber', ['rest', 'cannot', 'guess', 'tell']),
     ('tell,system=soho', ["'tell'", "'captioning'", "'soho'", 'guess']),

@@ -83,7 +83,8 @@ def _yaml(path):
     with open(path, encoding='utf-8') as f:
       return yaml.safe_load(f)
   except (OSError, ValueError, yaml.YAMLError) as e:
-    raise errors.UserError(f'{path} is not readable YAML: {e}') from e
+    raise errors.UserError(
+        f'{path} is not readable YAML: {" ".join(str(e).split())}') from e
 
 
 def _names(path, about):
