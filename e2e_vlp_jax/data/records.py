@@ -19,6 +19,7 @@ from e2e_vlp_jax.data import units
 
 REPORT = 'prepare_report.json'
 LABELS = 'labels.json'
+CHANGES = 'changes.json'
 # The lists of a record, and an empty item of each.
 _NO_BOX = np.zeros(4, np.float32)
 _LISTS = {
