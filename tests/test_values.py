@@ -18,6 +18,7 @@ GOOD = [
     (values.integer, 3, 3), (values.integer, 3., 3), (values.integer, '3', 3),
     (values.integer, '-3', -3), (values.integer, '3.0', 3),
     (values.integer, str(2**63 - 1), 2**63 - 1),
+    (values.identity, '07', 7), (values.identity, 'a7', 'a7'),
     *[(values.flag, v, False) for v in (0, 0., False, '0', 'false', 'No')],
     *[(values.flag, v, True) for v in (1, 1., True, '1', ' TRUE', 'yes')],
     (values.text, 'a 漢', 'a 漢'), (values.text, '', ''),
@@ -28,6 +29,7 @@ GOOD = [
 BAD = [
     *[(f, v) for f in (values.number, values.integer, values.positive)
       for v in NO_NUMBERS],
+    *[(values.identity, v) for v in (None, True, ' ', NAN, [3], 3.5)],
     (values.positive, 0), (values.positive, '-1'), (values.integer, 3.5),
     (values.integer, 2**63), (values.integer, '9' * 5000),
     *[(values.flag, v) for v in (None, '', 'maybe', 2, NAN, [], [1], {})],
@@ -69,7 +71,7 @@ def test_ids_are_unique_unless_entries_are_equal():
       r"images\[0\] and \[2\] have the same id 1, but differ: file_name "
       r"'a.png' and 'b.png'")):
     read([a, dict(a, id=2), b])
-  with pytest.raises(errors.UserError, match=r'images\[0\].id is None'):
+  with pytest.raises(errors.UserError, match=r"images\[0\] has no 'id'"):
     read([{}])
 
 

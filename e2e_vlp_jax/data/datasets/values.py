@@ -11,6 +11,7 @@ under `Wrong.reason` (the box of an object).
 |---|---|---|
 | number | 3, 3.5, '3.5' | true, '', '3,5', NaN, infinity, None, lists |
 | integer | 3, 3.0, '3' | 3.5, and what is no number |
+| identity | a whole number; other text, such as 'a7' | '', and the rest |
 | flag | true, 0, 1, '0', 'false', 'No' | 2, 'maybe', '', None |
 | text | any text; half a character becomes U+FFFD | numbers, None, lists |
 | texts | a text, or a list of texts | an empty list, and what is no text |
@@ -47,6 +48,21 @@ class Wrong(errors.UserError):
     self.found = show(value)
     self.reason = f'{where.rpartition(".")[2]} is not {expected}'
     super().__init__(f'{where} is {self.found}; expected {expected}')
+
+
+def field(read, entry, key, where, *args):
+  """`read` of a key of an object that must have it; see `number`.
+
+  Args:
+    read: a function of this module.
+    entry: dict.
+    key: its key.
+    where: the file and entry, such as 'f.json: images[3]'.
+    *args: of `read`, after `where`.
+  """
+  if key not in entry:
+    raise errors.UserError(f'{where} has no {key!r}')
+  return read(entry[key], f'{where}.{key}', *args)
 
 
 def show(value):
@@ -105,6 +121,15 @@ def integer(value, where, least=-INT64):
   if not max(least, -INT64) <= found < INT64:
     raise Wrong(value, where, expected)
   return found
+
+
+def identity(value, where):
+  """An id: a whole number, or any other text; see `number`."""
+  if isinstance(value, str) and not _WHOLE.fullmatch(value):
+    if value.strip():
+      return text(value, where)
+    raise Wrong(value, where, 'a whole number or text')
+  return integer(value, where)
 
 
 def flag(value, where):
@@ -207,7 +232,7 @@ def unique(entries, key, where, read):
   """
   found, places = {}, {}
   for k, entry in enumerate(entries):
-    i = read(entry.get(key), f'{where}[{k}].{key}')
+    i = field(read, entry, key, f'{where}[{k}]')
     if i not in found:
       found[i], places[i] = entry, k
     elif found[i] != entry:

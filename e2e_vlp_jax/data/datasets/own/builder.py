@@ -26,15 +26,14 @@ import numpy as np
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data.datasets import base
-from e2e_vlp_jax.data.datasets import values
+from e2e_vlp_jax.data.datasets import coco_json
 from e2e_vlp_jax.data.datasets.own import coco_folder
-from e2e_vlp_jax.data.datasets.own import coco_json
 from e2e_vlp_jax.data.datasets.own import layout
 from e2e_vlp_jax.data.datasets.own import yolo
 
 
-class Builder(base.RecordBuilder):
-  """Reads a `Layout`, splits it and checks every box and image."""
+class Builder(coco_json.CocoRecords):
+  """Finds out what a folder is, and holds out images for validation."""
   name = 'own'
   NEEDS_SOURCE = True
   OPTIONS = {
@@ -46,7 +45,10 @@ class Builder(base.RecordBuilder):
                            'split validation if the folder has no such split; '
                            '0 = none'),
       'seed': (0, 'seed of the images held out'),
-      'limit': (0, 'images to keep per split, the first; 0 keeps all')}
+      'limit': (0, 'images to keep per split, the first; 0 keeps all'),
+      'captioned_only': (False, 'keep only images that have boxes and '
+                         'captions; of COCO files'),
+      **base.UPRIGHT}
 
   def annotation_files(self):
     return self._layout.files
@@ -55,43 +57,23 @@ class Builder(base.RecordBuilder):
     return label_space.LabelSpace(self._layout.classes, [], {})
 
   def sources(self):
-    self._layout = self._found()
+    if not os.path.isdir(self.source):
+      raise errors.UserError(f'--source: no folder {self.source!r}')
+    self._layout = self._chosen() or self._found()
     self._hold_out()
-    limit = self.options['limit']
-    found = {}
+    found, limit = {}, self.options['limit']
     for name in layout.ORDER:
       if name in self._layout.splits:
         split = self._layout.splits[name]
-        if not split.items:
+        if not split.images:
           raise errors.UserError(f'{self.source}: split {name} has no images')
-        most = min(limit or len(split.items), len(split.items))
-        found[name] = most, functools.partial(self._records, name, split, most)
+        most = min(limit or len(split.images), len(split.images))
+        found[name] = most, functools.partial(split.records, name,
+                                              split.images, most)
     return found
 
-  # --- The folder -----------------------------------------------------------
-  def _found(self):
-    """The `Layout` of the source."""
-    if not os.path.isdir(self.source):
-      raise errors.UserError(f'--source: no folder {self.source!r}')
-    if self.options['annotations']:
-      return self._chosen()
-    names = yolo.find(self.source)
-    files, others = coco_folder.find(self.source)
-    if files and names:
-      raise errors.UserError(
-          f'{self.source!r} has a COCO file, {self._relative(files[0].path)}, '
-          f'and the names of a YOLO folder, {self._relative(names)}; choose '
-          'with --annotations')
-    if files:
-      return coco_folder.read(self.source, files)
-    if names:
-      return yolo.read(self.source, names)
-    raise errors.UserError(
-        f'{self.source!r} has no annotations that can be read; looked for '
-        f'{coco_folder.LOOKED_FOR} and for a YOLO folder\'s {yolo.NAMES}'
-        + self._instead(others))
-
   def _chosen(self):
+    """The `Layout` of the files that --annotations names, None without."""
     paths = [os.path.join(self.source, p.strip())
              for p in self.options['annotations'].split(',') if p.strip()]
     for path in paths:
@@ -100,14 +82,38 @@ class Builder(base.RecordBuilder):
             f'--annotations: no file {path!r}' + errors.nearest(
                 os.path.basename(path), os.listdir(self.source)))
     jsons = [p for p in paths if p.endswith('.json')]
+    if not paths:
+      return None
     if not jsons and len(paths) == 1:
-      return yolo.read(self.source, paths[0])
-    if len(jsons) < len(paths) or not paths:
+      return self._yolo(paths[0])
+    if len(jsons) < len(paths):
       raise errors.UserError(
           f'--annotations {self.options["annotations"]!r}; expected COCO JSON '
           'files, or one file with the names of a YOLO folder')
-    return coco_folder.read(self.source, [
-        coco_json.parse(p, values.load_json(p)) for p in jsons])
+    return coco_folder.read(
+        self.source, {p: coco_folder.load(p) for p in jsons}, self)
+
+  def _found(self):
+    """The `Layout` of the source."""
+    names = yolo.find(self.source)
+    contents, others = coco_folder.find(self.source)
+    if contents and names:
+      raise errors.UserError(
+          f'{self.source!r} has a COCO file, '
+          f'{self._relative(next(iter(contents)))}, and the names of a YOLO '
+          f'folder, {self._relative(names)}; choose with --annotations')
+    if contents:
+      return coco_folder.read(self.source, contents, self)
+    if names:
+      return self._yolo(names)
+    raise errors.UserError(
+        f'{self.source!r} has no annotations that can be read; looked for '
+        f'{coco_folder.LOOKED_FOR} and for a YOLO folder\'s {yolo.NAMES}'
+        + self._instead(others))
+
+  def _yolo(self, path):
+    self.options['upright'] = True  # As those tools show it.
+    return yolo.read(self.source, path, self)
 
   def _instead(self, others):
     """What was found in place of annotations, for the error."""
@@ -136,56 +142,13 @@ class Builder(base.RecordBuilder):
     if 'validation' in splits or 'train' not in splits or not share:
       return
     train = splits['train']
-    total = len(train.items)
+    total = len(train.images)
     if total < 2:
-      train.changed.append('split with one image: none held out')
+      self.note('train', 'split with one image: none held out')
       return
     count = min(max(1, round(share * total)), total - 1)
     held = set(np.random.default_rng(self.options['seed']).permutation(
         total)[:count].tolist())
     splits['validation'] = layout.Split(
-        [i for k, i in enumerate(train.items) if k in held], train.load)
-    train.items = [i for k, i in enumerate(train.items) if k not in held]
-
-  # --- Records --------------------------------------------------------------
-  def _records(self, name, split, limit):
-    for reason, what in split.skipped:
-      self.skip(name, reason, what)
-    for what in split.changed:
-      self.note(name, what)
-    written = 0
-    loaded = split.load([i.name for i in split.items])
-    for item, stored in zip(split.items, loaded):
-      if isinstance(stored, errors.UserError):
-        self.skip(name, f'image: {base.reason(stored, item.name)}', item.name)
-        continue
-      if stored.changed:
-        self.note(name, f'image encoded again: {stored.changed}')
-      texts = [base.clean(t) for t in item.texts]
-      for _ in range(texts.count('')):
-        self.skip(name, 'empty caption', item.name)
-      yield base.record(
-          image=stored.data, image_id=item.image_id, height=stored.height,
-          width=stored.width, texts=[t for t in texts if t],
-          objects=self._objects(name, item, stored))
-      written += 1
-      if written == limit:
-        return
-
-  def _objects(self, split, item, stored):
-    """The valid objects of an image; counts the others."""
-    size = item.size or (stored.height, stored.width)
-    scale = stored.height * stored.width / (size[0] * size[1])
-    objects = []
-    for one in item.boxes:
-      xywh = one.xywh
-      if item.relative:
-        xywh = [v * n for v, n in zip(xywh, (size[1], size[0]) * 2)]
-      box = self.box(split, 'box', one.name, xywh, stored, *size)
-      if box is None:
-        continue
-      w, h = map(float, xywh[2:])
-      objects.append(dict(
-          bbox=base.stored_box(box), label=one.label, attributes=[],
-          is_crowd=one.crowd, area=(one.area or w * h) * scale, id=one.id))
-    return objects
+        [i for k, i in enumerate(train.images) if k in held], train.records)
+    train.images = [i for k, i in enumerate(train.images) if k not in held]

@@ -11,40 +11,65 @@ Layouts:
 The split is the first word train, val, valid or test in the file's name or in
 that of its folder.
 """
+import functools
 import os
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data.datasets import coco_json
 from e2e_vlp_jax.data.datasets import image_files
 from e2e_vlp_jax.data.datasets import values
-from e2e_vlp_jax.data.datasets.own import coco_json
 from e2e_vlp_jax.data.datasets.own import layout
 
 _DEPTH = 3     # folders below the source in which files are looked for
 _MANY = 20     # JSON files; more of them are hardly COCO's
 LOOKED_FOR = ('a COCO JSON (*.json, annotations/*.json, '
               'SPLIT/_annotations.coco.json)')
+# What a file of another format is, and what to do.
+_OTHERS = (
+    (lambda c: isinstance(c, dict) and 'shapes' in c and 'imagePath' in c,
+     'a file of labelme for one image; convert the folder to COCO, for '
+     'example with labelme2coco'),
+    (lambda c: isinstance(c, list) and c and isinstance(c[0], dict)
+     and 'annotations' in c[0] and 'data' in c[0],
+     "Label Studio's own format; export as COCO or YOLO instead"),
+    (lambda c: isinstance(c, dict) and '_via_img_metadata' in c,
+     'a project of the VGG annotator; export as COCO instead'))
+
+
+def load(path):
+  """The content of a COCO JSON file.
+
+  Raises:
+    UserError: it is of another format.
+  """
+  content = values.load_json(path)
+  if not _is_coco(content):
+    raise errors.UserError(
+        f'{path} is {_other_format(content)}' if _other_format(content) else
+        f"{path} is no COCO file: no lists 'images' and 'annotations'")
+  return content
 
 
 def find(source):
-  """The `coco_json.File`s of a folder, and why others are none.
+  """The COCO JSON files of a folder, and why others are none.
 
   Returns:
-    ([File], [(path, what it is instead)]).
+    ({path: content}, [(path, what it is instead, or '')]).
 
   Raises:
     UserError: a file is damaged.
   """
-  files, others = [], []
+  found, others = {}, []
   paths = _paths(source)
   for number, path in enumerate(paths):
     content = values.load_json(path)
-    if coco_json.is_coco(content):
-      files.append(coco_json.parse(path, content))
+    if _is_coco(content):
+      found[path] = content
     else:
-      others.append((path, coco_json.other_format(content)))
-      if len(paths) > _MANY and number < _MANY and not files:
-        break  # One file an image: the first says what they are.
-  return files, others
+      others.append((path, _other_format(content)))
+      if len(paths) > _MANY and number == _MANY and not found:
+        break  # One file an image: the first say what they are.
+  return found, others
 
 
 def _paths(source):
@@ -57,32 +82,44 @@ def _paths(source):
   return found
 
 
-def read(source, files):
+def _is_coco(content):
+  return isinstance(content, dict) and all(
+      isinstance(content.get(k), list) for k in ('images', 'annotations'))
+
+
+def _other_format(content):
+  """What the content is instead, and what to do; '' if it is unknown."""
+  return next((what for test, what in _OTHERS if test(content)), '')
+
+
+def read(source, contents, builder):
   """The `Layout` of a folder.
 
   Args:
     source: the folder.
-    files: its `coco_json.File`s.
+    contents: {path: content} of its COCO JSON files.
+    builder: a `coco_json.CocoRecords`, which counts what is left out.
 
   Raises:
-    UserError: files that contradict each other.
+    UserError: files that contradict themselves or each other.
   """
   by_split = {}
-  for file in files:
-    by_split.setdefault(_split(file.path), []).append(file)
-  named = None not in by_split
-  if not named and len(by_split) > 1:
+  for path in contents:
+    by_split.setdefault(_split(path), []).append(path)
+  if None in by_split and len(by_split) > 1:
     raise errors.UserError(
-        f'{by_split[None][0].path}: its name has no split, but that of '
-        f'{next(f[0].path for s, f in by_split.items() if s)} has; choose '
-        'files with --annotations')
-  order = [s for s in (None, *layout.ORDER) if s in by_split]
-  by_split = {s: _chosen(by_split[s]) for s in order}
-  classes = list(dict.fromkeys(
-      name for s in order for f in by_split[s] for name in f.classes.values()))
-  return layout.Layout(
-      {s or 'train': _read_split(source, by_split[s]) for s in order},
-      named, classes, [f.path for s in order for f in by_split[s]])
+        f'{by_split[None][0]}: its name has no split, but that of '
+        f'{next(f[0] for s, f in by_split.items() if s)} has; choose files '
+        'with --annotations')
+  splits, classes, files = {}, {}, []
+  for split in (None, *layout.ORDER):
+    if split in by_split:
+      paths = _chosen(by_split[split], contents)
+      files += paths
+      splits[split or 'train'], names = _read_split(
+          source, split or 'train', {p: contents[p] for p in paths}, builder)
+      classes.update(dict.fromkeys(names))
+  return layout.Layout(splits, list(classes), files)
 
 
 def _split(path):
@@ -91,43 +128,63 @@ def _split(path):
                             os.path.basename(os.path.dirname(path)))
 
 
-def _chosen(files):
+def _chosen(paths, contents):
   """At most one file with boxes and one with captions, of one split."""
-  boxes = [f for f in files if f.has_boxes]
+  has = lambda path, key: any(isinstance(a, dict) and key in a
+                              for a in contents[path]['annotations'])
+  boxes = [p for p in paths if has(p, 'bbox')]
   if len(boxes) > 1:               # CVAT writes person_keypoints_*.json too.
-    named = [f for f in boxes if 'instances' in os.path.basename(f.path)]
+    named = [p for p in boxes if 'instances' in os.path.basename(p)]
     boxes = named if len(named) == 1 else boxes
-  texts = [f for f in files if f.has_texts and f not in boxes]
+  texts = [p for p in paths if has(p, 'caption') and p not in boxes]
   for kind, found in (('boxes', boxes), ('captions', texts)):
     if len(found) > 1:
+      raise errors.UserError(f'{found[0]} and {found[1]} both have {kind} of '
+                             'one split; choose files with --annotations')
+  return boxes + texts or paths[:1]
+
+
+def _read_split(source, name, contents, builder):
+  """(`layout.Split`, names of the classes in their order)."""
+  found = coco_json.CocoJson(
+      list(contents), functools.partial(builder.skip, name),
+      functools.partial(builder.note, name), contents)
+  for path, content in contents.items():
+    _check_names(path, content, found, functools.partial(builder.note, name))
+  files = image_files.ImageFiles(source, _folders(source, next(iter(contents))))
+  return layout.Split(
+      found.images, lambda split, images, limit: builder.coco_records(
+          split, found, images, files, limit)), found.labels.values()
+
+
+def _check_names(path, content, found, note):
+  """Each class has a name of its own; changes the `found.labels`.
+
+  Roboflow's first category is the project, which has no boxes. Its name may be
+  that of a class; then it is left out.
+  """
+  where = f'{path}: categories'
+  by_name = {}
+  for k, entry in enumerate(content.get('categories') or ()):
+    i = values.identity(entry['id'], f'{where}[{k}].id')
+    if i not in found.labels:
+      continue
+    name = ' '.join(found.labels[i].split())
+    if not name:
+      raise errors.UserError(f'{where}[{k}].name is empty')
+    first = by_name.setdefault(name, (i, entry))
+    if first[0] == i:
+      continue
+    if (first[1].get('supercategory') != 'none'
+        or any(a.get('category_id') in (first[0], str(first[0]))
+               for a in content['annotations'])):
       raise errors.UserError(
-          f'{found[0].path} and {found[1].path} both have {kind} of one split; '
-          'choose files with --annotations')
-  return boxes + texts or files[:1]
-
-
-def _read_split(source, files):
-  """The `Split` of one or two files."""
-  split = layout.Split([], None)
-  skip = lambda reason, name: split.skipped.append((reason, name))
-  images, boxes, texts = {}, {}, {}
-  for file in files:
-    split.changed += file.changed
-    for i, image in file.images.items():
-      if images.setdefault(i, image)[0] != image[0]:
-        raise errors.UserError(
-            f'image {i!r} is {images[i][0]!r} in {files[0].path}, but '
-            f'{image[0]!r} in {file.path}; expected the same images')
-    for total, found in zip((boxes, texts), coco_json.boxes_and_texts(
-        file, skip, split.changed.append)):
-      for i, items in found.items():
-        total.setdefault(i, []).extend(items)
-  ids = sorted(images, key=lambda i: (isinstance(i, str), i))
-  split.items = [layout.Item(images[i][0], str(i), images[i][1],
-                             boxes[i], texts[i]) for i in ids]
-  split.load = image_files.ImageFiles(
-      source, _folders(source, files[0].path)).load_all
-  return split
+          f'{where}: two categories, with ids {first[0]} and {i}, have the '
+          f'same name {name!r}; give one another name, or merge them')
+    del found.labels[first[0]]
+    by_name[name] = i, entry
+    note(f'category {first[0]} left out: the project, with the name of class '
+         f'{name!r}')
 
 
 def _folders(source, path):

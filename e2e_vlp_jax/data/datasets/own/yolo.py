@@ -14,15 +14,17 @@ splits that exist, those are read. A row is `class cx cy w h`, or `class` and
 the corners of a polygon, whose bounding box is taken; all are fractions of the
 upright image. An image without a label file has no objects.
 """
+import dataclasses
 import glob
-import math
 import os
 import re
 
 import yaml
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data.datasets import values
 from e2e_vlp_jax.data.datasets.own import layout
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff',
@@ -44,32 +46,31 @@ def find(source):
   return next(iter(_glob(source, *_LISTS)), None)
 
 
-def read(source, path):
+def read(source, path, builder):
   """The `Layout` of a folder.
 
   Args:
     source: the folder.
     path: from `find`, or the user's choice.
+    builder: a `RecordBuilder`, which counts what is left out.
 
   Raises:
     UserError: no names or no images, or a row of a class that has no name.
   """
   about = _yaml(path) if path.endswith(('.yaml', '.yml')) else None
   classes = _names(path, about)
-  splits = {}
-  for split, images in _places(source, path, about or {}).items():
-    reader = _Reader(source, classes, _keypoints(about))
-    splits[split] = reader.split(images)
-  if not any(s.items for s in splits.values()):
+  places = {s: i for s, i in _places(source, path, about or {}).items() if i}
+  if not places:
     raise errors.UserError(
         f'{source!r}: no images beside {os.path.basename(path)}; looked in '
         'images/SPLIT, SPLIT/images, images, SPLIT and obj_SPLIT_data, SPLIT '
         'being train, val or valid, test')
-  splits = {k: s for k, s in splits.items() if s.items}
-  named = None not in splits
-  if not named:
-    splits = {split or 'train': s for split, s in splits.items()}
-  return layout.Layout(splits, named, classes, [path])
+  splits = {}
+  for split, images in places.items():
+    split = split or 'train'
+    reader = _Reader(source, classes, _keypoints(about), builder, split)
+    splits[split] = layout.Split(reader.images(images), reader.records)
+  return layout.Layout(splits, classes, [path])
 
 
 def _glob(source, *patterns):
@@ -224,54 +225,83 @@ def _images(folder):
 
 
 # --- Labels -----------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class _Image:
+  """An image and its boxes: [(where, label, x, y, w, h)], fractions of it."""
+  name: str
+  boxes: list
+
+
 class _Reader:
   """Reads the label files of one split."""
 
-  def __init__(self, source, classes, keypoints):
+  def __init__(self, source, classes, keypoints, builder, split):
     self._source, self._classes = source, classes
     self._keypoints = keypoints
-    self._split = layout.Split([], self._load)
+    self._builder, self._split = builder, split
 
-  def split(self, images):
-    """The `Split` of these images."""
-    used, folders = set(), set()
-    for path in images:
+  def images(self, paths):
+    """The `_Image`s of these files; counts what is left out."""
+    found, used, folders = [], set(), set()
+    for path in paths:
       labels = _labels_of(path)
       folders.add(os.path.dirname(labels))
       used.add(labels)
-      name = os.path.relpath(path, self._source)
-      self._split.items.append(layout.Item(
-          name, os.path.splitext(name)[0], None, self._boxes(labels), [],
-          relative=True))
+      found.append(_Image(os.path.relpath(path, self._source),
+                          self._boxes(labels)))
     for folder in sorted(folders):
       for path in _glob(folder, '*.txt'):
         if path not in used and os.path.basename(path).lower() not in (
             _NOT_LABELS):
-          self._split.skipped.append(
-              ('label file without an image',
-               os.path.relpath(path, self._source)))
-    return self._split
+          self._skip('label file without an image',
+                     os.path.relpath(path, self._source), None)
+    return found
 
-  def _load(self, names):
-    def read(name):
-      try:
-        with open(os.path.join(self._source, name), 'rb') as f:
-          return f.read()
-      except OSError as e:
-        raise errors.UserError(f'{name} cannot be read: {e}') from e
-    return image_files.load_all(names, read)
+  def records(self, split, images, limit):
+    """Yields at most `limit` records of images."""
+    builder, written = self._builder, 0
+    loaded = image_files.load_all([i.name for i in images], self._load)
+    for image, stored in zip(images, loaded):
+      if isinstance(stored, errors.UserError):
+        builder.skip_image(split, stored, image.name)
+        continue
+      builder.note_image(split, stored)
+      size, objects = (stored.height, stored.width), []
+      for where, label, *fractions in image.boxes:
+        xywh = [f * n for f, n in zip(fractions, (size[1], size[0]) * 2)]
+        box = builder.box(split, 'box', where, xywh, stored, *size)
+        if box is not None:
+          objects.append(dict(
+              bbox=base.stored_box(box), label=label, attributes=[],
+              is_crowd=False, id=-1,
+              area=builder.area(split, None, xywh, box, stored, *size)))
+      yield base.record(
+          image=stored.data, image_id=os.path.splitext(image.name)[0],
+          height=stored.height, width=stored.width, objects=objects)
+      written += 1
+      if written == limit:
+        return
+
+  def _load(self, name):
+    """(the bytes of an image, False: under its own name)."""
+    try:
+      with open(os.path.join(self._source, name), 'rb') as f:
+        return f.read(), False
+    except OSError as e:
+      raise errors.UserError(f'{name} cannot be read: {e}') from e
 
   def _boxes(self, path):
     """The boxes of a label file; counts the rows that cannot be read."""
     if not os.path.isfile(path):
-      self._split.changed.append('image without a label file: no objects')
+      self._builder.note(self._split,
+                         'image without a label file: no objects')
       return []
     relative, boxes = os.path.relpath(path, self._source), []
     try:
       with open(path, encoding='utf-8-sig') as f:
         rows = f.read().splitlines()
     except (OSError, ValueError):
-      self._split.skipped.append(('label file cannot be read', relative))
+      self._skip('label file cannot be read', relative)
       return []
     for number, row in enumerate(rows, 1):
       if row.strip():
@@ -281,38 +311,35 @@ class _Reader:
     return boxes
 
   def _box(self, where, words):
+    """(where, label, x, y, w, h) of a row, or None."""
     try:
-      numbers = [float(w) for w in words]
-    except ValueError:
-      numbers = []
-    if not numbers or not all(map(math.isfinite, numbers)):
+      number, *fractions = [values.number(w, where) for w in words]
+    except values.Wrong:
       return self._skip('label row: not numbers', where)
-    number, values = numbers[0], numbers[1:]
     if number != int(number) or not 0 <= number < len(self._classes):
       raise errors.UserError(
           f'{os.path.join(self._source, where)}: class {words[0]}; expected '
           f'one of the {len(self._classes)} classes, 0 to '
           f'{len(self._classes) - 1}')
-    if self._keypoints and len(values) > 4:
-      values = values[:4]
-    if len(values) == 5:            # Some tools append a score.
-      values = values[:4]
-    if len(values) >= 6 and len(values) % 2 == 0:
-      self._split.changed.append('polygon: its bounding box taken')
-      xs, ys = values[::2], values[1::2]
+    if (self._keypoints and len(fractions) > 4
+        or len(fractions) == 5):    # Some tools append a score.
+      fractions = fractions[:4]
+    if len(fractions) >= 6 and len(fractions) % 2 == 0:
+      self._builder.note(self._split, 'polygon: its bounding box taken')
+      xs, ys = fractions[::2], fractions[1::2]
       xywh = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-    elif len(values) == 4:
-      cx, cy, w, h = values
+    elif len(fractions) == 4:
+      cx, cy, w, h = fractions
       xywh = [cx - w / 2, cy - h / 2, w, h]
     else:
       return self._skip(
           'label row: not `class cx cy w h` or a polygon', where)
-    if max(map(abs, values)) > _FAR:
+    if max(map(abs, fractions)) > _FAR:
       return self._skip('label row: not fractions of the image', where)
-    return layout.Box(where, self._classes[int(number)], xywh)
+    return where, self._classes[int(number)], *xywh
 
-  def _skip(self, reason, where):
-    self._split.skipped.append((reason, where))
+  def _skip(self, reason, where, lost='boxes'):
+    self._builder.skip(self._split, reason, where, lost)
 
 
 def _labels_of(image):
