@@ -5,6 +5,7 @@ started. Boxes have one colour a class, crowds are dashed; what `prepare` has
 changed or left out is orange.
 """
 import collections
+import dataclasses
 import json
 import os
 
@@ -24,7 +25,8 @@ _SIDE, _EDGE, _COLUMNS = 480, 14, 3  # pixels, pixels, pictures side by side
 _MANY = 15    # objects of an image that still get tags
 _ROWS = 4     # rows of texts, of questions, of changes below an image
 _LETTERS = 220  # of a text
-_CHANGED = '#ffa13d'
+_CHANGED, _MARGIN = '#ffa13d', '#3a4149'
+_OUT = .3     # how far beyond the image a box is drawn, in images
 # Lists of a record besides texts and objects, and how an item is written.
 _LISTS = {
     'phrases': lambda i: f'phrase: {i["text"]}',
@@ -52,15 +54,16 @@ def write_page(data_dir, name, count, path=None):
   changes = _read(os.path.join(folder, records.CHANGES))
   path = path or os.path.join(folder, NAME)
   splits = list(report['splits'])
+  space = records.label_space(data_dir, name)
   cells = []
   for k, split in enumerate(splits):
     opened = records.open_split(data_dir, name, split)
     changed = {int(i): c for i, c in changes.get(split, {}).items()}
     wanted = (k + 1) * count // len(splits) - k * count // len(splits)
     for i in _chosen(len(opened), sorted(changed), wanted):
-      cells.append(_cell(f'{split} {i}', opened.get(i), changed.get(i, ())))
-  sheet = _sheet(_title(name, report, records.label_space(data_dir, name)),
-                 cells)
+      cells.append(_cell(f'{split} {i}', opened.get(i), changed.get(i, ()),
+                         space.classes if space else ()))
+  sheet = _sheet(_title(name, report, space), cells)
   try:
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     sheet.save(path, 'PNG')
@@ -89,16 +92,10 @@ def _chosen(total, changed, wanted):
 
 
 # --- One record -------------------------------------------------------------
-def _cell(title, record, changes):
+def _cell(title, record, changes, classes):
   """The image of a record with its boxes, and all else in rows below it."""
-  pixels = photographs.decode_image(record['image'], record['image_id'])
-  scale = _SIDE / max(pixels.shape[:2])
-  size = [max(1, round(n * scale)) for n in pixels.shape[1::-1]]
-  photo = Image.fromarray(pixels).resize(
-      size, Image.Resampling.NEAREST if scale > 3 else
-      Image.Resampling.LANCZOS)
-  found, legend = _objects(record)
-  drawing.draw_boxes(photo, [*_given(changes, size), *found(size)], 1.)
+  boxes, legend = _objects(record, classes)
+  photo = _photo(record, _given(changes) + boxes)
   rows = [[(title, base.INK), (f'id {record["image_id"]}, '
                                f'{record["width"]}x{record["height"]}',
                                base.FAINT)]]
@@ -106,7 +103,8 @@ def _cell(title, record, changes):
   rows += _some([[(f'“{t}”', base.INK)] for t in _cut(record['texts'])])
   for field, write in _LISTS.items():
     rows += _some([[(t, base.FAINT)] for t in _cut(map(write, record[field]))])
-  rows += _some([[(f'{c["what"]} ({c["name"]})', _CHANGED)] for c in changes])
+  rows += _some([[(c['what'] + f' ({c["name"]})' * bool(c['name']), _CHANGED)]
+                 for c in changes])
   rows = [part for row in rows
           for part in drawing.wrap(row, int(_SIDE / drawing.LETTER))]
   cell = Image.new('RGB', (_SIDE, photo.height + len(rows) * drawing.LINE),
@@ -122,42 +120,60 @@ def _cut(texts):
   return [t if len(t) <= _LETTERS else t[:_LETTERS] + '…' for t in texts]
 
 
-def _some(rows):
+def _some(rows, most=_ROWS):
   """The first rows, and how many there are more."""
-  more = len(rows) - _ROWS
-  return rows[:_ROWS] + ([[(f'… and {more} more', base.FAINT)]]
+  more = len(rows) - most
+  return rows[:most] + ([[(f'… and {more} more', base.FAINT)]]
                          if more > 0 else [])
 
 
-def _objects(record):
-  """(function: size -> boxes to draw, rows that count them by class)."""
+def _photo(record, boxes):
+  """The image with boxes, and a margin if they stick out of it."""
+  pixels = photographs.decode_image(record['image'], record['image_id'])
+  corners = np.clip([b.box for b in boxes] or [[0, 0, 1, 1]], -_OUT, 1 + _OUT)
+  start = np.minimum(corners[:, :2].min(0), 0)
+  extent = np.maximum(corners[:, 2:].max(0), 1) - start
+  scale = _SIDE / max(extent * pixels.shape[1::-1])
+  size = np.maximum(np.round(np.array(pixels.shape[1::-1]) * scale), 1)
+  photo = Image.new('RGB', tuple(np.ceil(extent * size).astype(int).tolist()),
+                    _MARGIN)
+  # Drawn scenes stay sharp-edged when enlarged many times.
+  kind = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.LANCZOS
+  photo.paste(Image.fromarray(pixels).resize(size.astype(int).tolist(), kind),
+              np.round(-start * size).astype(int).tolist())
+  drawing.draw_boxes(photo, [dataclasses.replace(
+      b, box=(c - [*start, *start]) * [*size, *size])
+                             for b, c in zip(boxes, corners)], 1.)
+  return photo
+
+
+def _objects(record, classes):
+  """(boxes in [0, 1], rows that count them by class)."""
   counts = collections.Counter(o['label'] for o in record['objects'])
-  colours = {label: base.COLOURS[k % len(base.COLOURS)]
-             for k, label in enumerate(counts)}
+  # The same colour in all images, if there are enough colours.
+  order = classes if len(classes) <= len(base.COLOURS) else list(counts)
+  colours = {label: base.COLOURS[order.index(label) % len(base.COLOURS)]
+             for label in counts}
   many = len(record['objects']) > _MANY
-
-  def draw(size):
-    for o in record['objects']:
-      crowd = o['is_crowd']
-      tag = ' '.join([*['crowd:'] * crowd, *o['attributes'][:3], o['label']])
-      yield base.Box(
-          boxes_lib.swap_axes(o['bbox']) * [*size, *size], colours[o['label']],
-          '' if many and not crowd else tag, 'dashed' if crowd else 'bold')
-
+  boxes = []
+  for o in record['objects']:
+    crowd = o['is_crowd']
+    tag = ' '.join([*['crowd:'] * crowd, *o['attributes'][:3], o['label']])
+    boxes.append(base.Box(
+        boxes_lib.swap_axes(o['bbox']), colours[o['label']],
+        '' if many and not crowd else tag, 'dashed' if crowd else 'bold'))
   crowds = sum(o['is_crowd'] for o in record['objects'])
   row = [(f'■ {label}' + (f' ×{n}' if n > 1 else ''), colours[label])
          for label, n in counts.items()]
   if crowds:
     row.append((f'({crowds} dashed: crowds)', base.FAINT))
-  return draw, [row or [('no objects', base.FAINT)]]
+  return boxes, [row or [('no objects', base.FAINT)]]
 
 
-def _given(changes, size):
+def _given(changes):
   """Boxes as the annotations had them, where they were changed or dropped."""
-  for c in changes:
-    if c.get('box'):
-      yield base.Box(np.clip(c['box'], -1, 2) * [*size, *size], _CHANGED,
-                     c.get('tag', ''), 'dashed')
+  return [base.Box(c['box'], _CHANGED, c['what'].partition(' ')[2], 'dashed')
+          for c in changes if c['box']]
 
 
 # --- The page ---------------------------------------------------------------
@@ -174,7 +190,7 @@ def _title(name, report, space):
     rows += _some([[(f'{split}: left out {s["count"]}: {reason}', _CHANGED)]
                    for reason, s in r['skipped'].items()]
                   + [[(f'{split}: {n}: {what}', _CHANGED)]
-                     for what, n in r['changed'].items()])
+                     for what, n in r['changed'].items()], 3 * _ROWS)
   return rows
 
 

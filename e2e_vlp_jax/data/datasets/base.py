@@ -22,6 +22,7 @@ from e2e_vlp_jax.data.datasets import values
 _BYTES = lambda: tfds.features.Scalar(np.object_)
 _BOX = lambda: tfds.features.Tensor(shape=(4,), dtype=np.float32)
 _TEXT = tfds.features.Text
+_CLIPPED = 'clipped to the image'
 _NAMED = 1000  # names that a report lists per reason; it counts all
 # An option of the datasets whose files have boxes and photographs.
 UPRIGHT = {'upright': (
@@ -224,7 +225,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       return skip('outside the image', frame.place(*corners))
     # Some of COCO's boxes stick out by a hundredth of a pixel.
     if max(abs(p - q) for p, q in zip(inside, corners)) > .1:
-      self.note(split, f'{what} clipped to the image')
+      self.note(split, f'{what} {_CLIPPED}')
       self._event(stored, f'{what} clipped', name, frame.place(*corners))
     if frame.turns:
       self.reports[split]['turned'] += 1
@@ -334,6 +335,11 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       report['warnings'].append(
           f'only {images} of {images + lost["images"]} images could be used; '
           'see "skipped" above')
+    clipped = report['changed'].get(f'box {_CLIPPED}', 0)
+    if 2 * clipped > report['boxes']:
+      report['warnings'].append(
+          f'{clipped} of {report["boxes"]} boxes stuck out of their images; '
+          'are they x, y, width, height in pixels? Look with --show 12')
     if report['boxes'] and report['boxes'] == report['crowds']:
       report['warnings'].append(
           f'all {report["boxes"]} boxes are crowds (iscrowd), which training '
