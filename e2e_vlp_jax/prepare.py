@@ -225,8 +225,8 @@ def _print(report, folder):
     for what, count in r['changed'].items():
       _say(f'  changed {count}: {what}')
     if r['turned']:
-      _say(f'  {r["turned"]} boxes turned with their pictures (EXIF); if they '
-           'were drawn on upright pictures, --upright leaves them')
+      _say(f'  turned {r["turned"]}: boxes turned with their pictures (EXIF); '
+           'if they were drawn on upright pictures, use --upright')
   for f, digest in report['source_sha256'].items():
     _say(f'  {f}: sha256 {digest[:16]}')
   _say(f'{folder}: {report["seconds"]} s; all of this in {records.REPORT}')
