@@ -15,15 +15,12 @@ from PIL import Image
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import label_space as label_space_lib
-from e2e_vlp_jax.data import units
-
-REPORT = 'prepare_report.json'
-LABELS = 'labels.json'
-CHANGES = 'changes.json'
 from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data import units
 
 REPORT = 'prepare_report.json'
+LABELS = 'labels.json'    # the dataset's label space
+CHANGES = 'changes.json'  # what `prepare` has changed in single records
 # Scripts that read records decode their images under this name.
 decode_image = photographs.decode_image
 # The lists of a record, and an empty item of each.
