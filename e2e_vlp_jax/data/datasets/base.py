@@ -24,8 +24,7 @@ _TEXT = tfds.features.Text
 _NAMED = 1000  # names that a report lists per reason; it counts all
 # An option of the datasets whose files have boxes and photographs.
 UPRIGHT = {'upright': (
-    False, 'boxes are of the upright picture even where the sizes in the '
-    'files are those of the stored pixels: turn no box by EXIF')}
+    False, 'boxes were drawn on upright pictures: turn none by EXIF')}
 
 
 def features():

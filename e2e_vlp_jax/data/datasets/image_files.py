@@ -211,19 +211,18 @@ class Stored:
     Args:
       height, width: the image's size according to the annotations.
       upright: whether boxes refer to the upright picture in any case, as most
-        labelling tools show it. The size may still be that of the stored
-        pixels.
+        labelling tools show it: no box is turned. A box at a quarter of the
+        annotations' width is at a quarter of the upright picture's, even where
+        that width is one of the stored pixels (as Label Studio writes it).
 
     Returns:
       A `Frame`, or None if the aspect ratios differ.
     """
-    stored = self.size_in_file[::-1]
-    seen = _same_shape((self.width, self.height), (width, height))
-    if not _same_shape(stored, (width, height)):
-      return Frame(height, width) if seen else None
-    if not upright:
-      return Frame(height, width, self._orientation)
-    return Frame(height, width) if seen else Frame(width, height)
+    if _same_shape(self.size_in_file, (height, width)):
+      return Frame(height, width, 1 if upright else self._orientation)
+    if _same_shape((self.height, self.width), (height, width)):
+      return Frame(height, width)
+    return None
 
 
 class Frame:
