@@ -9,11 +9,15 @@ from PIL import Image
 import pytest
 import yaml
 
+from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import prepare
+from e2e_vlp_jax import train
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.tasks import base
+from e2e_vlp_jax.training import checkpoint
 
 HEIGHT, WIDTH = 80, 120
 BOX = [30, 20, 40, 30]       # x, y, w, h of the picture's red patch
@@ -421,3 +425,158 @@ def test_bad_input_is_one_line(write, argv, says, tmp_path):
     own(tmp_path / 's', tmp_path / 'd', *argv)
   assert '\n' not in str(e.value)
   assert not records.is_prepared(str(tmp_path / 'd'), 'mine')
+
+
+def test_an_earlier_dataset_is_told_from_another(tmp_path):
+  label_studio(tmp_path / 's')
+  own(tmp_path / 's', tmp_path / 'd')
+  own(tmp_path / 's', tmp_path / 'd')   # Again: nothing to do.
+  with pytest.raises(errors.UserError, match='was prepared with seed=0'):
+    own(tmp_path / 's', tmp_path / 'd', '--seed', 1)
+  with pytest.raises(errors.UserError, match="'coco'.* name of another"):
+    own(tmp_path / 's', tmp_path / 'd', name='coco')
+
+
+# --- Training on it ----------------------------------------------------------
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Three datasets: `mine` has boxes, `more` other classes, `said` captions."""
+  path = tmp_path_factory.mktemp('own')
+  label_studio(path / 'mine')
+  put(path / 'mine' / 'result.json', coco(8))
+  put_pictures(path / 'mine', 8)
+  own(path / 'mine', path / 'd')
+  put(path / 'more' / 'a.json', coco(4, ((3, 'kite'), (1, 'person'))))
+  put_pictures(path / 'more', 4)
+  own(path / 'more', path / 'd', name='more')
+  said = coco(4)
+  said['annotations'] = [dict(id=k, image_id=k, caption=f'a red cup {k}')
+                         for k in range(4)]
+  put(path / 'said' / 'a.json', said)
+  put_pictures(path / 'said', 4)
+  own(path / 'said', path / 'd', name='said')
+  return path / 'd'
+
+
+def load(spec, data_dir, **values):
+  config = cli.load_config(f'configs/{spec}')
+  config.data.dir = str(data_dir)
+  config.update_from_flattened_dict(values)
+  return config
+
+
+@pytest.mark.parametrize('system', ['e2e_vlp', 'soho', 'fiber'])
+def test_label_spaces_of_mixtures(system, folder):
+  """Those of the datasets, in their order; a shipped one comes first."""
+  of = lambda data: vocabularies_lib.Vocabularies.load(load(
+      f'{system}.py:tiny,data={data}', folder).data).labels.classes
+  assert of('mine') == ['cup', 'kite']
+  assert of('more+mine') == ['kite', 'person', 'cup']
+  joint = label_space.LabelSpace.load('joint').classes
+  assert of('said') == ['cup', 'kite']  # Listed, though without boxes.
+  for first in ('scenes', 'coco'):
+    config = load(f'{system}.py:tiny,data={first}+mine', folder)
+    assert config.data.labels == 'joint+prepared'
+  # Known names alone: as before.
+  assert load(f'{system}.py:tiny,data=coco+sbu', folder).data.labels == 'joint'
+  config.data.train = config.data.train[1:]
+  names = vocabularies_lib.Vocabularies.load(config.data).labels.classes
+  assert names == joint + [n for n in ('cup', 'kite') if n not in joint]
+
+
+def test_what_is_not_prepared(folder):
+  with pytest.raises(errors.UserError, match=(
+      "no prepared dataset 'mien' .*holds mine, more, said.* 'mine'")):
+    vocabularies_lib.Vocabularies.load(
+        load('e2e_vlp.py:tiny,data=mien', folder).data)
+
+
+SMALL = {
+    'model.width': 32, 'model.ffn': 48, 'model.encoder_layers': 1,
+    'model.decoder_layers': 1, 'model.backbone.stem': 8,
+    'model.backbone.width': 16, 'model.backbone.blocks': 1, 'batch_size': 8,
+    'eval_batch_size': 8, 'total_steps': 2, 'log_every_steps': 1,
+    'samples.count': 2, 'tensorboard': False, 'data.max_boxes': 4,
+    'model.num_queries': 4}
+
+
+def test_own_boxes_train_a_detector(folder, tmp_path):
+  """From nothing, and from that with the classes of another dataset."""
+  spec = 'finetune.py:detect,system=e2e_vlp,size=tiny,data=mine,side=96'
+  config = load(spec, folder, **SMALL)
+  scores = train.train(config, str(tmp_path / 'w'))
+  assert np.isfinite(scores['eval/detection/AP50'])
+  assert len(list((tmp_path / 'w' / 'samples').glob('*.png'))) == 1
+  *_, meta = checkpoint.load(str(tmp_path / 'w'))
+  assert meta['labels']['classes'] == ['cup', 'kite']
+  config = load(f'finetune.py:detect,from={tmp_path / "w"},data=more+mine',
+                folder, **{k: SMALL[k] for k in (
+                    'batch_size', 'total_steps', 'samples.count')})
+  assert config.data.labels == 'prepared'
+  train.train(config, str(tmp_path / 'w2'))
+  *_, meta = checkpoint.load(str(tmp_path / 'w2'))
+  assert meta['labels']['classes'] == ['kite', 'person', 'cup']
+  loaded = json.loads((tmp_path / 'w2' / 'init_from.json').read_text())
+  assert loaded['loaded'] and all(
+      'classes' in name for name in loaded['other_shape'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('data, measured', [
+    ('mine', {'detection'}), ('said', {'captioning', 'itm', 'mlm'})])
+def test_what_a_dataset_lacks_is_masked(folder, tmp_path, data, measured):
+  """Pre-training on boxes alone and on captions alone."""
+  config = load(f'e2e_vlp.py:tiny,data={data},side=96', folder, **SMALL,
+                **{'warm_start.steps': 0})
+  scores = train.train(config, str(tmp_path / 'w'))
+  assert {name.split('/')[1] for name in scores} == measured
+  assert all(map(np.isfinite, scores.values()))
+
+
+# --- The page ----------------------------------------------------------------
+def test_the_page_shows_boxes_where_they_are(tmp_path, capsys):
+  """The patch has its box's colour around it; a wrong box lies elsewhere."""
+  label_studio(tmp_path / 's')
+  wrong = coco(2)
+  x, y, w, h = BOX
+  wrong['annotations'][1]['bbox'] = [x + w, y, WIDTH, h]   # Sticks out.
+  put(tmp_path / 's' / 'result.json', wrong)
+  put_pictures(tmp_path / 's', 2)
+  own(tmp_path / 's', tmp_path / 'd', '--validation_share', 0, '--show', 2)
+  path = tmp_path / 'd' / 'mine' / '1.0.0' / 'records.png'
+  assert str(path) in capsys.readouterr().out
+  page = np.asarray(Image.open(path).convert('RGB')).astype(int)
+  colour = lambda text: np.array([int(text[k:k + 2], 16) for k in (1, 3, 5)])
+  at = lambda value: np.argwhere(np.abs(page - value).max(-1) < 12)
+  red = at(np.array([220, 30, 30]))
+  boxes = at(colour(base.COLOURS[0]))
+  # The first cell: columns below 508. 480 / 120 pixels a pixel.
+  patch, frame = (p[p[:, 1] < 508] for p in (red, boxes))
+  frame = frame[frame[:, 0] < patch[:, 0].max() + 6]  # Not the legend.
+  np.testing.assert_allclose(np.ptp(patch, 0), [30 * 4, 40 * 4], atol=8)
+  frame = frame[frame[:, 0] > patch[:, 0].min() - 6]
+  np.testing.assert_allclose(frame.min(0), patch.min(0), atol=8)
+  np.testing.assert_allclose(frame.max(0), patch.max(0), atol=8)
+  assert len(at(colour('#ffa13d'))) > 50  # The box beyond the image.
+  with open(path.parent / records.CHANGES) as f:
+    event, = json.load(f)['train']['1']
+  assert event['what'] == 'box clipped' and event['name'] == '1.png#1'
+  np.testing.assert_allclose(event['box'], [70 / 120, .25, 190 / 120, .625],
+                             atol=1e-4)
+
+
+def test_the_page_of_a_prepared_dataset(folder, tiny_scenes, tmp_path, capsys):
+  """By its name alone, wherever it shall be written."""
+  for data_dir, name in ((folder, 'said'), (tiny_scenes, 'scenes')):
+    path = tmp_path / 'deep' / f'{name}.png'
+    prepare.main([name, '--data_dir', str(data_dir), '--show', '5',
+                  '--show_to', str(path)])
+    assert Image.open(path).width == 3 * 508
+    assert 'prepared already' not in capsys.readouterr().out
+  for argv, says in ((['sadi', '--show', '3'], "'said'"),
+                     (['said', '--show', '-1'], "'said'|--show"),
+                     (['own', '--name', 'said', '--show', 'x'], 'x'),
+                     (['said', '--show', '2', '--show_to', str(tmp_path)],
+                      'cannot be written')):
+    with pytest.raises(errors.UserError, match=says):
+      prepare.main([*argv, '--data_dir', str(folder)])
