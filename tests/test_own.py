@@ -11,6 +11,7 @@ import yaml
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import evaluate
 from e2e_vlp_jax import prepare
 from e2e_vlp_jax import train
 from e2e_vlp_jax.data import label_space
@@ -509,6 +510,8 @@ def test_own_boxes_train_a_detector(folder, tmp_path):
   assert len(list((tmp_path / 'w' / 'samples').glob('*.png'))) == 1
   *_, meta = checkpoint.load(str(tmp_path / 'w'))
   assert meta['labels']['classes'] == ['cup', 'kite']
+  again = evaluate.evaluate(None, str(tmp_path / 'w'), str(tmp_path / 'e'))
+  assert again == pytest.approx(scores, nan_ok=True)
   config = load(f'finetune.py:detect,from={tmp_path / "w"},data=more+mine',
                 folder, **{k: SMALL[k] for k in (
                     'batch_size', 'total_steps', 'samples.count')})
