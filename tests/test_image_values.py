@@ -91,6 +91,17 @@ def test_opaque_images_are_as_they_were():
                                   pixels)
 
 
+def test_of_several_images_the_first_is_taken():
+  images = [Image.new('RGB', (4, 4), (c,) * 3) for c in (10, 200)]
+  for form in ('TIFF', 'GIF', 'PNG', 'WEBP'):
+    data = encode(images[0], form, save_all=True, append_images=images[1:])
+    stored = image_files.storable(data, 'x')
+    assert 'the first of several images' in stored.changed
+    assert (photographs.decode_image(stored.data) < 20).all()
+  photo = encode(images[0], 'MPO', save_all=True, append_images=images[1:])
+  assert image_files.storable(photo, 'x').data == photo  # As cameras write it.
+
+
 @pytest.mark.parametrize('image, form, says', [
     (Image.new('F', (4, 4), .5), 'TIFF', 'floats'),
     (Image.new('I', (4, 4), 9), 'TIFF', '32-bit integers')])

@@ -274,6 +274,8 @@ def storable(data, name):
       changed.append(f'{data[24]} bits')
     if photographs.transparent(image):
       changed.append('transparency, drawn on white')
+    if getattr(image, 'is_animated', False) and image.format != 'MPO':
+      changed.append('the first of several images')
     if orientation in _TURNS:
       changed.append(f'EXIF orientation {orientation}')
     if not changed:
