@@ -241,8 +241,8 @@ class Task:
       count: number of images.
 
     Raises:
-      UserError: the task takes no texts, or needs one and gets none, or the
-        number of lists is wrong.
+      UserError: the task takes no texts, or needs one and gets none, the
+        number of lists is wrong, or a text is not UTF-8.
     """
     texts = list(texts or ()) if not isinstance(texts, str) else [texts]
     each = ([texts] * count if not texts or isinstance(texts[0], str)
@@ -254,6 +254,13 @@ class Task:
     if self.needs_text and not all(t and all(map(str.strip, t))
                                    for t in each):
       raise errors.UserError(f'task {self.name!r} needs a text (--text)')
+    for text in sum(map(list, each), []):
+      try:
+        text.encode()
+      except UnicodeEncodeError as e:
+        # Half of an emoji, or a command line in another encoding.
+        raise errors.UserError(f'text {text!r} is not UTF-8: {e.reason}; '
+                               'expected whole characters (--text)') from e
     return each
 
   def compute(self, predictor, variables, batch, **options):

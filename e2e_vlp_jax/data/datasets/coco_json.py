@@ -57,6 +57,9 @@ class CocoJson:
                                'official COCO file?')
     self.images = sorted(images.values(), key=lambda i: (
         isinstance(i['id'], str), i['id']))
+    names = collections.Counter(i['file_name'] for i in self.images)
+    for _ in range(len(self.images) - len(names)):
+      note('image whose file another image names too')
     unknown = (self.objects.keys() | self.captions.keys()) - images.keys()
     for i in sorted(unknown, key=str):
       skip('annotations of an image that is not listed', i,
@@ -133,7 +136,8 @@ class CocoRecords(base.RecordBuilder):
       limit: most records to yield.
     """
     written = 0
-    loaded = files.load_all([i['file_name'] for i in images])
+    loaded = files.load_all(*([i['file_name'] for i in some]
+                              for some in (images, found.images)))
     for image, stored in zip(images, loaded):
       name = image['file_name']
       if isinstance(stored, errors.UserError):

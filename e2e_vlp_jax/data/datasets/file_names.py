@@ -3,7 +3,8 @@
 Labelling tools write names percent-encoded, with backslashes, or with folders
 in front that are gone; macOS writes accents as two characters where others
 write one; a download may lie in folders below. A file is taken for the one that
-is meant only if it is the only one that can be.
+is meant only if it is the only one that can be, and no other name of the
+annotations can mean it.
 
 A place (`image_files`) has `has(name)` and `tree`, a `Tree` of its files.
 """
@@ -34,7 +35,7 @@ def similar(place, name, names):
                               urllib.parse.unquote(name),
                               urllib.parse.unquote(name).replace('\\', '/'))))
   for form in forms:
-    if place.has(form):
+    if place.has(form) and names.alone(_parts(form)):
       return form
   for form in forms:
     path = place.tree.find(form, names)
@@ -49,15 +50,25 @@ class Names:
   def __init__(self, names):
     self._names = names
 
-  def alone(self, end):
-    """Whether only one name has this end, as `_parts` gives it."""
-    return self._ends[end] == 1
+  def alone(self, parts):
+    """Whether only one name has these `_parts`, all of them."""
+    return self._whole[tuple(parts)] == 1
+
+  def alone_with_end(self, part):
+    """Whether only one name has this last part."""
+    return self._ends[part] == 1
+
+  @functools.cached_property
+  def _whole(self):
+    return collections.Counter(tuple(_parts(urllib.parse.unquote(n)))
+                               for n in set(self._names))
 
   @functools.cached_property
   def _ends(self):
-    return collections.Counter(
-        (_parts(urllib.parse.unquote(n)) or [''])[-1]
-        for n in set(self._names))
+    found = collections.Counter()
+    for parts, count in self._whole.items():
+      found[parts[-1:] and parts[-1]] += count
+    return found
 
 
 class Tree:
@@ -84,8 +95,9 @@ class Tree:
     best = [p for p, n in found.items() if n == max(found.values())]
     if len(best) != 1:
       return None
-    whole = found[best[0]] == len(parts)
-    return best[0] if whole or names.alone(parts[-1]) else None
+    alone = (names.alone(parts) if found[best[0]] == len(parts) else
+             names.alone_with_end(parts[-1]))
+    return best[0] if alone else None
 
 
 def _parts(path):

@@ -43,7 +43,7 @@ class ImageFiles:
     Raises:
       UserError: none of the folders exists, or a zip file cannot be read.
     """
-    self._places, self._names = [], ()
+    self._places, self._names = [], file_names.Names(())
     for folder in folders:
       path = os.path.join(source, folder)
       if os.path.isdir(path):
@@ -75,9 +75,15 @@ class ImageFiles:
   def _similar(self, place, name):
     return file_names.similar(place, name, self._names)
 
-  def load_all(self, names):
-    """Yields `Stored` or the UserError for each name, in order."""
-    self._names = file_names.Names(names)
+  def load_all(self, names, known=None):
+    """Yields `Stored` or the UserError for each name, in order.
+
+    Args:
+      names: list of names.
+      known: all names of the annotations, `names` by default: a file that two
+        of them could mean is found by neither, unless it has exactly the name.
+    """
+    self._names = file_names.Names(names if known is None else known)
     return load_all(names, self.read)
 
 
@@ -268,6 +274,8 @@ def storable(data, name):
       changed.append(f'{data[24]} bits')
     if photographs.transparent(image):
       changed.append('transparency, drawn on white')
+    if getattr(image, 'is_animated', False) and image.format != 'MPO':
+      changed.append('the first of several images')
     if orientation in _TURNS:
       changed.append(f'EXIF orientation {orientation}')
     if not changed:

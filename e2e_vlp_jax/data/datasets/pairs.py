@@ -195,7 +195,8 @@ class _Table:
     return values.text(name, 'image')
 
   def load_all(self, names):
-    return image_files.ImageFiles(self._source, ['']).load_all(names)
+    files = image_files.ImageFiles(self._source, [''])
+    return files.load_all(names, self.names())
 
   def forget(self):
     """Does nothing: there is only one table."""
