@@ -11,12 +11,14 @@ import tarfile
 import numpy as np
 from PIL import Image
 import pytest
+import yaml
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data.datasets import coco
 from e2e_vlp_jax.data.datasets import pairs
 from e2e_vlp_jax.data.datasets import visual_genome
+from e2e_vlp_jax.data.datasets.own import builder as own
 from tests import mutations
 from tests import plain_reading
 
@@ -133,6 +135,112 @@ def test_coco(tmp_path):
   run(lambda: coco.Builder(data_dir=str(tmp_path / 'x'), source=str(tmp_path)),
       mutate, (lambda: plain_reading.coco(*(p.read_bytes() for p in paths),
                                           sizes), form), .5)
+
+
+def test_own_coco(tmp_path):
+  """One file of any name; the images beside it."""
+  for i, data in IMAGES.items():
+    (tmp_path / f'{i}.png').write_bytes(data)
+  content = dict(
+      images=[dict(id=i, file_name=f'{i}.png', width=w, height=h)
+              for i, (w, h) in SIZES.items()],
+      categories=[dict(id=0, name='dog'), dict(id=7, name='cat')],
+      annotations=[dict(id=k, image_id=1 + k % 4, category_id=7 * (k % 3 > 0),
+                        bbox=[3 * k, 2, 10.5, 8], caption=f'caption {k}')
+                   for k in range(8)])
+  path = tmp_path / 'export.json'
+
+  def mutate(rng):
+    path.write_bytes(mutations.text_of(mutations.damaged(content, rng), rng))
+
+  def form(e):
+    return e['image_id'], e['texts'], [
+        (corners(o['bbox']), o['label'], o['is_crowd'], o['id'])
+        for o in e['objects']]
+  sizes = {f'{i}.png': size for i, size in SIZES.items()}
+  nothing = b'{"images": [], "annotations": []}'
+  run(lambda: own.Builder(data_dir=str(tmp_path / 'x'), source=str(tmp_path),
+                          validation_share=0.),
+      mutate, (lambda: plain_reading.coco(path.read_bytes(), nothing, sizes),
+               form), .5)
+
+
+def test_own_yolo(tmp_path):
+  """Label files with damaged words, and damaged names of the classes."""
+  names = {'names': {0: 'dog', 1: 'cat'}, 'nc': 2, 'train': 'images',
+           'path': '/elsewhere'}
+  for i, data in IMAGES.items():
+    (tmp_path / 'images').mkdir(exist_ok=True)
+    (tmp_path / 'images' / f'{i}.png').write_bytes(data)
+  (tmp_path / 'labels').mkdir()
+  rows = [['1', '.5', '.25', '.125', '.25'], ['0', '.25', '.5', '.5', '.5']]
+
+  def mutate(rng):
+    about = mutations.damaged(names, rng) if rng.random() < .3 else names
+    (tmp_path / 'data.yaml').write_text(
+        yaml.dump(about, Dumper=yaml.Dumper), encoding='utf-8',
+        errors='backslashreplace')
+    for i in IMAGES:
+      found = [list(r) for r in rows]
+      if i == 1 and about is names:
+        row = rng.choice(found)
+        row[rng.randrange(5)] = rng.choice(WORDS)
+      (tmp_path / 'labels' / f'{i}.txt').write_text(
+          '\n'.join(map(' '.join, found)), encoding='utf-8',
+          errors='surrogatepass')
+
+  def plain():
+    """What Python's own float() says of each row."""
+    found = []
+    for i in sorted(map(str, IMAGES)):
+      objects = []
+      text = (tmp_path / 'labels' / f'{i}.txt').read_bytes()
+      for row in text.decode('utf-8', 'replace').splitlines():
+        words = row.split()
+        if '\ufffd' in row or not all(map(_plain_number, words)):
+          continue
+        number, *box = map(float, words)
+        if len(box) == 6:  # Three corners.
+          xs, ys = box[::2], box[1::2]
+          box = [(min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2,
+                 max(xs) - min(xs), max(ys) - min(ys)]
+        if len(words) in (5, 6, 7) and max(map(abs, map(float, words[1:]))) <= (
+            1.5) and min(box[2:4]) > 0:
+          x, y, w, h = box[:4]
+          edges = [min(max(v, 0), 1) for v in (x - w / 2, y - h / 2,
+                                               x + w / 2, y + h / 2)]
+          if edges[2] > edges[0] and edges[3] > edges[1]:
+            objects.append((number, tuple(edges)))
+      found.append((f'images/{i}', objects))
+    return found
+
+  def form(e):
+    return e['image_id'], [(o['label'], corners(o['bbox']))
+                           for o in e['objects']]
+
+  def named():
+    """Its numbers under the names that the file gives them."""
+    about = yaml.safe_load((tmp_path / 'data.yaml').read_text())['names']
+    of = dict(enumerate(about)) if isinstance(about, list) else {
+        int(k): v for k, v in about.items()}
+    return [(i, [(plain_reading.words(' '.join(str(of[int(n)]).split())), b)
+                 for n, b in objects])
+            for i, objects in plain()]
+  run(lambda: own.Builder(data_dir=str(tmp_path / 'x'), source=str(tmp_path),
+                          validation_share=0.), mutate, (named, form), .5)
+
+
+WORDS = ('', '0', '1', '2', '-1', '0.5', '1.0', 'x', 'nan', 'inf', '1e400',
+         '1e-3', '٣', '1_0', '0,5', '.5 .5', '.1 .2 .3', '-.2', '1.6', '40',
+         '\ufeff1', '\0', '5 ' * 3, '1e300')
+
+
+def _plain_number(word):
+  """ASCII numbers alone, as the tools write them."""
+  try:
+    return word.isascii() and '_' not in word and np.isfinite(float(word))
+  except ValueError:
+    return False
 
 
 def test_visual_genome(tmp_path, monkeypatch):

@@ -331,6 +331,19 @@ def test_yolo_rows_of_all_kinds(tmp_path):
   assert held['changed']['polygon: its bounding box taken'] == 1
 
 
+def test_images_of_no_split_are_not_lost_in_silence(tmp_path, capsys):
+  """A folder `train` may be the class of that name."""
+  put(tmp_path / 's' / 'data.yaml', 'names: [bus, train]')
+  put_pictures(tmp_path / 's' / 'images' / 'train', 2)
+  put_pictures(tmp_path / 's' / 'images' / 'bus', 3)
+  put(tmp_path / 's' / 'labels' / 'train' / '0.txt', f'1 {ROW}')
+  own(tmp_path / 's', tmp_path / 'd', '--validation_share', 0)
+  assert len(read(tmp_path / 'd')) == 2
+  said = capsys.readouterr()
+  assert "skipped 3: image: not in a folder of a split's name" in said.out
+  assert 'only 2 of 5 images' in said.err
+
+
 def test_held_out_images_depend_on_the_seed(tmp_path):
   label_studio(tmp_path / 's')
   put(tmp_path / 's' / 'result.json', coco(40))
@@ -414,6 +427,7 @@ BAD = [
     (yolo('names: {0: cup, 2: kite}'), [], 'none with id 1'),
     (yolo('names: {a: cup}'), [], 'not the number of a class'),
     (yolo('names:'), [], 'names is None'),
+    (yolo('nc: 2'), [], 'data.yaml has no `names`'),
     (yolo('names: [cup'), [], 'data.yaml is not readable YAML'),
     (lambda s: put(s / 'data.yaml', 'names: [cup]'), [], 'no images beside'),
 ]

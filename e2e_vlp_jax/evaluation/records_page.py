@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import files
 from e2e_vlp_jax.data import boxes as boxes_lib
 from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data import records

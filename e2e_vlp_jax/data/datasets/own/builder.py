@@ -61,6 +61,10 @@ class Builder(coco_json.CocoRecords):
       raise errors.UserError(f'--source: no folder {self.source!r}')
     self._layout = self._chosen() or self._found()
     self._hold_out()
+    if 'train' not in self._layout.splits:
+      split = next(iter(self._layout.splits))
+      self.reports[split]['warnings'].append(
+          'the folder has no split for training')
     found, limit = {}, self.options['limit']
     for name in layout.ORDER:
       if name in self._layout.splits:
@@ -117,6 +121,9 @@ class Builder(coco_json.CocoRecords):
 
   def _instead(self, others):
     """What was found in place of annotations, for the error."""
+    for name in sorted(os.listdir(self.source)):
+      if name.endswith(('.yaml', '.yml')):
+        return f'; {name} has no `names`'
     for path, what in others:
       if what:
         return f'; {self._relative(path)} is {what}'

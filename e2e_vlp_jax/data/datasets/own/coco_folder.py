@@ -105,7 +105,7 @@ def read(source, contents, builder):
   """
   by_split = {}
   for path in contents:
-    by_split.setdefault(_split(path), []).append(path)
+    by_split.setdefault(_split(source, path), []).append(path)
   if None in by_split and len(by_split) > 1:
     raise errors.UserError(
         f'{by_split[None][0]}: its name has no split, but that of '
@@ -122,10 +122,10 @@ def read(source, contents, builder):
   return layout.Layout(splits, list(classes), files)
 
 
-def _split(path):
-  name = os.path.basename(path)
+def _split(source, path):
+  folder, name = os.path.split(os.path.relpath(path, source))
   return layout.split_named(os.path.splitext(name)[0],
-                            os.path.basename(os.path.dirname(path)))
+                            os.path.basename(folder))
 
 
 def _chosen(paths, contents):

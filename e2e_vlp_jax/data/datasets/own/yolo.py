@@ -70,6 +70,11 @@ def read(source, path, builder):
     split = split or 'train'
     reader = _Reader(source, classes, _keypoints(about), builder, split)
     splits[split] = layout.Split(reader.images(images), reader.records)
+  used = {os.path.realpath(i) for images in places.values() for i in images}
+  for image in _images(source):
+    if os.path.realpath(image) not in used:
+      builder.skip(next(iter(splits)), "image: not in a folder of a split's "
+                   'name', os.path.relpath(image, source), 'images')
   return layout.Layout(splits, classes, [path])
 
 
@@ -112,7 +117,8 @@ def _names(path, about):
                              'put the name in quotes')
     if not str(name).strip():
       raise errors.UserError(f'{path}: names[{k}] is empty')
-  found = [' '.join(str(name).split()) for name in found]
+  found = [values.text(' '.join(str(name).split()), f'{path}: names[{k}]')
+           for k, name in enumerate(found)]
   repeated = next((n for n in found if found.count(n) > 1), None)
   if repeated is not None:
     ids = [k for k, n in enumerate(found) if n == repeated]
@@ -276,7 +282,9 @@ class _Reader:
               is_crowd=False, id=-1,
               area=builder.area(split, None, xywh, box, stored, *size)))
       yield base.record(
-          image=stored.data, image_id=os.path.splitext(image.name)[0],
+          # A name on the disk need not be UTF-8.
+          image=stored.data, image_id=os.path.splitext(image.name)[0].encode(
+              'utf-8', 'backslashreplace').decode(),
           height=stored.height, width=stored.width, objects=objects)
       written += 1
       if written == limit:
