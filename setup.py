@@ -43,6 +43,7 @@ setuptools.setup(
         'orbax-checkpoint>=0.12',
         'pillow',
         'pycocotools',
+        'pyyaml',
         'safetensors',
         'scipy',
         'sentencepiece',

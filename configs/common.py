@@ -2,21 +2,26 @@
 
 Every key is explained where it is set, here or in the system's config.
 """
+import re
+
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 from e2e_vlp_jax import errors
 
+# Datasets whose objects have names of a shipped label space, and the published
+# corpora without objects.
+_SHIPPED = ('scenes', 'coco', 'visual_genome', 'nlvr1', 'vqav2', 'sbu', 'cc3m')
 
-def parse_argument(arg, sizes, datasets, published, **more):
+
+def parse_argument(arg, sizes, published, **more):
   """'r50,data=coco,side=512' -> ('r50', 'coco', {'side': 512}).
 
   Args:
     arg: 'SIZE[,key=value...]' with the keys data, side and those of `more`;
       None or '' = the first size.
-    sizes: names of the sizes, 'tiny' first.
-    datasets: allowed first datasets of `data`; others may follow after '+'. The
-      default is scenes for tiny, coco for the other sizes.
+    sizes: names of the sizes, 'tiny' first. The default of `data` is scenes
+      for tiny, coco for the other sizes.
     published: datasets for which data=published stands.
     **more: {key: its type}.
 
@@ -30,10 +35,36 @@ def parse_argument(arg, sizes, datasets, published, **more):
   data = options.pop('data', 'scenes' if size == 'tiny' else 'coco')
   if data == 'published':
     data = published
-  if data.split('+')[0] not in datasets:
-    raise ValueError(f'no data {data!r}'
-                     + errors.nearest(data, ('published', *datasets)))
+  dataset_names(data)
   return size, data, options
+
+
+def dataset_names(data):
+  """'coco+mine' -> ['coco', 'mine'].
+
+  Raises:
+    ValueError: not of that form. Whether the datasets are prepared is checked
+      when their folder is known.
+  """
+  names = data.split('+')
+  if not all(re.fullmatch('[a-z][a-z0-9_]*', name) for name in names):
+    raise ValueError(f'data: {data!r}; expected the name of a prepared '
+                     "dataset, or several joined by '+'")
+  return names
+
+
+def labels(names, default):
+  """`data.labels` of a mixture.
+
+  Args:
+    names: datasets of the mixture.
+    default: the shipped label space if `names` begins with a dataset whose
+      names it has. If not, the space is the one that was prepared with the
+      datasets.
+  """
+  if names[0] not in _SHIPPED:
+    return 'prepared'
+  return default if set(names) <= set(_SHIPPED) else f'{default}+prepared'
 
 
 def parse_options(pairs, keys):
@@ -50,7 +81,10 @@ def parse_options(pairs, keys):
   for pair in pairs:
     key, _, text = pair.partition('=')
     if key not in keys:
-      raise ValueError(f'no argument {key!r}' + errors.nearest(key, keys))
+      hint = ("; datasets are joined by '+'" if key == pair and 'data' in keys
+              else '')
+      raise ValueError(f'no argument {key!r}' + errors.nearest(key, keys)
+                       + hint)
     try:
       options[key] = keys[key](text)
     except ValueError:
@@ -122,7 +156,8 @@ def data(names, *, tokenizer, labels, buckets, max_text, max_boxes, sentences,
     names: datasets of the mixture.
     tokenizer: dict of kind (wordpiece | bpe | sentencepiece) and path (a
       shipped vocabulary or files).
-    labels: label space, a shipped one or a JSON file.
+    labels: label space: a shipped one, a JSON file, or 'prepared', those that
+      were prepared with the datasets (see `e2e_vlp_jax.data.label_space`).
     buckets: (height, width) choices for the images of a batch.
     max_text, max_boxes: maximum tokens of a text, boxes of an image.
     sentences: number of texts sampled per image.

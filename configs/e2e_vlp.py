@@ -8,9 +8,9 @@ Argument: SIZE[,key=value...]
         r50 r101 r152   the paper's sizes: 12 encoder and 6 decoder layers; not
                yet run to the end
         detr   DETR-R50 (Carion et al. 2020), no text; not yet run to the end
-  data  scenes | coco | visual_genome | nlvr1 | published, which is
-        coco+visual_genome; any other prepared dataset may follow after '+'.
-        Evaluated on the first one.
+  data  scenes, coco, visual_genome, nlvr1 or any other prepared dataset, or
+        several joined by '+'; published is coco+visual_genome. Evaluated on
+        the first one.
   side  image side in pixels around which the aspect buckets are built
   ffn   feed-forward width (paper sizes)
 
@@ -35,7 +35,7 @@ PUBLISHED = 'coco+visual_genome'
 def get_config(arg=None):
   size, data, options = common.parse_argument(
       arg, ('tiny', 'r50', 'r101', 'r152', 'detr'),
-      ('scenes', 'coco', 'visual_genome', 'nlvr1'), PUBLISHED, ffn=int)
+      PUBLISHED, ffn=int)
   tiny = size == 'tiny'
   config = common.run_defaults()
   # 'tensor' splits the Transformer's matrices between heads or hidden units, as
@@ -111,8 +111,9 @@ def _data(config, data, side, tiny):
       names,
       tokenizer=dict(kind='wordpiece', path='scenes' if tiny and scenes
                      else 'bert-base-uncased'),
-      labels='scenes' if scenes else 'coco' if tiny and data == 'coco'
-      else 'joint', buckets=(), max_text=config.model.max_text,
+      labels=common.labels(names, 'scenes' if scenes else 'coco'
+                           if tiny and data == 'coco' else 'joint'),
+      buckets=(), max_text=config.model.max_text,
       max_boxes={'scenes': 8, 'nlvr1': 32}.get(data, 100),
       sentences=2 if scenes else 1, pp_eval=see,
       pp_train=f'{see if scenes else see.replace("fit", "scale_crop|fit")}'

@@ -7,9 +7,9 @@ Argument: SIZE[,key=value...]
                from image to text among 256: 0.21, matching 0.81 (README)
         base   Swin-Base and RoBERTa-base, the published pre-training; not yet
                run to the end
-  data  scenes | coco | visual_genome | published, which is
-        coco+visual_genome+sbu+cc3m; any other prepared dataset may follow
-        after '+'. Evaluated on the first one.
+  data  scenes, coco, visual_genome or any other prepared dataset, or several
+        joined by '+'; published is coco+visual_genome+sbu+cc3m. Evaluated on
+        the first one.
   side  image side in pixels; the window of `base` is side / 32
   queue number of past features as additional candidates of ITC and ITM: 0 =
         only the global batch (our default), 4096 = the released code
@@ -22,7 +22,7 @@ from configs import common
 
 def get_config(arg=None):
   size, data, options = common.parse_argument(
-      arg, ('tiny', 'base'), ('scenes', 'coco', 'visual_genome'),
+      arg, ('tiny', 'base'),
       published='coco+visual_genome+sbu+cc3m', queue=int)  # [C]
   tiny = size == 'tiny'
   config = common.run_defaults()
@@ -74,7 +74,7 @@ def _data(config, data, side):
       names, weight='by_texts', tokenizer=dict(
           kind='wordpiece' if scenes else 'bpe',
           path='scenes' if scenes else 'roberta-base'),
-      labels='scenes' if scenes else 'joint', buckets=(),
+      labels=common.labels(names, 'scenes' if scenes else 'joint'), buckets=(),
       max_text=20 if scenes else 40, max_boxes=8 if scenes else 100,
       sentences=1, pp_train=f'{see}|{mask}', pp_eval=see)  # .15 [C]
   resize(config, side)

@@ -7,8 +7,9 @@ Argument: TASK,from=CHECKPOINT or TASK,system=NAME[,size=SIZE]; then key=value
   TASK    a file of e2e_vlp_jax/tasks
   from    a WORKDIR or one of its steps, with model, vocabulary and parameters
   system  a config of this folder, from scratch; size is its argument (tiny)
-  data    the dataset; by default scenes if the checkpoint was trained on
-          them or the size is tiny, else the task's default
+  data    any prepared dataset, or several joined by '+'; by default scenes if
+          the checkpoint was trained on them or the size is tiny, else the
+          task's default
   side    image side in pixels, as in the system's config
 
 The task defines objectives, data and evaluator. Steps and learning rate come
@@ -28,6 +29,7 @@ from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import stages
 
+_DATASETS = 'e2e_vlp_jax.data.datasets'
 KEYS = {'from': str, 'system': str, 'size': str, 'data': str, 'side': int}
 
 
@@ -86,13 +88,18 @@ def _start(how, options):
     scenes = options.get('size', 'tiny') == 'tiny'
   data = options.get('data') or (
       'scenes' if scenes and 'scenes' in how.splits else how.data)
-  if data not in how.splits:
-    raise ValueError(f'data: {data!r} is not a dataset of this task'
-                     + errors.nearest(data, how.splits))
+  names = common.dataset_names(data)
+  own = set(names) - set(discovery.names(_DATASETS, 'Builder'))
+  for name in names:
+    if name not in how.splits and name not in own:
+      raise ValueError(f'data: {name!r} is not a dataset of this task'
+                       + errors.nearest(name, how.splits))
   if 'from' not in options:
     config = _system(options['system']).get_config(
         f'{options.get("size", "tiny")},data='
-        + ('scenes' if data == 'scenes' else 'coco'))
+        + ('scenes' if data == 'scenes' else data if own else 'coco'))
+  elif own and 'boxes' in how.train_ops:
+    config.data.labels = common.labels(names, 'joint')
   return config, data
 
 
@@ -115,8 +122,12 @@ def _recipe(task, system, data):
 
 def _input(config, how, data, side):
   """Sets data and evaluator; images are placed as for the checkpoint."""
-  train, held_out = how.splits[data]
-  config.data.train = (dict(name=data, split=train, weight=1.),)
+  names = data.split('+')
+  splits = {name: how.splits.get(name, ('train', 'validation'))
+            for name in names}
+  config.data.train = tuple(
+      dict(name=name, split=splits[name][0],
+           weight='by_rows' if names[1:] else 1.) for name in names)
   config.data.dir = 'data'
   config.data.unit = how.unit
   config.data.answers = how.answers.get(data, '')
@@ -131,7 +142,7 @@ def _input(config, how, data, side):
   image = '|'.join(ops[:last + 1])
   config.data.pp_train = f'{image}|{how.train_ops}'
   config.data.pp_eval = f'{image}|{how.eval_ops}'
-  source = dict(name=data, split=held_out)
+  source = dict(name=names[0], split=splits[names[0]][1])
   examples = (1000, 128) if data == 'scenes' else (0, 1000)
   config.evals = {how.evaluator: common.evaluator(
       how.evaluator, source, config.data.pp_eval, *examples)}
@@ -169,7 +180,10 @@ def _check(config, task):
   from e2e_vlp_jax import objectives
   from e2e_vlp_jax.data import vocabularies
   # pylint: enable=g-import-not-at-top
-  sizes = vocabularies.Vocabularies.load(config.data).sizes
+  # Any label space will do, and the data's folder is not yet known.
+  data = config.data.copy_and_resolve_references()
+  data.labels = 'coco'
+  sizes = vocabularies.Vocabularies.load(data).sizes
 
   def lacking(name):
     """Why the model cannot be trained for the task, '' if it can."""

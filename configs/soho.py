@@ -9,9 +9,9 @@ Argument: SIZE[,key=value...]
                to the end
         r101   the paper's main model: ResNet-101 and 12 layers; not yet run to
                the end
-  data  scenes | coco | visual_genome | published, which is
-        coco+visual_genome; any other prepared dataset may follow after '+'.
-        Evaluated on the first one.
+  data  scenes, coco, visual_genome or any other prepared dataset, or several
+        joined by '+'; published is coco+visual_genome. Evaluated on the first
+        one.
   side  short side of the images in pixels (scenes: side of the square)
 
 Values of r18 are those of the released config (github.com/researchmm/soho,
@@ -26,8 +26,7 @@ _IMAGES = {'coco': 118_287, 'visual_genome': 108_077}  # for training
 
 def get_config(arg=None):
   size, data, options = common.parse_argument(
-      arg, ('tiny', 'r18', 'r101'), ('scenes', 'coco', 'visual_genome'),
-      'coco+visual_genome')
+      arg, ('tiny', 'r18', 'r101'), 'coco+visual_genome')
   tiny = size == 'tiny'
   config = common.run_defaults()
   config.eval_every_steps = 2000
@@ -96,8 +95,9 @@ def _data(config, data, side, tiny):
       # Released: every group of 4 texts is an example (docs/soho.md).
       names, weight='by_texts', tokenizer=dict(
           kind='wordpiece', path='scenes' if scenes else 'bert-base-uncased'),
-      labels=data if data in ('scenes', 'coco') else 'joint', buckets=(),
-      max_text=length, max_boxes=8 if scenes else 100,
+      labels=common.labels(names, data if data in ('scenes', 'coco')
+                           else 'joint'),
+      buckets=(), max_text=length, max_boxes=8 if scenes else 100,
       sentences=2 if tiny else 4, pp_train='', pp_eval='')
   resize(config, side)
   see, mask = config.data.pp_eval, f'mlm({.2 if tiny else .15})'  # ours, theirs

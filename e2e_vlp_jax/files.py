@@ -1,10 +1,16 @@
-"""Atomic file writing, and the meta data of checkpoints.
+"""Atomic file writing, locks, and the meta data of checkpoints.
 
 Needs neither jax nor TensorFlow.
 """
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import socket
+import sys
 import tempfile
+import time
 
 from e2e_vlp_jax import errors
 
@@ -29,6 +35,76 @@ def write(path, text):
 def write_json(path, value):
   """Writes a JSON-able value with `write`."""
   write(path, json.dumps(value, indent=1))
+
+
+@contextlib.contextmanager
+def lock(path, name):
+  """Holds a lock file: one process at a time, on any host that sees the file.
+
+  The operating system releases the lock when the process ends, however it
+  ends. So a lock file that a killed process left behind locks nothing. A
+  process that was forked meanwhile holds the lock too; a spawned one does not.
+  Where the file system has no locks, a line on stderr says so.
+
+  Args:
+    path: of the lock file; its folder must exist. It is removed at the end.
+    name: of what is locked, for the error.
+
+  Raises:
+    UserError: another process holds it (named by number and host), or the
+      file cannot be written.
+  """
+  try:
+    f = _locked(path, name)
+  except OSError as e:
+    raise errors.UserError(f'{path}: cannot be written ({e.strerror})') from e
+  with f:
+    f.truncate(0)
+    json.dump(dict(pid=os.getpid(), host=socket.gethostname(),
+                   since=time.strftime('%Y-%m-%d %H:%M:%S')), f)
+    f.flush()
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):
+        os.remove(path)  # Before it is unlocked: see `_locked`.
+
+
+def _locked(path, name):
+  """The open lock file, locked."""
+  while True:
+    f = open(path, 'a+', encoding='utf-8')  # pylint: disable=consider-using-with
+    try:
+      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      with f:
+        raise errors.UserError(f'{name} is in use by {_holder(f)}; wait until '
+                               'it ends, or stop it') from e
+    except OSError as e:
+      if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        f.close()
+        raise
+      print(f'{path}: this file system has no locks; nothing prevents a '
+            'second command here', file=sys.stderr)
+      return f
+    # The one before us may have removed the file between the two lines above;
+    # then the next to come would lock another file of this name.
+    try:
+      if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+        return f
+    except FileNotFoundError:
+      pass
+    f.close()
+
+
+def _holder(f):
+  """'process 12 on host, since ...', from a lock file."""
+  f.seek(0)
+  try:
+    who = json.load(f)
+    return f'process {who["pid"]} on {who["host"]}, since {who["since"]}'
+  except (ValueError, KeyError, TypeError):
+    return 'another process'  # It has not written its name yet.
 
 
 def check_writable(name, path):

@@ -156,10 +156,11 @@ def test_keys_of_a_run_are_read():
 @pytest.mark.parametrize('arg, parts', [
     ('tinny', ["'tinny'", "'tiny'"]), ('tiny,dat=coco', ["'dat'", "'data'"]),
     ('tiny,side=large', ['side', "'large'", 'whole number']),
-    ('tiny,data=cocoo', ["'cocoo'", "'coco'"])])
+    ('tiny,data=my set', ["'my set'", 'prepared dataset']),
+    ('tiny,data=mine,coco', ["'coco'", "joined by '+'"])])
 def test_arguments_that_cannot_be(arg, parts):
   with pytest.raises(ValueError) as e:
-    common.parse_argument(arg, ('tiny', 'r50'), ('scenes', 'coco'), 'coco+vg')
+    common.parse_argument(arg, ('tiny', 'r50'), 'coco+vg')
   assert all(part in str(e.value) for part in parts)
 
 
@@ -368,7 +369,7 @@ def test_from_scratch_and_on_another_dataset(toy_task, old_run):
     ('guess,from=FOLDER', ['FOLDER', 'none found']),
     ('guess,system=fibre', ["'fibre'", "'fiber'"]),
     ('guess,system=fiber,size=bas', ["'bas'", "'base'"]),
-    ('guess,system=fiber,data=scene', ["'scene'", "'scenes'"]),
+    ('guess,system=fiber,data=nlvr1', ["'nlvr1'", 'scenes']),
     ('guess,system=fiber,sid=3', ["'sid'", "'side'"]),
     ('rest,system=fiber', ['rest', 'cannot', 'guess', 'tell']),
     ('tell,system=soho', ["'tell'", "'captioning'", "'soho'", 'guess']),

@@ -496,7 +496,7 @@ def test_what_does_not_fit_is_refused(change, message):
 @pytest.mark.parametrize('arg, message', [
     ('huge', "no size 'huge'; valid choices: tiny"),
     ('base,sides=3', "no argument 'sides'; did you mean 'side'"),
-    ('tiny,data=flickr', "no data 'flickr'; valid choices: published")])
+    ('tiny,data=flickr+', r"data: 'flickr\+'; expected the name of a prep")])
 def test_arguments_are_checked(arg, message):
   with pytest.raises(ValueError, match=message):
     config_lib.get_config(arg)

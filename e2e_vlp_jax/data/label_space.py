@@ -16,6 +16,10 @@ JSON files in `labels/`:
           the class that one of them already names, if any; its other names are
           aliases. Source: peteanderson80/bottom-up-attention (MIT),
           data/genome/1600-400-20.
+
+`data.labels='prepared'` stands for the spaces that `prepare` stored with the
+datasets of `data.train`, joined; 'joint+prepared' for a shipped space and
+after it the names that only those have.
 """
 import dataclasses
 import functools
@@ -86,6 +90,28 @@ class LabelSpace:
   @functools.cached_property
   def _attribute_ids(self):
     return _ids(self.attributes, self.attribute_aliases)
+
+
+def union(spaces):
+  """The names of all spaces; a name keeps the first place it has.
+
+  An alias for which another space has a class of its own is left out.
+  """
+  spaces = list(spaces)
+  joined = lambda lists: list(dict.fromkeys(n for x in lists for n in x))
+  classes = joined(s.classes for s in spaces)
+  attributes = joined(s.attributes for s in spaces)
+  groups = {}
+  for space in spaces:
+    for group, held in space.attribute_groups.items():
+      groups[group] = joined([groups.get(group, []), held])
+  aliases = lambda maps, names_: {
+      a: n for m in reversed(list(maps)) for a, n in m.items()
+      if a not in names_}
+  return LabelSpace(
+      classes, attributes, groups,
+      aliases((s.class_aliases for s in spaces), set(classes)),
+      aliases((s.attribute_aliases for s in spaces), set(attributes)))
 
 
 def _ids(names_, aliases):

@@ -14,9 +14,15 @@ from PIL import Image
 
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import label_space as label_space_lib
+from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data import units
 
 REPORT = 'prepare_report.json'
+LABELS = 'labels.json'    # the dataset's label space
+CHANGES = 'changes.json'  # what `prepare` has changed in single records
+# Scripts that read records decode their images under this name.
+decode_image = photographs.decode_image
 # The lists of a record, and an empty item of each.
 _NO_BOX = np.zeros(4, np.float32)
 _LISTS = {
@@ -105,19 +111,7 @@ def open_split(data_dir, name, split):
     UserError: the dataset or the split is not there.
   """
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
-  folder = dataset_folder(data_dir, name)
-  if not os.path.exists(os.path.join(folder, REPORT)):
-    found = [n for n in _folders(data_dir)
-             if os.path.exists(os.path.join(dataset_folder(data_dir, n),
-                                            REPORT))]
-    there = f' (it holds {", ".join(found)})' if found else ''
-    # A name without a builder is a corpus of image-text pairs.
-    built = name in discovery.names('e2e_vlp_jax.data.datasets', 'Builder')
-    raise errors.UserError(
-        f'no prepared dataset {name!r} in {data_dir!r}{there}; make it with: '
-        'python -m e2e_vlp_jax.prepare '
-        + (name if built else f'pairs --name {name} --source DIR')
-        + f' --data_dir {data_dir}')
+  folder = prepared_folder(data_dir, name)
   builder = tfds.builder_from_directory(folder)
   if split not in builder.info.splits:
     raise errors.UserError(f'{name} in {data_dir!r} has no split {split!r}'
@@ -126,6 +120,22 @@ def open_split(data_dir, name, split):
       split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
   return Split(name, split, os.path.join(folder, f'{split}.index.npz'),
                builder.info, source)
+
+
+def label_space(data_dir, name):
+  """The `LabelSpace` that is stored with a dataset; None: it has no objects.
+
+  Folders of earlier versions lack the file: their space is the shipped one of
+  the same name, if there is one.
+
+  Raises:
+    UserError: the dataset is not there.
+  """
+  path = os.path.join(prepared_folder(data_dir, name), LABELS)
+  if os.path.exists(path):
+    return label_space_lib.LabelSpace.load(path)
+  return (label_space_lib.LabelSpace.load(name)
+          if name in label_space_lib.names() else None)
 
 
 def nothing():
@@ -157,13 +167,42 @@ def second_image(split, statement):
             'width': image.width}
 
 
+def prepared_folder(data_dir, name):
+  """The folder of a dataset that `prepare` has written.
+
+  Raises:
+    UserError: it is not there; suggests the nearest.
+  """
+  if is_prepared(data_dir, name):
+    return dataset_folder(data_dir, name)
+  found = prepared(data_dir)
+  there = f' (it holds {", ".join(found)})' if found else ''
+  built = discovery.names('e2e_vlp_jax.data.datasets', 'Builder')
+  near, command, more = '', name, ''
+  if name not in built:
+    near = errors.nearest(name, dict.fromkeys([*found, *built]))
+    command = f'pairs --name {name} --source DIR'
+    more = ' (own instead of pairs, if it has boxes)'
+  raise errors.UserError(
+      f'no prepared dataset {name!r} in {data_dir!r}{there}{near}; make it '
+      f'with: python -m e2e_vlp_jax.prepare {command} --data_dir {data_dir}'
+      f'{more}')
+
+
+def is_prepared(data_dir, name):
+  """Whether `prepare` has finished a dataset."""
+  return os.path.exists(os.path.join(dataset_folder(data_dir, name), REPORT))
+
+
+def prepared(data_dir):
+  """Names of the datasets that a folder holds, sorted."""
+  there = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+  return [name for name in there if is_prepared(data_dir, name)]
+
+
 def dataset_folder(data_dir, name):
   """The folder of the only version of a prepared dataset."""
   return os.path.join(data_dir, name, '1.0.0')
-
-
-def _folders(data_dir):
-  return sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
 
 
 def _parse(serialized):

@@ -8,6 +8,7 @@ import dataclasses
 from e2e_vlp_jax import files
 from e2e_vlp_jax.data import answer_list
 from e2e_vlp_jax.data import label_space
+from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import tokenizer as tokenizer_lib
 
 
@@ -41,7 +42,7 @@ class Vocabularies:
         held.tokenizer if held else tokenizer_lib.load_tokenizer(
             data.tokenizer.kind, data.tokenizer.path),
         held.labels if held and not data.labels else
-        label_space.LabelSpace.load(data.labels),
+        _labels(data),
         answer_list.AnswerList.load(answers) if answers else
         held.answers if held else answer_list.AnswerList(()))
 
@@ -64,3 +65,15 @@ class Vocabularies:
             'num_classes': len(self.labels.classes),
             'num_attributes': len(self.labels.attributes),
             'num_answers': len(self.answers)}
+
+
+def _labels(data):
+  """The label space that `data.labels` names; see `label_space`."""
+  first, _, last = data.labels.rpartition('+')
+  if last != 'prepared':
+    return label_space.LabelSpace.load(data.labels)
+  names = dict.fromkeys(source['name'] for source in data.train)
+  stored = [records.label_space(data.dir, name) for name in names]
+  return label_space.union(
+      ([label_space.LabelSpace.load(first)] if first else [])
+      + [s for s in stored if s])

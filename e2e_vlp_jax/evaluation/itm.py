@@ -18,7 +18,8 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     progress: called with the number of examples done.
 
   Returns:
-    {'accuracy'}: the share of pairs classified correctly, at 0.5.
+    {'accuracy'}: the share of pairs classified correctly, at 0.5; {} if the
+    dataset has no texts.
   """
   task = predictor.task('match')
   right = pairs = 0
@@ -31,4 +32,4 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
                       predictor.gather(batch, 'itm_labels'), -1)
     right += int((((scores > .5) == labels) & (labels >= 0)).sum())
     pairs += int((labels >= 0).sum())
-  return {'accuracy': right / max(pairs, 1)}
+  return {'accuracy': right / pairs} if pairs else {}

@@ -33,7 +33,8 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     progress: called with the number of examples done.
 
   Returns:
-    {'accuracy', 'accuracy_blank_image', 'image_gain' (their difference)}.
+    {'accuracy', 'accuracy_blank_image', 'image_gain' (their difference)};
+    {} if the dataset has no texts.
   """
   mean = np.uint8(np.round(np.array(predictor.config.model.image_mean) * 255))
   right, count = np.zeros(2), 0
@@ -46,6 +47,8 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
       tokens = predictor.run(variables, one, FillIn())['tokens']
       right[k] += ((tokens == labels) & (labels >= 0)).sum()
     count += (labels >= 0).sum()
-  with_image, without = (right / max(count, 1)).tolist()
+  if not count:
+    return {}
+  with_image, without = (right / count).tolist()
   return {'accuracy': with_image, 'accuracy_blank_image': without,
           'image_gain': with_image - without}

@@ -49,7 +49,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   Returns:
     {TR1, TR5, TR10 (texts found by images), IR1, IR5, IR10 (images found by
     texts)} by ITC, and TR1_itm, ..., IR10_itm after ITM's re-ranking. Without
-    ITC only the former, by ITM.
+    ITC only the former, by ITM. {} if no image has a text.
 
   Raises:
     UserError: the model has neither head, the checkpoint lacks one, too many
@@ -67,6 +67,8 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   items = _Items(predictor, variables, pipeline, max_examples, progress,
                  texts or predictor.config.data.sentences,
                  embed if itc else None)
+  if not items.owner.size:
+    return {}  # The dataset has no texts.
   shape = len(items.ids), len(items.owner)
   if itc:
     near = items.image_vectors @ items.text_vectors.T
@@ -168,11 +170,9 @@ class _Items:
         if embed:
           images.append(found['images'][row])
           vectors += list(found['texts'][row, :count])
-    if not owner:
-      raise errors.UserError('retrieval: no image has a text')
     self.ids, self.owner = np.array(ids, int), np.array(owner, int)
     self._tokens = tokens
-    if embed:
+    if embed and owner:
       self.image_vectors, self.text_vectors = np.stack(images), np.stack(
           vectors)
 

@@ -2,6 +2,7 @@
 import jax
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import pp
 from e2e_vlp_jax.data import synthetic
 
 
@@ -21,7 +22,10 @@ def check(model, config, sizes, found, path, changes):
     changes: {key of config.model: (value in the checkpoint's config, value
       here)}, for the message.
   """
-  batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
+  data = config.data.copy_and_resolve_references()
+  if 'text' not in dict(pp.bind(data.pp_train)):
+    data.pp_train += '|text'  # Views that the run did not train read texts.
+  batch = synthetic.synthetic_batch(data, batch_size=1, **sizes)
   shapes = jax.eval_shape(
       lambda b: model.init(jax.random.key(0), b, model.views), batch)
   want, found = _shapes(shapes), _shapes(found)

@@ -23,6 +23,9 @@ _PACKAGE = 'e2e_vlp_jax.tasks'
 # Colours of a picture.
 RIGHT, WRONG, TRUTH = '#2fbf5b', '#f0524d', '#ffffff'
 INK, FAINT = '#e8eaed', '#9aa3ad'
+# Without ground truth: one colour per box, distinct on most photographs.
+COLOURS = ('#4cc2ff', '#ffb02e', '#ff6ec7', '#7ee787', '#c49bff', '#ffd84d',
+           '#ff8a5c', '#5ce0d0')
 
 
 def names():
@@ -238,8 +241,8 @@ class Task:
       count: number of images.
 
     Raises:
-      UserError: the task takes no texts, or needs one and gets none, or the
-        number of lists is wrong.
+      UserError: the task takes no texts, or needs one and gets none, the
+        number of lists is wrong, or a text is not UTF-8.
     """
     texts = list(texts or ()) if not isinstance(texts, str) else [texts]
     each = ([texts] * count if not texts or isinstance(texts[0], str)
@@ -251,6 +254,13 @@ class Task:
     if self.needs_text and not all(t and all(map(str.strip, t))
                                    for t in each):
       raise errors.UserError(f'task {self.name!r} needs a text (--text)')
+    for text in sum(map(list, each), []):
+      try:
+        text.encode()
+      except UnicodeEncodeError as e:
+        # Half of an emoji, or a command line in another encoding.
+        raise errors.UserError(f'text {text!r} is not UTF-8: {e.reason}; '
+                               'expected whole characters (--text)') from e
     return each
 
   def compute(self, predictor, variables, batch, **options):

@@ -11,9 +11,6 @@ from e2e_vlp_jax.tasks import base
 # How many attributes to name that do not exclude each other.
 _MIN_ATTRIBUTE, _MAX_ATTRIBUTES = .1, 4
 _MANY = 8  # Beyond this many objects, tags are numbers only.
-# Without ground truth: one colour per box, distinct on most photographs.
-_COLOURS = ('#4cc2ff', '#ffb02e', '#ff6ec7', '#7ee787', '#c49bff', '#ffd84d',
-            '#ff8a5c', '#5ce0d0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +126,7 @@ class _Found:
   def colours(self):
     """Colours of the whole and of the class name."""
     if not self.judged:
-      return (_COLOURS[self.number % len(_COLOURS)],) * 2
+      return (base.COLOURS[self.number % len(base.COLOURS)],) * 2
     right = bool(self.true) and self.true['label'] == self.found.label
     whole = right and all(c != base.WRONG for _, c in self.words())
     return (base.RIGHT if whole else base.WRONG,

@@ -27,6 +27,7 @@ _FEW = 600
 class Builder(base.RecordBuilder):
   """Draws all splits with one process per core."""
   name = 'scenes'
+  LABELS = 'scenes'
   OPTIONS = {'seed': (0, 'seed of the scenes'),
              **{f'num_{s}': (n, f'images of the {s} split')
                 for s, n in _SPLITS.items()}}

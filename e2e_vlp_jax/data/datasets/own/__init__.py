@@ -1,0 +1,1 @@
+"""`own`: photographs and labels of anybody's; see `builder`."""
