@@ -5,6 +5,7 @@ import os
 
 import jax
 
+from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax.training import old_names
@@ -44,9 +45,15 @@ def finished(workdir, config):
       held = old_names.modernise(json.load(f))
   except (OSError, ValueError, errors.UserError):
     return False
-  last = os.path.join(workdir, 'checkpoints', str(config.total_steps))
+  last = os.path.join(workdir, checkpoint_files.CHECKPOINTS,
+                      str(config.total_steps))
+  try:
+    checkpoint_files.check_items(last, optional=())
+    checkpoint_files.meta_of(last)
+  except errors.UserError:  # absent, or damaged
+    return False
   new = old_names.modernise(to_dict(config))
-  return os.path.isdir(last) and not differences(held, new, FREE_KEYS)
+  return not differences(held, new, FREE_KEYS)
 
 
 def open_workdir(workdir, config, allow_changes=False):
