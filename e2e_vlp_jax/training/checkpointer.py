@@ -33,7 +33,8 @@ class Checkpointer:
 
   def __init__(self, workdir, meta, options):
     self._meta, self._options = meta, options
-    self._root = os.path.join(os.path.abspath(workdir), checkpoint_files.CHECKPOINTS)
+    self._root = os.path.join(os.path.abspath(workdir),
+                              checkpoint_files.CHECKPOINTS)
     kept = [preservation_policy.LatestN(options.keep)]
     if options.keep_every:
       kept.append(preservation_policy.EveryNSteps(options.keep_every))
