@@ -15,6 +15,22 @@ import time
 from e2e_vlp_jax import errors
 
 
+class InUse(errors.UserError):
+  """Another process holds a lock.
+
+  Attributes:
+    host: name of its host, '' if unknown.
+  """
+
+  def __init__(self, name, who):
+    """Args: name of what is locked; who: content of the lock file, or {}."""
+    self.host = who.get('host', '')
+    holder = (f'process {who["pid"]} on {self.host}, since {who["since"]}'
+              if who else 'another process')
+    super().__init__(f'{name} is in use by {holder}; wait until it ends, or '
+                     'stop it')
+
+
 def write(path, text):
   """Writes `text` to a file atomically: no reader sees it half written.
 
@@ -49,8 +65,8 @@ def lock(path, name):
     name: of what is locked, for the error.
 
   Raises:
-    UserError: another process holds it (named by number and host), or the
-      file cannot be written.
+    InUse: another process holds it; names its number and host.
+    UserError: the file cannot be written.
   """
   try:
     f = _locked(path, name)
@@ -76,8 +92,7 @@ def _locked(path, name):
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       with f:
-        raise errors.UserError(f'{name} is in use by {_holder(f)}; wait until '
-                               'it ends, or stop it') from e
+        raise InUse(name, _holder(f)) from e
     except OSError as e:
       if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         f.close()
@@ -96,13 +111,13 @@ def _locked(path, name):
 
 
 def _holder(f):
-  """'process 12 on host, since ...', from a lock file."""
+  """What a lock file says of who holds it, {} if nothing yet."""
   f.seek(0)
   try:
     who = json.load(f)
-    return f'process {who["pid"]} on {who["host"]}, since {who["since"]}'
-  except (ValueError, KeyError, TypeError):
-    return 'another process'  # It has not written its name yet.
+  except ValueError:
+    return {}
+  return who if {'pid', 'host', 'since'} <= set(who) else {}
 
 
 def check_writable(name, path):

@@ -276,7 +276,9 @@ def main(argv=None):
     else:
       collect()  # Fails early if the folder cannot be written.
       if args.mode == 'local':
-        code = run_here(runs, collect)
+        with files.lock(os.path.join(workdir, '.lock'),
+                        f'--workdir {workdir}'):
+          code = run_here(runs, collect)
       show(collect(), args.metric)
       print(f'written: {os.path.join(workdir, "sweep.html")}, sweep.json')
   sys.exit(code)

@@ -36,14 +36,15 @@ def train(config, workdir, allow_changes=False):
     allow_changes: see `workdir_lib.open_workdir`.
 
   Raises:
-    UserError: config, data, workdir or checkpoints do not fit, or every
-      update is non-finite.
+    UserError: config, data, workdir or checkpoints do not fit, another
+      training uses the workdir, or every update is non-finite.
     SystemExit: a signal stopped the run; its state is saved.
   """
   clock = progress.Clock('init')
-  vocabularies, data, assembly = _prepare(config, workdir, allow_changes)
-  mesh = assembly.mesh
   with contextlib.ExitStack() as stack:
+    vocabularies, data, assembly = _prepare(config, workdir, allow_changes,
+                                            stack)
+    mesh = assembly.mesh
     # --- Restore, or start --------------------------------------------------
     saver = stack.enter_context(checkpointer.Checkpointer(
         workdir, {'config': workdir_lib.to_dict(config),
@@ -110,8 +111,10 @@ def train(config, workdir, allow_changes=False):
   return scores
 
 
-def _prepare(config, workdir, allow_changes):
+def _prepare(config, workdir, allow_changes, stack):
   """Builds all that can reveal a wrong config, before anything is computed.
+
+  WORKDIR is kept for this run until `stack`, an ExitStack, is left.
 
   Returns:
     Vocabularies, the training Pipeline of this host's rows, and the Assembly.
@@ -127,6 +130,7 @@ def _prepare(config, workdir, allow_changes):
       batch_size=config.batch_size, train=True,
       rows=sharding.host_rows(mesh, config.batch_size))
   data.check_labels()
+  stack.enter_context(workdir_lib.only_run(workdir))
   workdir_lib.open_workdir(workdir, config, allow_changes)
   sizes = vocabularies.sizes
   return vocabularies, data, assemble.Assembly(
