@@ -120,23 +120,42 @@ class Option:
 
 
 @dataclasses.dataclass(frozen=True)
+class CutText:
+  """A text that is longer than the model reads.
+
+  Attributes:
+    text: the whole text.
+    tokens: its number of tokens, with the one before and the one after it.
+    max_text: how many of them the model reads.
+    read: the part of the text that the model reads.
+  """
+  text: str
+  tokens: int
+  max_text: int
+  read: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
   """What a task found in one image; a subclass adds the task's own fields.
 
   Attributes:
     task: name of the task.
     height, width: size of the upright original in pixels.
+    cut_texts: `CutText`s of the request's texts, set by the Predictor.
   """
   task: str
   height: int
   width: int
+  cut_texts: Sequence[CutText] = dataclasses.field(default=(), kw_only=True)
 
   def to_json(self):
-    """A JSON-able dict: task, image and the task's own fields."""
+    """A JSON-able dict: task, image, the task's own fields, any `cut_texts`."""
     fields = dataclasses.asdict(self)
+    cut = {'cut_texts': list(fields.pop('cut_texts'))}
     return {'task': fields.pop('task'),
             'image': {k: fields.pop(k) for k in ('height', 'width')},
-            **fields}
+            **fields, **(cut if self.cut_texts else {})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +201,19 @@ class Drawing:
   boxes: Sequence[Box] = ()
   sentences: Sequence[Any] = ()
   legend: Sequence[Any] = ()
+
+
+def _check_text(text):
+  """UserError unless `text` is a string that UTF-8 can hold."""
+  try:
+    if not isinstance(text, str):
+      raise errors.UserError(f'texts: {text!r} is a {type(text).__name__}; '
+                             'expected a string')
+    text.encode()
+  except UnicodeEncodeError as e:  # Half of an emoji, or bytes of a shell.
+    raise errors.UserError(
+        f'--text: {ascii(text)} has a character that is no text, '
+        f'{ascii(text[e.start])} at {e.start}; expected UTF-8') from e
 
 
 class Task:
@@ -238,14 +270,16 @@ class Task:
       count: number of images.
 
     Raises:
-      UserError: the task takes no texts, or needs one and gets none, or the
-        number of lists is wrong.
+      UserError: the task takes no texts, or needs one and gets none, the
+        number of lists is wrong, or a text cannot be encoded.
     """
     texts = list(texts or ()) if not isinstance(texts, str) else [texts]
-    each = ([texts] * count if not texts or isinstance(texts[0], str)
-            else texts)
+    each = (texts if texts and isinstance(texts[0], (list, tuple))
+            else [texts] * count)
     if len(each) != count:
       raise errors.UserError(f'texts: {len(each)} lists for {count} images')
+    for text in [t for own in each for t in own]:
+      _check_text(text)
     if any(each) and not self.takes_text:
       raise errors.UserError(f'task {self.name!r} takes no text (--text)')
     if self.needs_text and not all(t and all(map(str.strip, t))
