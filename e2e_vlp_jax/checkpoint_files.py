@@ -29,6 +29,10 @@ def step_folder(path):
   Raises:
     UserError: there is no checkpoint at `path`.
   """
+  if '://' in path:
+    raise errors.UserError(
+        f'checkpoint: {path!r} is not a path of the file system; mount the '
+        'bucket and name the mounted folder')
   path = os.path.abspath(path)
   if os.path.isdir(os.path.join(path, CHECKPOINTS)):
     path = os.path.join(path, CHECKPOINTS)

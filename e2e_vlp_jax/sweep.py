@@ -130,7 +130,7 @@ def table(runs, metric=None):
           step = max(step, line.get('step', 0))
           metrics.update({k: v for k, v in line.items() if v is not None
                           and (k.startswith('eval/') or k == 'train/loss')})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       pass
     rows.append({'name': run.name, 'overrides': run.overrides,
                  'workdir': run.workdir, 'step': step,

@@ -112,8 +112,8 @@ class Option:
   def check(self, name, value):
     """UserError unless `value` lies within the limits."""
     low, high = self.least, self.most
-    if (low is not None and value < low) or (high is not None
-                                             and value > high):
+    # NaN is within no limits.
+    if not ((low is None or value >= low) and (high is None or value <= high)):
       limits = (f'{low} to {high}' if None not in (low, high) else
                 f'at least {low}' if high is None else f'at most {high}')
       raise errors.UserError(f'--{name}: {value}; expected {limits}')

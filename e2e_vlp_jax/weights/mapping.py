@@ -327,7 +327,7 @@ def to_theirs(source, variables, config, record=None):
     UserError: the checkpoint lacks variables that every file of this source
       has, or has values that are not finite.
   """
-  entries = source.entries(config)
+  entries = _entries(source, config)
   if record is None:
     names = {e.key: [e.theirs, str(variables[e.ours].dtype)]
              for e in entries if e.ours in variables}
@@ -347,6 +347,18 @@ def to_theirs(source, variables, config, record=None):
   out = {name: places[key].take(variables[places[key].ours]).astype(
       files.FLOATS[kind]) for key, (name, kind) in names.items()}
   return {**out, **{name: out[original] for name, original in copies.items()}}
+
+
+def _entries(source, config):
+  """The source's entries; UserError if `config` is of quite another model."""
+  try:
+    return source.entries(config)
+  except (AttributeError, KeyError, TypeError) as e:
+    name = source.__name__.rpartition('.')[2]
+    raise errors.UserError(
+        f'--input: the checkpoint is of another model than --format {name} '
+        f'describes: its config of {config.model.name} has no '
+        f'{str(e.args[0]).splitlines()[0].strip(chr(34))}') from e
 
 
 def uncovered(source, missing, tensors):
