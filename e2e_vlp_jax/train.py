@@ -17,6 +17,7 @@ from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import checkpointer
 from e2e_vlp_jax.training import distributed
+from e2e_vlp_jax.training import limits
 from e2e_vlp_jax.training import monitor as monitor_lib
 from e2e_vlp_jax.training import nonfinite
 from e2e_vlp_jax.training import profiler as profiler_lib
@@ -119,6 +120,7 @@ def _prepare(config, workdir, allow_changes, stack):
   Returns:
     Vocabularies, the training Pipeline of this host's rows, and the Assembly.
   """
+  limits.check(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
   # TensorFlow takes seconds to import: a wrong mesh or batch size fails first.
@@ -195,7 +197,8 @@ def main(argv=None):
                         help='only check the arguments, as launchers do')
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
-    stages.stages(config)  # A wrong config fails before the processes join.
+    limits.check(config)  # A wrong config fails before the processes join.
+    stages.stages(config)
     if not args.check:
       distributed.join()
       train(config, args.workdir, args.allow_changes)
