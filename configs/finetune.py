@@ -22,9 +22,9 @@ import os
 import ml_collections
 
 from configs import common
+from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import files
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import stages
@@ -75,7 +75,7 @@ def _tasks():
 def _start(how, options):
   """(config of the checkpoint or of the system from scratch, dataset)."""
   if 'from' in options:
-    meta = files.checkpoint_meta(options['from'])
+    meta = checkpoint_files.meta(options['from'])
     config = ml_collections.ConfigDict(old_names.modernise(
         meta['config'], f'from={options["from"]}'))
     scenes = [s['name'] for s in config.data.train] == ['scenes']

@@ -5,10 +5,12 @@ globally, so one process can import any number of them.
 """
 import argparse
 import ast
+import contextlib
 import glob
 import importlib.util
 import os
 import sys
+import traceback
 
 import ml_collections
 
@@ -100,6 +102,9 @@ def load_config(spec, overrides=()):
       unknown key (with the nearest one) or a value of another type.
   """
   config = _call(spec, 'get_config')
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise errors.UserError(f'--config {spec}: get_config returned '
+                           f'{type(config).__name__}; expected a ConfigDict')
   for key, text in overrides:
     _override(config, key, text)
   return config
@@ -133,13 +138,33 @@ def _call(spec, function):
                            + errors.nearest(path, sorted(files)))
   module_spec = importlib.util.spec_from_file_location('_config', path)
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
+  with _named_errors(spec, path):
+    module_spec.loader.exec_module(module)
   if not hasattr(module, function):
     raise errors.UserError(f'--config: {path!r} has no function {function}')
+  with _named_errors(spec, path):
+    try:
+      return getattr(module, function)(*[argument] if argument else [])
+    except ValueError as e:
+      raise errors.UserError(f'--config {spec}: {e}') from e
+
+
+@contextlib.contextmanager
+def _named_errors(spec, path):
+  """Turns any error of a config file's code into a line that names its place."""
   try:
-    return getattr(module, function)(*[argument] if argument else [])
-  except ValueError as e:
-    raise errors.UserError(f'--config {spec}: {e}') from e
+    yield
+  except errors.UserError:
+    raise
+  except Exception as e:  # It is the user's own code.
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
+             if os.path.abspath(frame.filename) == os.path.abspath(path)]
+    if isinstance(e, SyntaxError):
+      lines = [e.lineno]
+    raise errors.UserError(
+        f'--config {spec}: ' + (f'line {lines[-1]}: ' if lines else '')
+        + f'{type(e).__name__}: {e.msg if isinstance(e, SyntaxError) else e}'
+    ) from e
 
 
 def current_key(config, key):

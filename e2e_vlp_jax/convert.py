@@ -37,26 +37,32 @@ from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.weights import files
 from e2e_vlp_jax.weights import mapping
+from e2e_vlp_jax.weights import sets
 
 
 def import_weights(format_name, path, config, output, *, resize=False,
-                   onto=None, allow_random=False):
+                   onto=None, allow_random=False, weights_set=None):
   """Writes the checkpoint `output`; returns the record of the conversion.
 
   Args:
-    format_name, path: format and path of the weights file.
+    format_name: of the weights.
+    path: of the weights file, of an index of shards, or of their folder.
     config: config of the model.
     output: folder.
     resize: resize tensors that depend on the input's size to fit `config`.
     onto: checkpoint of the same model that provides what the file lacks.
     allow_random: initialise variables randomly even in modules of which the
       file has a part.
+    weights_set: name of the set to take from a file with several.
   """
   source = mapping.find(format_name)
   _check_new(output)
+  path = files.find(path)
   base = _variables(onto)[0] if onto else {}
   vocabularies = vocabularies_lib.Vocabularies.load(config.data)
-  tensors = mapping.spelled(source, files.read(path), path)
+  chosen, tensors, others = sets.choose(source, files.read(path), weights_set,
+                                        path)
+  tensors = mapping.spelled(source, tensors, path)
   if resize and not hasattr(source, 'resize'):
     raise errors.UserError(f'--resize: {format_name} files have nothing that '
                            'can be resized')
@@ -90,12 +96,17 @@ def import_weights(format_name, path, config, output, *, resize=False,
   if missing:
     initial = jax.jit(lambda b: {k: init(b)[k] for k in missing})
     variables |= jax.tree.map(np.asarray, initial(batch))
-  record = {'format': format_name, 'file': os.path.basename(path), **record,
+  record = {'format': format_name, 'file': os.path.basename(path),
+            'set': chosen, 'other_sets': others, **record,
             'missing': missing, 'kept': kept}
   _write(output, variables, config, vocabularies, record)
   used = sum(x.size for k, x in variables.items() if k not in missing + kept)
   print(f'{format_name}: {path}, {len(tensors)} tensors')
   print(f'  used     {len(record["tensors"])}, {used:,} values')
+  if chosen or others:
+    print(f'  set      {chosen or "the file itself"}' + (
+        f'; the file also has {", ".join(n or "its own" for n in others)} '
+        '(--set NAME takes another)' if others else ''))
   _report(record, source, facts, config, onto)
   print(f'written: {output}')
   return record
@@ -223,7 +234,11 @@ def main(argv=None):
     parser.add_argument('--format', metavar='NAME',
                         help=', '.join(mapping.formats()))
     parser.add_argument('--input', required=True, metavar='FILE',
-                        help='weights file; with --export, a checkpoint')
+                        help='weights file, index of shards or their '
+                        'folder; with --export, a checkpoint')
+    parser.add_argument('--set', metavar='NAME', dest='weights_set',
+                        help='which weights to take from a file with several '
+                        'sets, such as model_ema')
     parser.add_argument('--output', required=True, metavar='DIR',
                         help='checkpoint; with --export, a .safetensors file')
     parser.add_argument('--onto', metavar='DIR',
@@ -243,6 +258,8 @@ def main(argv=None):
       if config:
         raise errors.UserError('--config: not with --export; the checkpoint '
                                'carries its own')
+      if args.weights_set:
+        raise errors.UserError('--set: not with --export')
       if not args.output.endswith('.safetensors'):
         raise errors.UserError(f'--output: {args.output!r}; expected a file '
                                'that ends in .safetensors')
@@ -256,7 +273,8 @@ def main(argv=None):
                  if name == 'format' else ''))
       import_weights(args.format, args.input, config, args.output,
                      resize=args.resize, onto=args.onto,
-                     allow_random=args.allow_random)
+                     allow_random=args.allow_random,
+                     weights_set=args.weights_set)
 
 
 if __name__ == '__main__':

@@ -130,6 +130,8 @@ def main(argv=None):
                         "not in the config's data.dir")
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
+    # Orbax warns about a file that we do not need to read a single item.
+    logging.getLogger('absl').setLevel(logging.ERROR)
     tasks = None if args.tasks is None else args.tasks.split(',')
     evaluate(config, args.checkpoint, args.workdir, tasks, args.limit,
              args.data_dir)

@@ -1,4 +1,4 @@
-"""Atomic file writing, locks, and the meta data of checkpoints.
+"""Atomic file writing, and locks.
 
 Needs neither jax nor TensorFlow.
 """
@@ -14,7 +14,21 @@ import time
 
 from e2e_vlp_jax import errors
 
-CHECKPOINTS = 'checkpoints'  # the folder of a WORKDIR
+
+class InUse(errors.UserError):
+  """Another process holds a lock.
+
+  Attributes:
+    host: name of its host, '' if unknown.
+  """
+
+  def __init__(self, name, who):
+    """Args: name of what is locked; who: content of the lock file, or {}."""
+    self.host = who.get('host', '')
+    holder = (f'process {who["pid"]} on {self.host}, since {who["since"]}'
+              if who else 'another process')
+    super().__init__(f'{name} is in use by {holder}; wait until it ends, or '
+                     'stop it')
 
 
 def write(path, text):
@@ -51,8 +65,8 @@ def lock(path, name):
     name: of what is locked, for the error.
 
   Raises:
-    UserError: another process holds it (named by number and host), or the
-      file cannot be written.
+    InUse: another process holds it; names its number and host.
+    UserError: the file cannot be written.
   """
   try:
     f = _locked(path, name)
@@ -78,8 +92,7 @@ def _locked(path, name):
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       with f:
-        raise errors.UserError(f'{name} is in use by {_holder(f)}; wait until '
-                               'it ends, or stop it') from e
+        raise InUse(name, _holder(f)) from e
     except OSError as e:
       if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         f.close()
@@ -98,13 +111,13 @@ def _locked(path, name):
 
 
 def _holder(f):
-  """'process 12 on host, since ...', from a lock file."""
+  """What a lock file says of who holds it, {} if nothing yet."""
   f.seek(0)
   try:
     who = json.load(f)
-    return f'process {who["pid"]} on {who["host"]}, since {who["since"]}'
-  except (ValueError, KeyError, TypeError):
-    return 'another process'  # It has not written its name yet.
+  except ValueError:
+    return {}
+  return who if {'pid', 'host', 'since'} <= set(who) else {}
 
 
 def check_writable(name, path):
@@ -125,47 +138,3 @@ def check_folder(name, path):
   except OSError as e:
     raise errors.UserError(f'{name} {path}: cannot be written '
                            f'({e.strerror})') from e
-
-
-def step_folder(path):
-  """Finds the folder of one step, given itself, its parent or its WORKDIR.
-
-  Raises:
-    UserError: there is no checkpoint at `path`.
-  """
-  path = os.path.abspath(path)
-  if os.path.isdir(os.path.join(path, CHECKPOINTS)):
-    path = os.path.join(path, CHECKPOINTS)
-  if os.path.isdir(os.path.join(path, 'params')):
-    return path
-  steps = ([int(d) for d in os.listdir(path) if d.isdigit()
-            and os.path.isdir(os.path.join(path, d, 'params'))]
-           if os.path.isdir(path) else [])
-  if not steps:
-    raise errors.UserError(
-        f'checkpoint: none found at {path!r}; expected a WORKDIR, its '
-        f'{CHECKPOINTS}/ folder or one of the steps in it')
-  return os.path.join(path, str(max(steps)))
-
-
-def checkpoint_meta(path):
-  """Reads the meta data of a checkpoint, without its arrays.
-
-  Args:
-    path: see `step_folder`.
-
-  Returns:
-    dict: 'config' as it was stored (`training.old_names.modernise` reads
-    it), 'tokenizer', 'labels', 'answers' and 'step'.
-
-  Raises:
-    UserError: no checkpoint there, or not readable.
-  """
-  folder = step_folder(path)
-  try:
-    with open(os.path.join(folder, 'meta', 'metadata'), encoding='utf-8') as f:
-      meta = json.load(f)
-  except (OSError, ValueError) as e:
-    raise errors.UserError(f'checkpoint: {folder!r} cannot be read: {e}'
-                           ) from e
-  return {**meta, 'step': int(os.path.basename(folder))}

@@ -6,13 +6,16 @@
 Needs only a checkpoint, which contains its config, tokenizer and labels, and no
 TensorFlow. Without --json the JSON goes to standard output. Boxes are x0, y0,
 x1, y1 in pixels of the upright image. With several --image the JSON is a list,
-and each image gets its own picture: out_0.png, out_1.png, ...
+and each image gets its own picture: out_0.png, out_1.png, ... A text that is
+longer than the model reads is named on standard error, and under `cut_texts` in
+the JSON: its tokens, how many the model reads, and the part that it reads.
 
 Tasks:
 """
 import json
 import logging
 import os
+import sys
 
 from PIL import Image
 
@@ -42,6 +45,10 @@ def predict(args):
       args.checkpoint)
   results = predictor.predict(variables, images, args.task, args.text,
                               **options)
+  for cut in {c.text: c for r in results for c in r.cut_texts}.values():
+    print(f'warning: --text {_short(cut.text)}: {cut.tokens} tokens, of which '
+          f'this model reads {cut.max_text} (data.max_text), to '
+          f'{_short(cut.read, end=True)}', file=sys.stderr)
   found = [r.to_json() for r in results]
   if len(found) == 1:
     found, = found
@@ -54,6 +61,13 @@ def predict(args):
   for image, result, path in zip(images, results, outputs):
     pictures.draw(image, [result]).save(path)
   return found
+
+
+def _short(text, end=False):
+  """The first or last 60 characters, quoted."""
+  if len(text) > 60:
+    text = '...' + text[-60:] if end else text[:60] + '...'
+  return repr(text)
 
 
 def _options():

@@ -130,7 +130,7 @@ def table(runs, metric=None):
           step = max(step, line.get('step', 0))
           metrics.update({k: v for k, v in line.items() if v is not None
                           and (k.startswith('eval/') or k == 'train/loss')})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       pass
     rows.append({'name': run.name, 'overrides': run.overrides,
                  'workdir': run.workdir, 'step': step,
@@ -276,7 +276,9 @@ def main(argv=None):
     else:
       collect()  # Fails early if the folder cannot be written.
       if args.mode == 'local':
-        code = run_here(runs, collect)
+        with files.lock(os.path.join(workdir, '.lock'),
+                        f'--workdir {workdir}'):
+          code = run_here(runs, collect)
       show(collect(), args.metric)
       print(f'written: {os.path.join(workdir, "sweep.html")}, sweep.json')
   sys.exit(code)

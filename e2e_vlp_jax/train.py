@@ -18,6 +18,7 @@ from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import checkpointer
 from e2e_vlp_jax.training import distributed
+from e2e_vlp_jax.training import limits
 from e2e_vlp_jax.training import monitor as monitor_lib
 from e2e_vlp_jax.training import nonfinite
 from e2e_vlp_jax.training import profiler as profiler_lib
@@ -37,14 +38,15 @@ def train(config, workdir, allow_changes=False):
     allow_changes: see `workdir_lib.open_workdir`.
 
   Raises:
-    UserError: config, data, workdir or checkpoints do not fit, or every
-      update is non-finite.
+    UserError: config, data, workdir or checkpoints do not fit, another
+      training uses the workdir, or every update is non-finite.
     SystemExit: a signal stopped the run; its state is saved.
   """
   clock = progress.Clock('init')
-  vocabularies, data, assembly = _prepare(config, workdir, allow_changes)
-  mesh = assembly.mesh
   with contextlib.ExitStack() as stack:
+    vocabularies, data, assembly = _prepare(config, workdir, allow_changes,
+                                            stack)
+    mesh = assembly.mesh
     # --- Restore, or start --------------------------------------------------
     saver = stack.enter_context(checkpointer.Checkpointer(
         workdir, {'config': workdir_lib.to_dict(config),
@@ -53,7 +55,9 @@ def train(config, workdir, allow_changes=False):
              or _fresh_state(config, workdir, assembly))
 
     # --- Evaluation, monitoring ---------------------------------------------
-    evaluation = _Evaluation(config, workdir, assembly, vocabularies)
+    from e2e_vlp_jax.evaluation import during_training  # pylint: disable=g-import-not-at-top
+    evaluation = during_training.Evaluation(config, workdir, assembly,
+                                            vocabularies)
     monitor = stack.enter_context(monitor_lib.Monitor(
         workdir, config.total_steps, int(state.step), config.tensorboard))
     monitor.say(_summary(assembly, data, int(state.step)))
@@ -111,12 +115,15 @@ def train(config, workdir, allow_changes=False):
   return scores
 
 
-def _prepare(config, workdir, allow_changes):
+def _prepare(config, workdir, allow_changes, stack):
   """Builds all that can reveal a wrong config, before anything is computed.
+
+  WORKDIR is kept for this run until `stack`, an ExitStack, is left.
 
   Returns:
     Vocabularies, the training Pipeline of this host's rows, and the Assembly.
   """
+  limits.check(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
   # TensorFlow takes seconds to import: a wrong mesh or batch size fails first.
@@ -128,6 +135,7 @@ def _prepare(config, workdir, allow_changes):
       batch_size=config.batch_size, train=True,
       rows=sharding.host_rows(mesh, config.batch_size))
   data.check_labels()
+  stack.enter_context(workdir_lib.only_run(workdir))
   workdir_lib.open_workdir(workdir, config, allow_changes)
   sizes = vocabularies.sizes
   return vocabularies, data, assemble.Assembly(
@@ -158,31 +166,6 @@ def _summary(assembly, data, first_step):
           + (f'; resumed at step {first_step}' if first_step else ''))
 
 
-class _Evaluation:
-  """Runs the config's evaluators; writes and shows their scores."""
-
-  def __init__(self, config, workdir, assembly, vocabularies):
-    from e2e_vlp_jax.evaluation import evaluators  # pylint: disable=g-import-not-at-top
-    self._every, self._last = config.eval_every_steps, config.total_steps
-    self._workdir, self._write = workdir, evaluators.write
-    self._evaluators = evaluators.Evaluators(
-        config, assembly.model, vocabularies, assembly.mesh)
-    self._evaluators.check_metric('checkpoint.best', config.checkpoint.best)
-
-  def due(self, step):
-    """Whether to evaluate at `step`; the last one has the final evaluation."""
-    return bool(self._every) and step % self._every == 0 and step != self._last
-
-  def run(self, state, monitor, final):
-    """{'eval/<name>/<metric>': value}; `final` evaluates more examples."""
-    scores, pictures = self._evaluators.run(state.variables, final=final)
-    step = int(state.step)
-    monitor.evaluated(step, scores, pictures)
-    if jax.process_index() == 0:
-      self._write(self._workdir, step, scores, pictures)
-    return scores
-
-
 def main(argv=None):
   with errors.exit_on_user_error():
     parser = cli.parser(__doc__, config='required', workdir=True)
@@ -194,7 +177,8 @@ def main(argv=None):
                         help='only check the arguments, as launchers do')
     args, config = cli.parse(parser, argv)
     logging.basicConfig(level=logging.WARNING)
-    stages.stages(config)  # A wrong config fails before the processes join.
+    limits.check(config)  # A wrong config fails before the processes join.
+    stages.stages(config)
     if not args.check:
       xla.set_flags(args.deterministic)
       distributed.join()

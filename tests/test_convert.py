@@ -168,6 +168,9 @@ def test_there_and_back_is_equal_to_the_bit(files, converted, tmp_path,
   b = safetensors.numpy.load_file(tmp_path / 'back.safetensors')
   record = json.loads((ckpt / 'conversion.json').read_text())
 
+  assert (record['set'], record['other_sets']) == ('', [])
+  assert ' set ' not in imported
+
   # Every tensor of the file comes back, or is accounted for.
   assert set(a) == set(b) | set(record['surplus'])
   assert not set(b) & set(record['surplus'])
@@ -199,6 +202,30 @@ def test_there_and_back_is_equal_to_the_bit(files, converted, tmp_path,
   if name == 'bert_bare':
     assert {k.split('/')[1] for k in record['missing']} >= {'mlm_head',
                                                             'itm_head'}
+
+
+def test_shards_and_a_set_by_name_give_the_same_parameters(
+    files, converted, tmp_path, capsys):
+  tensors = safetensors.numpy.load_file(files['torchvision'])
+  both = {**{k: v + 1 for k, v in tensors.items()},
+          **{f'model_ema.{k}': v for k, v in tensors.items()}}
+  places = {k: f'model-{1 + i % 2:05}-of-00002.safetensors'
+            for i, k in enumerate(both)}
+  (tmp_path / 'hub').mkdir()
+  for shard in set(places.values()):
+    save(tmp_path / 'hub' / shard,
+         {k: v for k, v in both.items() if places[k] == shard})
+  (tmp_path / 'hub' / 'model.safetensors.index.json').write_text(
+      json.dumps({'weight_map': places}))
+  ckpt = tmp_path / 'ckpt'
+  run('--format', 'torchvision_resnet', '--input', tmp_path / 'hub', '--set',
+      'model_ema', *config_args('detr'), '--output', ckpt)
+  assert ('set      model_ema; the file also has its own (--set NAME takes '
+          'another)') in capsys.readouterr().out
+  record = json.loads((ckpt / 'conversion.json').read_text())
+  assert (record['set'], record['other_sets']) == ('model_ema', [''])
+  a, b = (checkpoint.load(str(x)) for x in (ckpt, converted('torchvision')[0]))
+  jax.tree.map(np.testing.assert_array_equal, a[:2], b[:2])
 
 
 def test_all_names_of_a_trunk_give_the_same_parameters(converted):
@@ -501,7 +528,7 @@ def test_torch_files_give_the_same(torch_extra, files, tmp_path):
            'half.pth': (half, {})}
   for name, (content, options) in cases.items():
     torch.save(content, tmp_path / name, **options)
-    got = weights_io.read(str(tmp_path / name))
+    got, = weights_io.read(str(tmp_path / name)).values()
     assert set(got) == set(want)
     for key, x in want.items():
       if name == 'half.pth' and x.dtype == np.float32:

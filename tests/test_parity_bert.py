@@ -87,7 +87,7 @@ def test_real_minilm_gives_the_golden_states(record_property, shared, minilm):
   with np.load(folder / 'expected_hf_bert.npz') as f:
     want = {k: f[k] for k in f.files}
   config = minilm_config()
-  tensors = mapping.spelled(hf_bert, files.read(minilm), minilm)
+  tensors = mapping.spelled(hf_bert, files.read(minilm)[''], minilm)
   facts = {**hf_bert.describe({k: x for k, (_, x) in tensors.items()}),
            **hf_bert.read_config(files.read_config(minilm))}
   # From config.json beside the weights.

@@ -225,7 +225,7 @@ def test_a_run_with_another_schedule_goes_on(tmp_path, schedule):
   config = cli.load_config('configs/e2e_vlp.py:tiny', [
       ('optim.schedule', schedule)])
   workdir_lib.open_workdir(str(tmp_path), config)
-  (tmp_path / 'checkpoints' / str(config.total_steps)).mkdir(parents=True)
+  small_run.pretend_saved(tmp_path, config.total_steps)
   workdir_lib.open_workdir(str(tmp_path), config)
   assert workdir_lib.finished(str(tmp_path), config)
   config.optim.learning_rate = 1.

@@ -5,7 +5,8 @@ them, so that it works without the original files.
 """
 import dataclasses
 
-from e2e_vlp_jax import files
+from e2e_vlp_jax import checkpoint_files
+from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import answer_list
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import records
@@ -37,7 +38,7 @@ class Vocabularies:
       UserError: unknown or unreadable.
     """
     path, answers = data.get('vocabularies'), data.get('answers')
-    held = cls.from_dict(files.checkpoint_meta(path)) if path else None
+    held = cls.from_dict(checkpoint_files.meta(path)) if path else None
     return cls(
         held.tokenizer if held else tokenizer_lib.load_tokenizer(
             data.tokenizer.kind, data.tokenizer.path),
@@ -48,10 +49,19 @@ class Vocabularies:
 
   @classmethod
   def from_dict(cls, d):
-    """The inverse of `to_dict`; also of checkpoints without answers."""
-    return cls(tokenizer_lib.from_dict(d['tokenizer']),
-               label_space.LabelSpace.from_dict(d['labels']),
-               answer_list.AnswerList(d.get('answers', ())))
+    """The inverse of `to_dict`; also of checkpoints without answers.
+
+    Raises:
+      UserError: `d` is not from `to_dict`.
+    """
+    try:
+      return cls(tokenizer_lib.from_dict(d['tokenizer']),
+                 label_space.LabelSpace.from_dict(d['labels']),
+                 answer_list.AnswerList(d.get('answers', ())))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+      raise errors.UserError(
+          'checkpoint: its meta has no readable vocabularies '
+          f'({type(e).__name__}: {e})') from e
 
   def to_dict(self):
     """All of it as a JSON-able dict, part of a checkpoint's `meta`."""

@@ -7,6 +7,7 @@ from PIL import Image
 from e2e_vlp_jax.data import ops_image
 from e2e_vlp_jax.data import pp as pp_lib
 from e2e_vlp_jax.data import photographs
+from e2e_vlp_jax.tasks import base
 
 
 def fit(image, buckets, pp='decode|fit'):
@@ -91,6 +92,18 @@ def tokenize(predictor, texts, count):
     # A text may hold the pad token's id only as padding.
     mask[row, :len(tokens)] = True
   return ids, mask
+
+
+def cut_texts(predictor, texts):
+  """{text: `tasks.base.CutText`} of the texts that `tokenize` cuts."""
+  tokenizer, length = predictor.tokenizer, predictor.config.data.max_text
+  found = {}
+  for text in dict.fromkeys(texts):
+    tokens = tokenizer.encode(text)
+    if len(tokens) > length:
+      found[text] = base.CutText(text, len(tokens), length,
+                                 tokenizer.decode(tokens[:length - 1]))
+  return found
 
 
 def text_rows(predictor, batch, encoded, count):

@@ -6,6 +6,7 @@
 The tasks are in e2e_vlp_jax/tasks, one file each. Boxes never depend
 on padding: the model's are relative to the unpadded image.
 """
+import dataclasses
 import functools
 
 import flax
@@ -106,7 +107,8 @@ class Predictor:
 
     Returns:
       list of N `tasks.base.Result`s of the task's own kind, in the order of
-      the images.
+      the images. Texts of which the model reads only the beginning are in
+      `cut_texts`.
 
     Raises:
       UserError: unknown task or option, the checkpoint lacks a head, the task
@@ -127,7 +129,10 @@ class Predictor:
     for numbers, batch in inputs.in_batches(examples, rows):
       results |= zip(numbers, self.results(
           variables, batch, task, [texts[n] for n in numbers], **options))
-    return [results[n] for n in range(len(images))]
+    cut = inputs.cut_texts(self, [t for own in texts for t in own])
+    return [dataclasses.replace(results[n], cut_texts=[
+        cut[t] for t in dict.fromkeys(own) if t in cut])
+            for n, own in enumerate(texts)]
 
   # --- Batches ----------------------------------------------------------------
 

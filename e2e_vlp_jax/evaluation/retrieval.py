@@ -5,6 +5,8 @@ ranks by ITC's logits. Its ITM head (task 'match') then re-ranks the best
 `top_k`, as in ALBEF (Li et al., 2021). A model without ITC scores every pair by
 ITM, which is affordable for some hundreds of images.
 """
+import logging
+
 import numpy as np
 
 from e2e_vlp_jax import errors
@@ -152,10 +154,12 @@ class _Items:
     self._batches = lambda progress: inputs.batches(
         predictor, pipeline, max_examples, progress)
     ids, owner, tokens, images, vectors = [], [], [], [], []
+    cut = {}
     for batch, row_ids in self._batches(progress):
       written = [[t for t in map(str.strip, pipeline.record(i)['texts']) if t
                   ][:texts] if i >= 0 else [] for i in row_ids]
       encoded = [inputs.tokenize(predictor, row, texts) for row in written]
+      cut |= inputs.cut_texts(predictor, [t for row in written for t in row])
       if embed:
         found = predictor.run(variables, {**batch, **inputs.text_rows(
             predictor, batch, dict(zip(row_ids.tolist(), encoded)), texts)},
@@ -170,6 +174,10 @@ class _Items:
         if embed:
           images.append(found['images'][row])
           vectors += list(found['texts'][row, :count])
+    if cut:
+      logging.warning('retrieval: %d texts are cut to data.max_text=%d tokens, '
+                      'such as %r', len(cut), predictor.config.data.max_text,
+                      next(iter(cut)))
     self.ids, self.owner = np.array(ids, int), np.array(owner, int)
     self._tokens = tokens
     if embed and owner:

@@ -115,11 +115,27 @@ class Option:
   def check(self, name, value):
     """UserError unless `value` lies within the limits."""
     low, high = self.least, self.most
-    if (low is not None and value < low) or (high is not None
-                                             and value > high):
+    # NaN is within no limits.
+    if not ((low is None or value >= low) and (high is None or value <= high)):
       limits = (f'{low} to {high}' if None not in (low, high) else
                 f'at least {low}' if high is None else f'at most {high}')
       raise errors.UserError(f'--{name}: {value}; expected {limits}')
+
+
+@dataclasses.dataclass(frozen=True)
+class CutText:
+  """A text that is longer than the model reads.
+
+  Attributes:
+    text: the whole text.
+    tokens: its number of tokens, with the one before and the one after it.
+    max_text: how many of them the model reads.
+    read: the part of the text that the model reads.
+  """
+  text: str
+  tokens: int
+  max_text: int
+  read: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +145,20 @@ class Result:
   Attributes:
     task: name of the task.
     height, width: size of the upright original in pixels.
+    cut_texts: `CutText`s of the request's texts, set by the Predictor.
   """
   task: str
   height: int
   width: int
+  cut_texts: Sequence[CutText] = dataclasses.field(default=(), kw_only=True)
 
   def to_json(self):
-    """A JSON-able dict: task, image and the task's own fields."""
+    """A JSON-able dict: task, image, the task's own fields, any `cut_texts`."""
     fields = dataclasses.asdict(self)
+    cut = {'cut_texts': list(fields.pop('cut_texts'))}
     return {'task': fields.pop('task'),
             'image': {k: fields.pop(k) for k in ('height', 'width')},
-            **fields}
+            **fields, **(cut if self.cut_texts else {})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +204,19 @@ class Drawing:
   boxes: Sequence[Box] = ()
   sentences: Sequence[Any] = ()
   legend: Sequence[Any] = ()
+
+
+def _check_text(text):
+  """UserError unless `text` is a string that UTF-8 can hold."""
+  try:
+    if not isinstance(text, str):
+      raise errors.UserError(f'texts: {text!r} is a {type(text).__name__}; '
+                             'expected a string')
+    text.encode()
+  except UnicodeEncodeError as e:  # Half of an emoji, or bytes of a shell.
+    raise errors.UserError(
+        f'--text: {ascii(text)} has a character that is no text, '
+        f'{ascii(text[e.start])} at {e.start}; expected UTF-8') from e
 
 
 class Task:
@@ -242,25 +274,20 @@ class Task:
 
     Raises:
       UserError: the task takes no texts, or needs one and gets none, the
-        number of lists is wrong, or a text is not UTF-8.
+        number of lists is wrong, or a text cannot be encoded.
     """
     texts = list(texts or ()) if not isinstance(texts, str) else [texts]
-    each = ([texts] * count if not texts or isinstance(texts[0], str)
-            else texts)
+    each = (texts if texts and isinstance(texts[0], (list, tuple))
+            else [texts] * count)
     if len(each) != count:
       raise errors.UserError(f'texts: {len(each)} lists for {count} images')
+    for text in [t for own in each for t in own]:
+      _check_text(text)
     if any(each) and not self.takes_text:
       raise errors.UserError(f'task {self.name!r} takes no text (--text)')
     if self.needs_text and not all(t and all(map(str.strip, t))
                                    for t in each):
       raise errors.UserError(f'task {self.name!r} needs a text (--text)')
-    for text in sum(map(list, each), []):
-      try:
-        text.encode()
-      except UnicodeEncodeError as e:
-        # Half of an emoji, or a command line in another encoding.
-        raise errors.UserError(f'text {text!r} is not UTF-8: {e.reason}; '
-                               'expected whole characters (--text)') from e
     return each
 
   def compute(self, predictor, variables, batch, **options):

@@ -24,7 +24,7 @@ class Task(base.Task):
   """Beam search over the model's caption decoder."""
   summary = 'a sentence about the image'
   requests = {'image_only': ('captioning',)}
-  options = {'beams': base.Option(1, 'width of the caption search', 1,
+  options = {'beams': base.Option(1, 'width of the caption search', 1, 100,
                                   compiled=True)}
   finetuning = base.Finetuning(
       unit='image', objectives={'captioning': 1.}, train_ops='text',

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import files
 from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import sharding
 
@@ -25,7 +25,7 @@ def write(workdir, params, model_state, meta):
 
   Such a checkpoint works for prediction, evaluation and `init_from`.
   """
-  folder = os.path.join(os.path.abspath(workdir), files.CHECKPOINTS)
+  folder = os.path.join(os.path.abspath(workdir), checkpoint_files.CHECKPOINTS)
   items = {'params': params, 'model_state': model_state}
   with ocp.CheckpointManager(folder) as manager:
     manager.save(0, args=ocp.args.Composite(
@@ -37,41 +37,53 @@ def load(path):
   """Parameters and meta of a checkpoint, as numpy arrays on this host.
 
   Args:
-    path: see `files.step_folder`.
+    path: see `checkpoint_files.step_folder`.
 
   Returns:
     (params, model_state, meta); params are the averaged ones if there are
-    any. meta is that of `files.checkpoint_meta`, with 'config' under current
+    any. meta is that of `checkpoint_files.meta`, with 'config' under current
     names.
 
   Raises:
-    UserError: nothing there, or not readable.
+    UserError: nothing there, or a damaged checkpoint; names the newest whole
+      step.
   """
-  folder = files.step_folder(path)
-  meta = files.checkpoint_meta(folder)
+  return checkpoint_files.read(path, _load)
+
+
+def _load(folder):
+  """`load` of a step's folder; raises `checkpoint_files.Damaged`."""
+  checkpoint_files.check_items(folder)
+  meta = checkpoint_files.meta_of(folder)
   meta['config'] = old_names.modernise(meta['config'], f'checkpoint {folder}')
-  try:
-    name = ('ema_params' if os.path.isdir(os.path.join(folder, 'ema_params'))
-            else 'params')
-    params = _load_tree(os.path.join(folder, name))
-    state = os.path.join(folder, 'model_state')
-    model_state = _load_tree(state) if os.path.isdir(state) else {}
-  except (OSError, ValueError, KeyError) as e:
-    raise errors.UserError(f'checkpoint: {folder!r} cannot be read: {e}'
-                           ) from e
+  has = lambda name: os.path.isdir(os.path.join(folder, name))
+  params = _load_tree(folder, 'ema_params' if has('ema_params') else 'params')
+  model_state = _load_tree(folder, 'model_state') if has('model_state') else {}
   return params, model_state, meta
 
 
-def _load_tree(folder):
-  with ocp.StandardCheckpointer() as c:
-    described = c.metadata(folder)
-    tree = getattr(described, 'item_metadata', described)
-    target = jax.tree.map(
-        lambda m: jax.ShapeDtypeStruct(
-            m.shape, m.dtype,
-            sharding=jax.sharding.SingleDeviceSharding(
-                jax.local_devices()[0])), dict(tree))
-    return jax.tree.map(np.asarray, c.restore(folder, target))
+def _load_tree(folder, name):
+  """An item of a step's folder as a tree of numpy arrays."""
+  item = os.path.join(folder, name)
+  try:
+    with ocp.StandardCheckpointer() as c:
+      target = jax.tree.map(
+          lambda m: jax.ShapeDtypeStruct(
+              m.shape, m.dtype,
+              sharding=jax.sharding.SingleDeviceSharding(
+                  jax.local_devices()[0])), _described(c, item))
+      return jax.tree.map(np.asarray, c.restore(item, target))
+  except Exception as e:  # Damaged files make Orbax raise many classes.
+    raise checkpoint_files.damaged(folder, name, e) from e
+
+
+def _described(checkpointer, item):
+  """The tree of shapes and types that an item's folder describes."""
+  described = checkpointer.metadata(item)
+  tree = dict(getattr(described, 'item_metadata', described))
+  if not jax.tree.leaves(tree):  # Nobody saves an empty tree.
+    raise ValueError('it describes no arrays')
+  return tree
 
 
 def _flat(tree):
@@ -85,10 +97,9 @@ def check_tree(folder, name, wanted):
   if not os.path.isdir(item):
     raise errors.UserError(f'checkpoint: {folder!r} has no {name}')
   with ocp.StandardCheckpointer() as c:
-    described = c.metadata(item)
-  tree = getattr(described, 'item_metadata', described)
+    tree = _described(c, item)
   # Orbax stores tuples and named tuples under their own key names.
-  compare(_flat(dict(tree)), _flat(wanted), f'checkpoint {item}')
+  compare(_flat(tree), _flat(wanted), f'checkpoint {item}')
 
 
 def compare(found, wanted, where):
@@ -113,7 +124,7 @@ def start_from(path, state, adapt):
   """Copies all that fits of another run's parameters and state into `state`.
 
   Args:
-    path: path of a checkpoint, see `files.step_folder`.
+    path: path of a checkpoint, see `checkpoint_files.step_folder`.
     state: TrainState.
     adapt: function that converts saved parameters to the model's shapes.
 

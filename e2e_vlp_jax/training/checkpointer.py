@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import files
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import distributed
 
@@ -33,7 +33,8 @@ class Checkpointer:
 
   def __init__(self, workdir, meta, options):
     self._meta, self._options = meta, options
-    self._root = os.path.join(os.path.abspath(workdir), files.CHECKPOINTS)
+    self._root = os.path.join(os.path.abspath(workdir),
+                              checkpoint_files.CHECKPOINTS)
     kept = [preservation_policy.LatestN(options.keep)]
     if options.keep_every:
       kept.append(preservation_policy.EveryNSteps(options.keep_every))
@@ -125,8 +126,8 @@ class Checkpointer:
   def restore(self, state):
     """The newest readable checkpoint, in the shape and sharding of `state`.
 
-    A checkpoint that cannot be read is set aside (renamed, with a warning)
-    and the one before is used.
+    A checkpoint that cannot be read, or that lacks an item, is set aside
+    (renamed, with a warning) and the one before is used.
 
     Args:
       state: TrainState of ShapeDtypeStructs with shardings, or of arrays.
@@ -154,11 +155,17 @@ class Checkpointer:
 
   def _read(self, step, wanted):
     """The items of a step like those of `wanted`; None if it is damaged."""
+    folder = os.path.join(self._root, str(step))
     try:
+      checkpoint_files.check_items(folder, (*wanted, 'meta'), optional=())
+      checkpoint_files.meta_of(folder)
       for name, tree in wanted.items():
-        checkpoint.check_tree(os.path.join(self._root, str(step)), name, tree)
+        checkpoint.check_tree(folder, name, tree)
       return self._manager.restore(step, args=ocp.args.Composite(
           **{k: ocp.args.StandardRestore(v) for k, v in wanted.items()}))
+    except checkpoint_files.Damaged as e:
+      logging.warning('%s', e)
+      return None
     except errors.UserError:
       raise
     except Exception as e:  # Damaged files make Orbax raise many classes.

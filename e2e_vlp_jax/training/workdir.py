@@ -1,12 +1,18 @@
 """WORKDIR: the run in it, and the checkpoint from which it started."""
+import contextlib
 import glob
 import json
 import os
+import socket
+import sys
+import time
 
 import jax
 
+from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
+from e2e_vlp_jax.training import distributed
 from e2e_vlp_jax.training import old_names
 
 # Keys that may change when a run is resumed: they affect output, hardware or
@@ -15,6 +21,64 @@ FREE_KEYS = ('log_every_steps', 'eval_every_steps', 'eval_batch_size',
              'max_bad_steps', 'checkpoint', 'mesh', 'evals', 'samples',
              'tensorboard', 'data.dir', 'data.threads', 'data.pp_eval',
              'profile')
+
+
+# Seconds for which a file server may keep the lock of a host that died. Linux
+# keeps NFS locks for 90.
+_PATIENCE = 120
+
+
+@contextlib.contextmanager
+def only_run(workdir):
+  """Lets one training at a time use a WORKDIR, which it creates.
+
+  Process 0 holds a lock for all processes of the run. It ends with the process,
+  however that ends.
+
+  Raises:
+    UserError: another training runs there (it is named), or the folder cannot
+      be written.
+  """
+  with contextlib.ExitStack() as stack:
+    error = None
+    if jax.process_index() == 0:
+      try:
+        _create(workdir)
+        _lock(workdir, stack)
+      except errors.UserError as e:
+        error = e
+    if not distributed.everywhere(error is None):
+      raise error or errors.UserError(
+          f'--workdir {workdir}: process 0 cannot use it and says why')
+    yield
+
+
+def _lock(workdir, stack):
+  """Enters the lock of `workdir`; waits if the holder's host may be dead."""
+  until, waits = time.monotonic() + _PATIENCE, False
+  while True:
+    try:
+      stack.enter_context(files.lock(os.path.join(workdir, '.lock'),
+                                     f'--workdir {workdir}'))
+      return
+    except files.InUse as e:
+      if e.host in ('', socket.gethostname()) or time.monotonic() > until:
+        raise
+      if not waits:
+        print(f'--workdir {workdir}: locked from {e.host}; waiting up to '
+              f'{_PATIENCE} s, in case that host is gone', file=sys.stderr,
+              flush=True)
+    waits = True
+    time.sleep(1)
+
+
+def _create(workdir):
+  """Creates a run's folder; UserError if that is not possible."""
+  if '://' in workdir:
+    raise errors.UserError(
+        f'--workdir {workdir}: not a path of the file system; mount the '
+        'bucket (gcsfuse, Filestore, NFS) and name the mounted folder')
+  files.check_folder('--workdir', workdir)
 
 
 def to_dict(config):
@@ -44,9 +108,15 @@ def finished(workdir, config):
       held = old_names.modernise(json.load(f))
   except (OSError, ValueError, errors.UserError):
     return False
-  last = os.path.join(workdir, 'checkpoints', str(config.total_steps))
+  last = os.path.join(workdir, checkpoint_files.CHECKPOINTS,
+                      str(config.total_steps))
+  try:
+    checkpoint_files.check_items(last, optional=())
+    checkpoint_files.meta_of(last)
+  except errors.UserError:  # absent, or damaged
+    return False
   new = old_names.modernise(to_dict(config))
-  return os.path.isdir(last) and not differences(held, new, FREE_KEYS)
+  return not differences(held, new, FREE_KEYS)
 
 
 def open_workdir(workdir, config, allow_changes=False):
@@ -63,10 +133,6 @@ def open_workdir(workdir, config, allow_changes=False):
   Raises:
     UserError: the folder cannot be written, or holds another run.
   """
-  if '://' in workdir:
-    raise errors.UserError(
-        f'--workdir {workdir}: not a path of the file system; mount the '
-        'bucket (gcsfuse, Filestore, NFS) and name the mounted folder')
   path = os.path.join(workdir, 'config.json')
   new = to_dict(config)
   # Without metrics or checkpoints the folder may be used again.
@@ -77,7 +143,7 @@ def open_workdir(workdir, config, allow_changes=False):
     # The stored config lacks what its schedule does not read.
     _compare(workdir, _read(path), old_names.modernise(new), allow_changes)
   if jax.process_index() == 0:
-    files.check_folder('--workdir', workdir)
+    _create(workdir)
     files.write_json(path, new)
 
 

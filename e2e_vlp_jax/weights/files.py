@@ -1,12 +1,15 @@
-"""Reads and writes weights files: {tensor name: array}.
+"""Reads and writes weights files.
 
-Supports safetensors, and torch's .bin, .pth, .pt and .ckpt. The latter are
-pickles, which may contain code. torch reads them with `weights_only`, which
-accepts only tensors and plain containers and runs no code.
+Supports safetensors, and torch's .bin, .pth, .pt and .ckpt, whole or in shards
+(shards.py). The latter are pickles, which may contain code. torch reads them
+with `weights_only`, which accepts only tensors and plain containers and runs
+no code.
 """
+import contextlib
 import json
 import os
 import pickle
+import re
 
 import ml_dtypes
 import numpy as np
@@ -14,34 +17,55 @@ import safetensors
 import safetensors.numpy
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.weights import shards
 
 TORCH = ('.bin', '.pth', '.pt', '.ckpt')
+_ENDINGS = ('.safetensors',) + TORCH
 # bfloat16 exists in numpy because ml_dtypes registers it.
 FLOATS = {str(np.dtype(t)): np.dtype(t)
           for t in (np.float32, np.float16, ml_dtypes.bfloat16)}
+# Keys of dicts around the tensors of a set.
+_WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'module', 'params',
+             'shadow')
+
+
+def find(path):
+  """The file that `path`, a file or a folder, stands for; see `shards`."""
+  return shards.find(path, _ENDINGS)
 
 
 def read(path):
-  """All tensors of a weights file, with the file's dtypes.
+  """All tensors of a weights file or of an index's shards.
+
+  Args:
+    path: from `find`.
+
+  Returns:
+    {name of a set: {tensor name: array of the file's dtype}}; see sets.py.
+    The name is '' if the file holds tensors and nothing else.
 
   Raises:
-    UserError: no such file, not a weights file, a damaged file, a pickle that
-      contains code, or a torch file while torch is not installed.
+    UserError: not a weights file, a damaged file, a pickle that contains code,
+      or a torch file while torch is not installed.
   """
-  if not os.path.isfile(path):
-    inside = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    near = [f for f in inside if f.endswith(('.safetensors',) + TORCH)]
-    raise errors.UserError(
-        f'--input: no file {path!r}'
-        + (f'; a folder, with {", ".join(near)} in it' if near else ''))
+  if path.endswith(shards.INDEX):
+    return {'': shards.read(path, _read_shard)}
   kind = os.path.splitext(path)[1]
   if kind == '.safetensors':
-    return _read_safetensors(path)
+    return {'': _read_safetensors(path)}
   if kind in TORCH:
     return _read_torch(path)
   raise errors.UserError(
-      f'--input: {path!r} is not known as a weights file; expected a name '
-      f'that ends in .safetensors, {", ".join(TORCH)}')
+      f'--input: {path!r} is not known as a weights file; expected a folder, '
+      f'or a name that ends in {", ".join(_ENDINGS)} or {shards.INDEX}')
+
+
+def _read_shard(path):
+  found = read(path)
+  if list(found) != ['']:
+    raise errors.UserError(f'--input: {path!r} is no shard: it holds dicts of '
+                           'tensors, ' + ', '.join(found))
+  return found['']
 
 
 def _read_safetensors(path):
@@ -54,6 +78,7 @@ def _read_safetensors(path):
 
 
 def _read_torch(path):
+  """{name of a set: {tensor name: array}} of a torch file."""
   try:
     import torch  # pylint: disable=g-import-not-at-top
   except ImportError as e:
@@ -65,21 +90,60 @@ def _read_torch(path):
     tree = torch.load(path, map_location='cpu', weights_only=True)
   except pickle.UnpicklingError as e:
     raise errors.UserError(
-        f'--input: {path!r} is refused and nothing in it was run: it is not '
-        f'a file of plain tensors ({_first_line(e)})') from e
+        f'--input: {path!r} is refused and nothing in it was run: '
+        + _why_refused(path, torch, e)) from e
   except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError,
           TypeError, AttributeError, UnicodeDecodeError) as e:
     raise errors.UserError(f'--input: {path!r} is not a complete torch file '
                            f'({type(e).__name__}: {_first_line(e)})') from e
-  # Training scripts wrap the tensors in a dict of their own.
-  for key in ('state_dict', 'model'):
-    if isinstance(tree, dict) and isinstance(tree.get(key), dict):
-      tree = tree[key]
-  if not isinstance(tree, dict) or not tree or not all(
-      isinstance(k, str) and torch.is_tensor(v) for k, v in tree.items()):
+  found = dict(_sets(tree, torch))
+  if not found:
     raise errors.UserError(f'--input: {path!r} does not hold a dict of '
-                           'tensors by name')
-  return {k: _array(v.detach(), torch) for k, v in tree.items()}
+                           'tensors by name' + _odd_one(tree, torch))
+  return {name: {k: _array(v.detach(), torch) for k, v in tensors.items()}
+          for name, tensors in found.items()}
+
+
+def _sets(tree, torch, name=''):
+  """Yields (name, dict of tensors): dicts in the dicts of training scripts."""
+  if not isinstance(tree, dict) or not tree:
+    return
+  if all(isinstance(k, str) and torch.is_tensor(v) for k, v in tree.items()):
+    yield name, tree
+    return
+  for key, node in tree.items():
+    if isinstance(key, str) and (not name or key in _WRAPPERS):
+      yield from _sets(node, torch, f'{name}.{key}' if name else key)
+
+
+def _odd_one(tree, torch):
+  """Names what else is among the tensors of the largest dict, or ''."""
+  nodes = [tree, *tree.values()] if isinstance(tree, dict) else []
+  nodes = [n for n in nodes if isinstance(n, dict)]
+  tensors = lambda n: sum(map(torch.is_tensor, n.values()))
+  largest = max(nodes, key=tensors, default={})
+  if not tensors(largest):
+    return ''
+  key, odd = next((k, v) for k, v in largest.items()
+                  if not (isinstance(k, str) and torch.is_tensor(v)))
+  return (f': {tensors(largest)} tensors, but also {key!r}, '
+          f'{type(odd).__name__}')
+
+
+def _why_refused(path, torch, error):
+  """What is not plain in a torch file: names all its other classes."""
+  classes = set(re.findall(r'GLOBAL (\S+)', str(error)))
+  with contextlib.suppress(Exception):  # It reads only torch's zip files.
+    classes |= set(
+        torch.serialization.get_unsafe_globals_in_checkpoint(path))
+  if classes:  # A name from the file might hold anything.
+    names = sorted(re.sub(r'[^\w.]', '?', name) for name in classes)
+    return (f'besides tensors it holds {", ".join(names)}; expected a file of '
+            'tensors alone, such as torch.save(model.state_dict(), ...) '
+            'writes, or .safetensors of the same weights')
+  text = ' '.join(str(error).rpartition('error: ')[2].split())
+  return ('it is not a file of plain tensors '
+          f'({text.partition(". Please")[0][:200]})')
 
 
 def _array(tensor, torch):

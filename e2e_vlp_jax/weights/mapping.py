@@ -125,7 +125,7 @@ def spelled(source, tensors, path):
     UserError: not a file of this source; suggests the right one.
   """
   out = {}
-  canonical = _canonical(source, tensors)
+  canonical = canonical_of(source, tensors)
   for name, x in tensors.items():
     other, _ = out.setdefault(canonical(name), (name, x))
     if other != name:
@@ -135,7 +135,7 @@ def spelled(source, tensors, path):
   if lacking:
     name = source.__name__.rpartition('.')[2]
     others = [f for f in formats() if f != name and all(
-        s in map(_canonical(find(f), tensors), tensors)
+        s in map(canonical_of(find(f), tensors), tensors)
         for s in find(f).SIGNATURE)]
     raise errors.UserError(
         f'--input: {path!r} does not hold {name} weights: no tensor '
@@ -145,7 +145,7 @@ def spelled(source, tensors, path):
   return out
 
 
-def _canonical(source, names):
+def canonical_of(source, names):
   """How `source` spells the names of a file."""
   return (source.spelling(names) if hasattr(source, 'spelling')
           else source.canonical)
@@ -220,7 +220,7 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     'resized' {name: [shape in the file, ours]}.
 
   Raises:
-    UserError: tensors are missing, or have wrong shapes or types.
+    UserError: tensors are missing, or have wrong shapes, types or values.
   """
   every = source.entries(config)
   entries = [e for e in every if e.ours in shapes]
@@ -257,12 +257,30 @@ def to_ours(source, tensors, config, shapes, path, resize=False):
     names[e.key] = [name, str(tensors[e.theirs][1].dtype)]
   if wrong:
     raise errors.UserError(f'--input {path!r} does not fit: ' + _some(wrong))
+  check_finite(f'--input {path!r}', dict(tensors[e.theirs] for e in entries
+                                         if e.theirs in tensors))
   copies, surplus = _left_over(source, tensors, every,
                                {e.theirs for e in entries})
   return variables, {
       'tensors': names, 'copies': copies, 'surplus': surplus,
       'missing': [k for k in shapes if k not in variables],
       'resized': resized}
+
+
+def check_finite(what, tensors):
+  """UserError if values are NaN or infinite; names the tensors and counts.
+
+  Args:
+    what: for the message.
+    tensors: {name: array of floats}.
+  """
+  found = [f'{name} ({x.size - count} of {x.size})'
+           for name, x in tensors.items()
+           if (count := np.count_nonzero(np.isfinite(x))) < x.size]
+  if found:
+    raise errors.UserError(
+        f'{what}: {len(found)} tensor(s) have values that are not finite (NaN '
+        f'or infinite): {_some(found)}; expected weights of a model that works')
 
 
 def _left_over(source, tensors, entries, used):
@@ -307,9 +325,9 @@ def to_theirs(source, variables, config, record=None):
 
   Raises:
     UserError: the checkpoint lacks variables that every file of this source
-      has.
+      has, or has values that are not finite.
   """
-  entries = source.entries(config)
+  entries = _entries(source, config)
   if record is None:
     names = {e.key: [e.theirs, str(variables[e.ours].dtype)]
              for e in entries if e.ours in variables}
@@ -324,9 +342,23 @@ def to_theirs(source, variables, config, record=None):
   else:
     names, copies = record['tensors'], record['copies']
   places = {e.key: e for e in entries}
+  check_finite('--input, the checkpoint', {
+      places[key].ours: variables[places[key].ours] for key in names})
   out = {name: places[key].take(variables[places[key].ours]).astype(
       files.FLOATS[kind]) for key, (name, kind) in names.items()}
   return {**out, **{name: out[original] for name, original in copies.items()}}
+
+
+def _entries(source, config):
+  """The source's entries; UserError if `config` is of quite another model."""
+  try:
+    return source.entries(config)
+  except (AttributeError, KeyError, TypeError) as e:
+    name = source.__name__.rpartition('.')[2]
+    raise errors.UserError(
+        f'--input: the checkpoint is of another model than --format {name} '
+        f'describes: its config of {config.model.name} has no '
+        f'{str(e.args[0]).splitlines()[0].strip(chr(34))}') from e
 
 
 def uncovered(source, missing, tensors):
