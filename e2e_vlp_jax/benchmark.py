@@ -25,6 +25,7 @@ from e2e_vlp_jax import models
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.peers import process
 from e2e_vlp_jax.profiling import by_module
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
@@ -34,11 +35,12 @@ from e2e_vlp_jax.training import sharding
 
 _WARM_UP = 2  # steps before the clock: allocators, caches, autotuning
 _TRACED = 2   # steps under the profiler
+PEER_TIMEOUT = 180.  # seconds that an answer of a peer may take
 
 
 # --- The train step ---------------------------------------------------------
 def benchmark(config, steps=20, peer=None, data=False, score=False,
-              say=print):
+              say=print, peer_timeout=PEER_TIMEOUT):
   """Times the train step of `config` on the attached devices.
 
   Args:
@@ -49,6 +51,8 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
     data: also train on the config's own data and measure how long steps wait.
     score: also time the scoring of image-text pairs.
     say: called with lines about the progress.
+    peer_timeout: seconds that any answer of the peer may take; then it is
+      given up, and the report says so.
 
   Returns:
     JSON-able dict, the content of `--json` (docs/pods.md).
@@ -63,7 +67,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
   bucket = synthetic.largest_bucket(config.data)
   batch = synthetic.synthetic_batch(
       config.data, batch_size=config.batch_size, bucket=bucket, **sizes)
-  theirs = peer and peers.build(peer, config, batch, sizes['num_classes'])
+  theirs = peer and process.Process(peer, config, batch, sizes, peer_timeout)
   assembly = assemble.Assembly(config, models.build(config, **sizes), mesh,
                                batch)
   chip = chips.of_device(jax.devices()[0])
@@ -74,15 +78,15 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
     ours.step()
   memory = timing.peak_memory()
   if theirs:
-    say(f'against {theirs.version}')
+    say(f'against {theirs.version or theirs.name}')
     for _ in range(_WARM_UP):
       theirs.step()
-  times, peer_times = [], []
+  times = []
   for _ in range(steps):
     # In turns, so that other work on the machine slows both equally.
     times.append(timing.seconds(ours.step))
     if theirs:
-      peer_times.append(timing.seconds(theirs.step))
+      theirs.step()
 
   seconds = float(np.mean(times))
   peak, peak_from = timing.peak_flops(chip, mesh.size, config.dtype)
@@ -104,7 +108,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
   if score:
     report['score_pairs_per_s'] = _scoring(assembly.model, ours, steps)
   if theirs:
-    report['peer'] = _peer(theirs, peer_times, seconds, config.batch_size)
+    report['peer'] = _peer(theirs, seconds, config.batch_size)
   return report
 
 
@@ -150,21 +154,28 @@ class _OurStep:
     return {k: v / total for k, v in seconds.most_common() if total}
 
 
-def _peer(peer, times, our_seconds, batch_size):
-  """The report's 'peer'.
+def _peer(peer, our_seconds, batch_size):
+  """The report's 'peer'; ends its process.
 
   Args:
-    peer: a Peer.
-    times: seconds of each of its steps.
+    peer: a `peers.process.Process` after all of its steps.
     our_seconds: mean seconds of our step.
     batch_size: batch size of both.
   """
+  details = peer.details()
+  peer.close()
+  report = {'name': peer.name, 'version': peer.version,
+            'parameters': peer.parameters, 'build_s': peer.build_s,
+            'timed_out': False, 'failed': None, **details}
+  if peer.failure:
+    return report | peer.failure
+  first, times = peer.times[0], peer.times[_WARM_UP:]
   seconds = float(np.mean(times))
-  return {'name': peer.name, 'version': peer.version,
-          'parameters': peer.parameters,
-          'images_per_s': batch_size / seconds,
-          'step_time_s': timing.percentiles(times),
-          'ratio': seconds / our_seconds}
+  return report | {
+      'images_per_s': batch_size / seconds,
+      'step_time_s': timing.percentiles(times),
+      'compile_s': max(0., first - float(np.median(times))),
+      'ratio': seconds / our_seconds}
 
 
 def _with_data(assembly, ours, vocabularies, steps):
@@ -296,12 +307,25 @@ def table(report):
     rows.append(('scoring', f'{r["score_pairs_per_s"]:.2f} image-text '
                             'pairs/s'))
   if r['peer']:
-    p = r['peer']
-    rows += [('peer', f'{p["name"]} ({p["version"]}): '
-                      f'{p["images_per_s"]:.2f} images/s; a step '
-                      f'{ms(p["step_time_s"])}'),
-             ('ratio', f'{p["ratio"]:.2f} of the peer\'s images/s')]
+    rows += _peer_rows(r['peer'], ms)
   return '\n'.join(f'{name:12} {text}' for name, text in rows)
+
+
+def _peer_rows(p, ms):
+  """The rows of a report's 'peer'; `ms` formats percentiles."""
+  name = f'{p["name"]} ({p["version"]})' if p['version'] else p['name']
+  if p['timed_out']:
+    return [('peer', f'{name}: no answer in {p["waited_s"]:g} s during '
+                     f'{p["during"]}; a longer --peer-timeout waits longer')]
+  if p['failed']:
+    return [('peer', f'{name}: {p["failed"]} (during {p["during"]})')]
+  compiled = f'compiled in {p["compile_s"]:.0f} s'
+  if 'graph_breaks' in p:
+    compiled += (f', {p["graphs"]} graphs, {p["graph_breaks"]} graph breaks')
+  return [('peer', f'{name}, {p["parameters"]:,} parameters: '
+                   f'{p["images_per_s"]:.2f} images/s; a step '
+                   f'{ms(p["step_time_s"])}; {compiled}'),
+          ('ratio', f'{p["ratio"]:.2f} of the peer\'s images/s')]
 
 
 def main(argv=None):
@@ -312,6 +336,9 @@ def main(argv=None):
                         help='instead of config.batch_size')
     parser.add_argument('--peer', metavar='NAME',
                         help='in turns with: ' + ', '.join(peers.names()))
+    parser.add_argument('--peer-timeout', type=float, default=PEER_TIMEOUT,
+                        metavar='S', help='give the peer up if it does not '
+                                          'answer in S seconds')
     parser.add_argument('--data', action='store_true',
                         help="also on the config's own data")
     parser.add_argument('--input', action='store_true',
@@ -323,6 +350,9 @@ def main(argv=None):
     args, config = cli.parse(parser, argv)
     if args.steps < 1:
       raise errors.UserError(f'--steps: {args.steps}; expected 1 or more')
+    if not args.peer_timeout > 0:
+      raise errors.UserError(f'--peer-timeout: {args.peer_timeout:g}; expected '
+                             'seconds, more than 0')
     if args.batch_size is not None:
       config.batch_size = args.batch_size
     if args.json:
@@ -335,7 +365,8 @@ def main(argv=None):
             f'decoding {report["decoding_images_per_s"]:.1f}: ratio '
             f'{report["share"]:.2f}')
     else:
-      report = benchmark(config, args.steps, args.peer, args.data, args.score)
+      report = benchmark(config, args.steps, args.peer, args.data, args.score,
+                         peer_timeout=args.peer_timeout)
       print(table(report))
     if args.json:
       with open(args.json, 'w') as f:
