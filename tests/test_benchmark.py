@@ -113,7 +113,8 @@ def refused(*argv, capsys):
 
 @pytest.mark.parametrize('argv,expected', [
     (['--config', TINY, '--peer', 'hf_dert'], ["'hf_dert'", "'hf_detr'"]),
-    (['--config', TINY, '--peer-timeout', '0'], ['--peer-timeout', '0', 'more']),
+    (['--config', TINY, '--peer-timeout', '0'],
+     ['--peer-timeout', '0', 'more than 0']),
     (['--config', TINY, '--steps', '0'], ['--steps', '0', '1 or more']),
     (['--config', TINY, '--batch-size', '9'], ['batch_size: 9', 'try 8']),
     (['--config', TINY, '--json', '/no/such/folder/x'],
