@@ -25,6 +25,7 @@ from e2e_vlp_jax import models
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.evaluation import predictor
 from e2e_vlp_jax.peers import process
 from e2e_vlp_jax.profiling import by_module
 from e2e_vlp_jax.profiling import chips
@@ -204,6 +205,75 @@ def _with_data(assembly, ours, vocabularies, steps):
           'data_images_per_s': done * config.batch_size / total}
 
 
+# --- Inference, against a peer ----------------------------------------------
+def inference(config, peer, steps=20, peer_timeout=PEER_TIMEOUT, say=print):
+  """Times the inference of the task that a peer does, in turns with it.
+
+  Ours goes from a batch on the host to the task's arrays on the host, through
+  one compiled program, with random weights.
+
+  Args:
+    config: config of a run that trains for the task.
+    peer: name of a peer with a `task`.
+    steps: timed steps.
+    peer_timeout: see `benchmark`.
+    say: called with lines about the progress.
+
+  Returns:
+    JSON-able dict, the content of `--json` (docs/pods.md).
+
+  Raises:
+    UserError: the model cannot do the task, or the peer does not fit.
+  """
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
+  sizes = vocabularies.sizes
+  bucket = synthetic.largest_bucket(config.data)
+  batch = synthetic.synthetic_batch(
+      config.data, batch_size=config.batch_size, bucket=bucket, **sizes)
+  model = models.build(config, **sizes)
+  ours = predictor.Predictor(model, config, vocabularies)
+  task = ours.task(peers.load(peer).task)
+  theirs = process.Process(peer, config, batch, sizes, peer_timeout)
+  chip = chips.of_device(jax.devices()[0])
+  say(f'{chip.name}: compiling')
+  variables = jax.jit(lambda key, b: model.init(key, b, task.requests))(
+      jax.random.key(config.seed), batch)
+
+  def step():
+    ours.run(variables, batch, task)
+  first = timing.seconds(step)
+  say(f'against {theirs.version or theirs.name}')
+  times = []
+  for _ in range(_WARM_UP + steps):
+    times.append(timing.seconds(step))
+    theirs.step()
+  times = times[_WARM_UP:]
+  seconds = float(np.mean(times))
+  return {
+      'config': config.model.name, 'task': task.name, 'device': chip.name,
+      'batch_size': config.batch_size, 'dtype': config.dtype,
+      'bucket': list(config.data.buckets[bucket]),
+      'parameters': program.count_parameters(variables['params'])['total'],
+      'steps': steps, 'images_per_s': config.batch_size / seconds,
+      'step_time_s': timing.percentiles(times),
+      'compile_s': max(0., first - seconds),
+      'peer': _peer(theirs, seconds, config.batch_size)}
+
+
+def inference_table(report):
+  """The report of `inference` as aligned lines."""
+  r = report
+  rows = [
+      ('model', f'{r["config"]}, {r["parameters"]:,} parameters for '
+                f'{r["task"]!r}, {r["dtype"]}'),
+      ('device', r['device']),
+      ('batch', f'{r["batch_size"]} of {r["bucket"][0]}x{r["bucket"][1]}'),
+      ('speed', f'{r["images_per_s"]:.2f} images/s; a step '
+                f'{_milliseconds(r["step_time_s"])}'),
+      ('compiled in', f'{r["compile_s"]:.0f} s'), *_peer_rows(r['peer'])]
+  return '\n'.join(f'{name:12} {text}' for name, text in rows)
+
+
 # --- Scoring ----------------------------------------------------------------
 def _scoring(model, ours, steps):
   """Image-text pairs per second of the ITM head; None without that head."""
@@ -287,7 +357,7 @@ def _pipeline(config, vocabularies, rows=None):
 def table(report):
   """The report as aligned lines."""
   r = report
-  ms = lambda t: f'{t["p50"] * 1e3:.1f} ms (90 %: {t["p90"] * 1e3:.1f} ms)'
+  ms = _milliseconds
   rows = [
       ('model', f'{r["config"]}, {r["parameters"]:,} parameters, '
                 f'{r["dtype"]}'),
@@ -307,12 +377,17 @@ def table(report):
     rows.append(('scoring', f'{r["score_pairs_per_s"]:.2f} image-text '
                             'pairs/s'))
   if r['peer']:
-    rows += _peer_rows(r['peer'], ms)
+    rows += _peer_rows(r['peer'])
   return '\n'.join(f'{name:12} {text}' for name, text in rows)
 
 
-def _peer_rows(p, ms):
-  """The rows of a report's 'peer'; `ms` formats percentiles."""
+def _milliseconds(t):
+  """A report's percentiles of seconds as text."""
+  return f'{t["p50"] * 1e3:.1f} ms (90 %: {t["p90"] * 1e3:.1f} ms)'
+
+
+def _peer_rows(p):
+  """The rows of a report's 'peer'."""
   name = f'{p["name"]} ({p["version"]})' if p['version'] else p['name']
   if p['timed_out']:
     return [('peer', f'{name}: no answer in {p["waited_s"]:g} s during '
@@ -324,7 +399,7 @@ def _peer_rows(p, ms):
     compiled += (f', {p["graphs"]} graphs, {p["graph_breaks"]} graph breaks')
   return [('peer', f'{name}, {p["parameters"]:,} parameters: '
                    f'{p["images_per_s"]:.2f} images/s; a step '
-                   f'{ms(p["step_time_s"])}; {compiled}'),
+                   f'{_milliseconds(p["step_time_s"])}; {compiled}'),
           ('ratio', f'{p["ratio"]:.2f} of the peer\'s images/s')]
 
 
@@ -357,6 +432,11 @@ def main(argv=None):
       config.batch_size = args.batch_size
     if args.json:
       files.check_writable('--json', args.json)
+    if args.peer and (args.data or args.score) and (
+        peers.load(args.peer).task):
+      raise errors.UserError(
+          f'--peer {args.peer}: times the inference of the task '
+          f'{peers.load(args.peer).task!r}, hence without --data and --score')
     if args.peer:  # Leave it GPU memory; jax reads this at first use.
       os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     if args.input:
@@ -364,6 +444,9 @@ def main(argv=None):
       print(f'pipeline {report["pipeline_images_per_s"]:.1f} images/s, plain '
             f'decoding {report["decoding_images_per_s"]:.1f}: ratio '
             f'{report["share"]:.2f}')
+    elif args.peer and peers.load(args.peer).task:
+      report = inference(config, args.peer, args.steps, args.peer_timeout)
+      print(inference_table(report))
     else:
       report = benchmark(config, args.steps, args.peer, args.data, args.score,
                          peer_timeout=args.peer_timeout)

@@ -156,7 +156,7 @@ def test_a_peer_that_fails_is_one_line(stub, step, expected):
   peer.step()
   assert peer.failure == {'failed': expected, 'during': 'its first step'}
   report = benchmark._peer(peer, 1., 2)
-  assert expected in benchmark._peer_rows(report, None)[0][1]
+  assert expected in benchmark._peer_rows(report)[0][1]
 
 
 def test_the_rest_of_the_report_comes(stub, tmp_path, capsys):
