@@ -6,8 +6,9 @@
 Times the train step that `train` would run, on one random batch, without
 TensorFlow and without data; `--data` also reads the config's own data. `--peer`
 also times another library's step on the same batch, in turns with ours, and
-`--score` the scoring of image-text pairs. `--input` measures the input pipeline
-instead. docs/pods.md explains the figures.
+`--score` the scoring of image-text pairs. A peer that does not train is timed
+in turns with our inference. `--input` measures the input pipeline instead.
+docs/pods.md explains the figures.
 """
 import concurrent.futures
 import json
@@ -31,6 +32,7 @@ from e2e_vlp_jax.profiling import by_module
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.profiling import timing
+from e2e_vlp_jax.tasks import base as tasks
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
 
@@ -232,7 +234,13 @@ def inference(config, peer, steps=20, peer_timeout=PEER_TIMEOUT, say=print):
       config.data, batch_size=config.batch_size, bucket=bucket, **sizes)
   model = models.build(config, **sizes)
   ours = predictor.Predictor(model, config, vocabularies)
-  task = ours.task(peers.load(peer).task)
+  task = tasks.load(peers.load(peer).task)
+  lacking = task.lacks(model)
+  if lacking:
+    raise errors.UserError(
+        f'--peer {peer}: the model of --config has no {" or ".join(lacking)} '
+        f'head; use --config configs/finetune.py:{task.name},system='
+        f'{config.model.name},size=SIZE')
   theirs = process.Process(peer, config, batch, sizes, peer_timeout)
   chip = chips.of_device(jax.devices()[0])
   say(f'{chip.name}: compiling')

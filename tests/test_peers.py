@@ -78,11 +78,59 @@ def test_benchmark_against_detr(torch_extra, tmp_path):
   assert abs(report['parameters'] / peer['parameters'] - 1) < .01
 
 
+# --- two_stage --------------------------------------------------------------
+ANSWER = 'configs/finetune.py:answer,system=e2e_vlp,size=tiny'
+
+
+def test_two_stage_answers(torch_extra):
+  """The features of 36 boxes inside the image, and a score for each answer."""
+  pytest.importorskip('torchvision', reason='needs the extra [two-stage]')
+  peer = peers.build('two_stage', *request('--config', ANSWER, batch_size=1,
+                                           num_answers=11))
+  peer._detector.rpn._post_nms_top_n['testing'] = 40  # Of 300: costs less.
+  assert peer.step().shape == (1, 11)
+  assert peer.details() == {'image': [600, 600], 'proposals': 40,
+                            'regions': 36}
+  with peer._torch.inference_mode():
+    features, boxes = peer._regions()
+  assert features.shape == (1, 36, 2048) and features.std() > 0
+  assert (boxes[..., 2:] > boxes[..., :2]).all()
+  assert boxes.min() >= 0 and boxes.max() <= 1
+  assert len(boxes[0].unique(dim=0)) == 36
+  # ResNet-101 and LXMERT, as published.
+  assert 250e6 < peer.parameters < 300e6
+
+
+@pytest.mark.slow
+def test_benchmark_against_two_stages(torch_extra, tmp_path, capsys):
+  pytest.importorskip('torchvision', reason='needs the extra [two-stage]')
+  out = tmp_path / 'report.json'
+  benchmark.main(['--config', ANSWER, '--batch-size', '1', '--steps', '1',
+                  '--peer', 'two_stage_fpn', '--peer-timeout', '600',
+                  '--json', str(out)])
+  report = json.loads(out.read_text())
+  assert report['task'] == 'answer' and report['peer']['proposals'] == 300
+  assert report['peer']['ratio'] == pytest.approx(
+      report['images_per_s'] / report['peer']['images_per_s'])
+  assert "parameters for 'answer'" in capsys.readouterr().out
+
+
+def test_an_inference_peer_is_compared_with_our_inference(stub, tmp_path):
+  stub('pass', task='answer')
+  out = tmp_path / 'report.json'
+  benchmark.main(['--config', ANSWER, '--batch-size', '1', '--steps', '2',
+                  '--peer', 'stub', '--json', str(out)])
+  report = json.loads(out.read_text())
+  assert report['task'] == 'answer' and 'flops_per_step' not in report
+  assert report['images_per_s'] > 0 and report['peer']['ratio'] < 1
+  assert 100_000 < report['parameters'] < 1_000_000
+
+
 # --- The process ------------------------------------------------------------
 STUB = '''
 import os, subprocess, sys, time
 class Peer:
-  task, extra = None, 'stubs'
+  task, extra = {task!r}, 'stubs'
   version, parameters = 'stub 1', len('seven..')
   def __init__(self, config, batch, sizes):
     self.count, self.mean = 0, float(batch['image'].mean())
@@ -105,8 +153,8 @@ def stub(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setattr(peers, '__path__', [*peers.__path__, str(folder)])
 
-  def write(step):
-    (folder / 'stub.py').write_text(STUB.format(step=step))
+  def write(step, task=None):
+    (folder / 'stub.py').write_text(STUB.format(step=step, task=task))
     monkeypatch.delitem(sys.modules, 'e2e_vlp_jax.peers.stub', raising=False)
   return write
 
@@ -183,6 +231,17 @@ def refused(*argv, capsys):
 def test_a_peer_of_another_architecture(torch_extra, capsys):
   line = refused(*TINY, '--peer', 'hf_detr', capsys=capsys)
   assert 'configs/e2e_vlp.py:detr' in line
+
+
+@pytest.mark.parametrize('argv,expected', [
+    (['--config', ANSWER, '--peer', 'two_stage', '--data'],
+     ["'answer'", 'without --data']),
+    ([*TINY, '--peer', 'two_stage'], ['no answer head', 'finetune.py:answer,']),
+])
+def test_what_an_inference_peer_needs(argv, expected, capsys):
+  line = refused(*argv, capsys=capsys)
+  for part in expected:
+    assert part in line
 
 
 def test_a_peer_that_is_not_installed(capsys, monkeypatch, tmp_path):
