@@ -49,6 +49,8 @@ def _equation(eqn):
     taps = kernel[features] * math.prod(kernel[d] for d in space)
     return 2. * eqn.outvars[0].aval.size * taps / math.prod(
         params['lhs_dilation'])
+  if name == 'pallas_call' and params.get('cost_estimate'):
+    return float(params['cost_estimate'].flops)  # Of the whole grid.
   if name == 'cond':
     return max(_flops(b.jaxpr) for b in params['branches'])
   times = params['length'] if name == 'scan' else 1
