@@ -32,6 +32,8 @@ from e2e_vlp_jax.training import sharding
 
 # The search ends when the largest batch is known to within 1/RESOLUTION.
 RESOLUTION = 16
+_MOST_TRIALS = 4  # programs that the search compiles; two usually suffice
+_MOST_TIMES = 64  # how much larger a batch is than one that fits
 
 
 def preflight(config, topology, search=True, say=print):
@@ -68,11 +70,11 @@ def preflight(config, topology, search=True, say=print):
 
   program = _compile(assembly, config.batch_size)
   largest = None
-  if chip.hbm and (search or program.peak > chip.hbm):
+  if chip.hbm and search:
     unit = shards * config.accumulate
     largest = config.accumulate * _largest(
         lambda n: _compile(assembly, n * unit).peak, config.batch_size // unit,
-        program.peak, state, chip.hbm, say, most=8 if search else 0)
+        program.peak, state, chip.hbm, say)
   if chip.hbm and program.peak > chip.hbm:
     raise errors.UserError(_too_large(config, program, chip, shards, largest))
   bound = _roofline(program, chip, mesh, config)
@@ -131,41 +133,53 @@ def _needed(message):
           else float('inf'))
 
 
-def _largest(peak_of, first, first_peak, state, capacity, say, most):
-  """The largest n whose program fits, found with at most `most` trials.
+def _largest(peak_of, first, first_peak, state, capacity, say):
+  """The largest n whose program fits, to within 1/RESOLUTION of it.
 
-  Memory grows almost linearly with the batch. Each trial is therefore the batch
-  at which a line through two known points reaches the capacity. These are the
-  nearest points on both sides or, as long as everything fits, the two largest.
+  Memory grows almost linearly with the batch. A line through two compiled
+  programs therefore tells the largest batch, and one more program confirms it.
+  The second program is where the line from the state alone reaches the
+  capacity, which is too early: every program needs some memory whatever its
+  batch. If the third does not fit, one or two more lie between.
 
   Args:
     peak_of: function n -> bytes of its program; compiles.
     first, first_peak: an n that is already compiled, and its bytes.
     state: bytes at n = 0.
     capacity: bytes of a chip.
-    say: called with a line for each trial.
-    most: maximum number of trials.
+    say: called with a line before and after each program.
   """
   known = {0: state, first: first_peak}
-  for _ in range(most):
+  # Near the capacity the compiler saves memory by recomputation, which takes it
+  # long and makes the step slower.
+  goal = capacity * (1 - .5 / RESOLUTION)
+  for trial in range(1, _MOST_TRIALS + 1):
     fits = max(n for n, peak in known.items() if peak <= capacity)
     fails = min((n for n in known if n > fits), default=None)
     gap = max(1, fits // RESOLUTION)
-    if fails is not None and fails - fits <= gap:
-      break
-    a, b = sorted(known)[-2:] if fails is None else (fits, fails)
-    slope = max((known[b] - known[a]) / (b - a), 1.)
-    guess = int(a + (capacity - known[a]) / slope)
+    guess = _where(goal, known)
     if fails is None:
-      guess = min(max(guess, fits + gap), 32 * max(fits, 1))
-    elif known[fails] == float('inf'):
+      if trial > 1 and guess - fits <= gap:
+        break
+      guess = min(max(guess, fits + 1), _MOST_TIMES * max(fits, 1))
+    elif fails - fits <= gap:
+      break
+    elif not fits + gap <= guess < fails:
       guess = (fits + fails) // 2
-    else:
-      guess = min(max(guess, fits + gap), fails - 1)
+    say(f'search, program {trial} of at most {_MOST_TRIALS}: compiling a batch '
+        f'of {guess} a chip and micro-step')
     known[guess] = peak_of(guess)
     say(f'batch of {guess} a chip and micro-step: '
         f'{_size(known[guess])} of {_size(capacity)}')
   return max(n for n, peak in known.items() if peak <= capacity)
+
+
+def _where(goal, known):
+  """The n at which a line through two known (n: bytes) reaches `goal` bytes."""
+  finite = sorted(n for n in known if known[n] < float('inf'))
+  a, b = finite[-2:] if len(finite) > 1 else (0, max(known))
+  slope = max((known[b] - known[a]) / (b - a), 1.)
+  return int(min(a + (goal - known[a]) / slope, 2**31))
 
 
 def _roofline(program, chip, mesh, config):

@@ -42,8 +42,7 @@ class DecoderLayer(nn.Module):
                                   self.act, self.dtype)
     for i in (1, 2, 3):
       setattr(self, f'norm{i}', layers.LayerNorm(self.epsilon))
-    # Random numbers depend on this name; renaming it would change runs.
-    self.drop = nn.Dropout(self.dropout, name='Dropout_0')
+    self.drop = layers.Dropout(self.dropout)
 
   def __call__(self, x, pos, self_bias, memory, memory_pos, cross_bias,
                train=False):
@@ -86,7 +85,7 @@ class DecoderLayer(nn.Module):
   def _residuals(self, x, train, *branches):
     for i, branch in enumerate(branches, 1):
       norm = getattr(self, f'norm{i}')
-      drop = lambda y: self.drop(y, deterministic=not train)
+      drop = lambda y: self.drop(y, train)
       x = (x + drop(branch(norm(x))) if self.pre_norm
            else norm(x + drop(branch(x))))
     return x

@@ -43,15 +43,13 @@ class ImageFromText(nn.Module):
   def __call__(self, x, text, bias):
     """[B, N, C], [B, L, D], bias to [B, H, N, L] -> [B, N, C]."""
     c = x.shape[-1]
-    split = lambda y: y.reshape(*y.shape[:2], -1, self.heads,
-                                c // self.heads)
+    split = lambda y: y.reshape(*y.shape[:2], self.heads, c // self.heads)
     dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
                                      kernel_init=image_init(self.from_scratch))
     gate = self.param('gate', _gate_init(self.from_scratch), (1,))
     query = dense(c, 'query')(layers.LayerNorm(self.epsilon, name='norm')(x))
-    both = split(dense(2 * c, 'key_value')(text))
-    y = layers.attention(split(query)[:, :, 0], both[:, :, 0], both[:, :, 1],
-                         bias)
+    key, value = jnp.split(dense(2 * c, 'key_value')(text), 2, -1)
+    y = layers.attention(split(query), split(key), split(value), bias)
     return dense(c, 'out')(y.reshape(x.shape)) * gate.astype(x.dtype)
 
 
@@ -68,13 +66,12 @@ class TextFromImage(nn.Module):
     self.attention = layers.MultiHeadAttention(
         self.width, self.heads, self.dropout, self.dtype,
         text_init(self.from_scratch))
-    # Random numbers depend on this name; renaming it would change runs.
-    self.drop = nn.Dropout(self.dropout, name='Dropout_0')
+    self.drop = layers.Dropout(self.dropout)
 
   def __call__(self, x, image, train=False):
     """[B, L, D], [B, N, C] -> [B, L, D]."""
     y = self.attention(x, image, image, train=train)
-    return self.drop(y, deterministic=not train) * self.gate.astype(x.dtype)
+    return self.drop(y, train) * self.gate.astype(x.dtype)
 
   def keys_values(self, image):
     """[B, N, C] -> KeysValues, for `attend`."""

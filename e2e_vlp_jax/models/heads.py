@@ -146,7 +146,7 @@ class Classifier(nn.Module):
       if self.norm:
         x = layers.LayerNorm(self.epsilon, name='norm')(x)
       x = layers.activation(self.act)(x)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    x = layers.Dropout(self.dropout)(x, train)
     return nn.Dense(self.outputs, kernel_init=init, name='out')(
         x.astype(layers.wide(x)))
 

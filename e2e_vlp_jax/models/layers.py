@@ -3,6 +3,7 @@
 Masks are True where valid. Softmax and LayerNorm run in float32; matrix
 products run in `dtype`; parameters are float32.
 """
+import functools
 import math
 import re
 from typing import Any, Callable, NamedTuple, Optional
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.ops import attention as attention_ops
 
 Array = jax.Array
 # Added to the logits of masked positions. Finite, so that a row without any
@@ -123,26 +125,69 @@ class LayerNorm(nn.Module):
     return norm(x).astype(x.dtype)
 
 
-def attention(query: Array, key: Array, value: Array, bias: Optional[Array],
-              dropout: Callable[[Array], Array] = lambda x: x) -> Array:
+class Dropout(nn.Module):
+  """Dropout whose mask is not kept for the backward pass but drawn again.
+
+  A mask in memory costs a byte per activation, written once and read twice.
+  This one is a hash of the positions and of one random number, which the
+  compiler computes where it is used.
+
+  Attributes:
+    rate: probability of dropping a value.
+    rows: drop whole rows of the batch (stochastic depth).
+  """
+  rate: float
+  rows: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    if not train or not self.rate:
+      return x
+    seed = attention_ops.draw_dropout(self.make_rng('dropout'), self.rate,
+                                      1).seeds[0]
+    return _drop(self.rate, self.rows, x, seed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _drop(rate, rows, x, seed):
+  shape = (len(x), *[1] * (x.ndim - 1)) if rows else x.shape
+  position = sum(jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+                 * math.prod(shape[axis + 1:]) for axis in range(len(shape)))
+  keep = attention_ops.kept(position, seed, rate)
+  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _drop_fwd(rate, rows, x, seed):
+  return _drop(rate, rows, x, seed), seed
+
+
+def _drop_bwd(rate, rows, seed, gradient):
+  # Otherwise the compiler finds the forward pass's mask and keeps it.
+  seed, gradient = jax.lax.optimization_barrier((seed, gradient))
+  return _drop(rate, rows, gradient, seed), None
+
+
+_drop.defvjp(_drop_fwd, _drop_bwd)
+
+
+def attention(query: Array, key: Array, value: Array,
+              bias: Optional[Array] = None,
+              dropout: Optional[attention_ops.Dropout] = None) -> Array:
   """Softmax attention.
 
   Args:
-    query: [..., T, H, D/H].
-    key, value: [..., N, H, D/H].
-    bias: added to the logits; broadcasts to [..., H, T, N].
-    dropout: applied to the attention weights.
+    query: [B, T, H, D/H].
+    key, value: [B, N, H, D/H].
+    bias: added to the logits; broadcasts to [B, H, T, N].
+    dropout: of the attention weights, or None.
 
   Returns:
-    [..., T, H, D/H].
+    [B, T, H, D/H].
   """
-  logits = jnp.einsum('...thd,...nhd->...htn',
-                      query / math.sqrt(query.shape[-1]), key,
-                      preferred_element_type=wide(query))
-  if bias is not None:
-    logits = logits + bias
-  weights = dropout(jax.nn.softmax(logits).astype(value.dtype))
-  return jnp.einsum('...htn,...nhd->...thd', weights, value)
+  if bias is not None and jnp.ndim(bias) == 4:
+    bias = bias[:, None]
+  return attention_ops.attention(query[:, None], key[:, None], value[:, None],
+                                 bias, dropout=dropout)[:, 0]
 
 
 def mask_bias(mask: Array) -> Array:
@@ -172,8 +217,6 @@ class MultiHeadAttention(nn.Module):
     for name in ('query', 'key', 'value', 'out'):
       setattr(self, name, nn.Dense(self.width, dtype=self.dtype,
                                    kernel_init=self.kernel_init))
-    # Random numbers depend on this name; renaming it would change runs.
-    self.drop = nn.Dropout(self.dropout, name='Dropout_0')
 
   def __call__(self, query, key, value, bias=None, train=False):
     """[B, T, D], [B, N, D], [B, N, D], bias to [B, H, T, N] -> [B, T, D]."""
@@ -186,8 +229,12 @@ class MultiHeadAttention(nn.Module):
 
   def attend(self, query, kept, bias=None, train=False):
     """[B, T, D], KeysValues, bias to [B, H, T, N] -> [B, T, D]."""
+    dropout = None
+    if train and self.dropout:
+      dropout = attention_ops.draw_dropout(self.make_rng('dropout'),
+                                           self.dropout, len(query))
     y = attention(self._split(self.query(query)), kept.key, kept.value, bias,
-                  lambda x: self.drop(x, deterministic=not train))
+                  dropout)
     return self.out(y.reshape(*y.shape[:2], self.width))
 
   def _split(self, x):
@@ -232,7 +279,7 @@ class FeedForward(nn.Module):
     dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
                                      kernel_init=self.kernel_init)
     x = activation(self.act)(dense(self.hidden, 'in')(x))
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    x = Dropout(self.dropout)(x, train)
     return dense(self.width, 'out')(x)
 
 
@@ -262,7 +309,7 @@ class EncoderLayer(nn.Module):
     Returns:
       [B, T or last, D].
     """
-    drop = nn.Dropout(self.dropout, deterministic=not train)
+    drop = Dropout(self.dropout)
     norm = lambda name: LayerNorm(self.epsilon, name=name)
     attend = MultiHeadAttention(self.width, self.heads, self.dropout,
                                 self.dtype, name='self_attention')
@@ -271,12 +318,12 @@ class EncoderLayer(nn.Module):
                        name='ffn')
     def self_attention(y):
       q = y if pos is None else y + pos
-      return drop(attend(q[:, -last:], q, y, bias, train))
+      return drop(attend(q[:, -last:], q, y, bias, train), train)
     if self.pre_norm:
       x = x[:, -last:] + self_attention(norm('norm1')(x))
-      return x + drop(feed(norm('norm2')(x), train))
+      return x + drop(feed(norm('norm2')(x), train), train)
     x = norm('norm1')(x[:, -last:] + self_attention(x))
-    return norm('norm2')(x + drop(feed(x, train)))
+    return norm('norm2')(x + drop(feed(x, train), train))
 
 
 class Encoder(nn.Module):
@@ -438,7 +485,7 @@ class TextEmbedding(nn.Module):
     if self.types:
       self.token_types = nn.Embed(self.types, self.width, embedding_init=init)
     self.norm = LayerNorm(self.epsilon)
-    self.drop = nn.Dropout(self.dropout)
+    self.drop = Dropout(self.dropout)
 
   def __call__(self, ids: Array, train: bool = False,
                positions: Optional[Array] = None) -> Array:
@@ -454,7 +501,7 @@ class TextEmbedding(nn.Module):
     if self.types:
       x = x + self.token_types(jnp.zeros((1,), jnp.int32))
     x = self.norm(x).astype(self.dtype)
-    return self.drop(x, deterministic=not train)
+    return self.drop(x, train)
 
   def attend(self, x: Array) -> Array:
     """Tied output layer: [..., D] -> [..., V] logits (float32 sums)."""

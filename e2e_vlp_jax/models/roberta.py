@@ -35,8 +35,7 @@ class Layer(nn.Module):
                                   dtype=self.dtype, kernel_init=init)
     self.norm1 = layers.LayerNorm(self.epsilon)
     self.norm2 = layers.LayerNorm(self.epsilon)
-    # Random numbers depend on this name; renaming it would change runs.
-    self.drop = nn.Dropout(self.dropout, name='Dropout_0')
+    self.drop = layers.Dropout(self.dropout)
 
   def __call__(self, x, bias, image=None, train=False, last_norm=True):
     """One layer.
@@ -51,7 +50,7 @@ class Layer(nn.Module):
     Returns:
       [B, L, D].
     """
-    drop = lambda y: self.drop(y, deterministic=not train)
+    drop = lambda y: self.drop(y, train)
     y = drop(self.self_attention(x, x, x, bias, train))
     if image is not None:
       y = y + self.cross(x=y, image=image, train=train)

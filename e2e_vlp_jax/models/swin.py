@@ -19,6 +19,7 @@ import numpy as np
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import fusion
 from e2e_vlp_jax.models import layers
+from e2e_vlp_jax.ops import attention
 
 _PATCH_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 _OTHER_REGION = -100.  # added to the logits between regions of a window
@@ -119,16 +120,13 @@ class WindowAttention(nn.Module):
     layers.check_heads(self.heads, c, self.path)
     dense = functools.partial(nn.Dense, dtype=self.dtype,
                               kernel_init=fusion.image_init(self.from_scratch))
-    qkv = dense(3 * c, name='qkv')(x)
-    q, k, v = jnp.moveaxis(
-        qkv.reshape(*x.shape[:-1], 3, self.heads, c // self.heads), -3, 0)
+    split = lambda y: y.reshape(*y.shape[:-1], self.heads, c // self.heads)
+    q, k, v = map(split, jnp.split(dense(3 * c, name='qkv')(x), 3, -1))
     rows = np.prod([2 * r - 1 for r in window])
     table = self.param('relative_bias', fusion.IMAGE_INIT,
                        (rows, self.heads))
     position = jnp.moveaxis(table[relative_index(window)], -1, 0)
-    position = position.astype(layers.wide(x))
-    y = layers.attention(q, k, v,
-                         position if bias is None else position + bias)
+    y = attention.attention(q, k, v, bias, position.astype(layers.wide(x)))
     return dense(c, name='out')(y.reshape(x.shape))
 
 
@@ -174,8 +172,7 @@ class Block(nn.Module):
           'multiples of patch * window * 2**(stages - 1) pixels')
     window = side, side
     shift = self.shift if min(grid) > self.window else 0
-    drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3),
-                      deterministic=not train)
+    drop = lambda y: layers.Dropout(self.drop_path, rows=True)(y, train)
     norm = lambda name: layers.LayerNorm(self.epsilon, name=name)
     y = norm('norm1')(x)
     bias = None

@@ -49,6 +49,8 @@ def _equation(eqn):
     taps = kernel[features] * math.prod(kernel[d] for d in space)
     return 2. * eqn.outvars[0].aval.size * taps / math.prod(
         params['lhs_dilation'])
+  if name == 'pallas_call' and params.get('cost_estimate'):
+    return float(params['cost_estimate'].flops)  # Of the whole grid.
   if name == 'cond':
     return max(_flops(b.jaxpr) for b in params['branches'])
   times = params['length'] if name == 'scan' else 1
@@ -136,8 +138,8 @@ def memory_traffic(hlo):
 
   Each operation reads its operands and writes its results once; a fusion
   counts as one operation. Arrays that the compiler keeps in on-chip memory (a
-  TPU's VMEM, memory space 1) are free. An operation that reads a part of an
-  operand is charged for the whole.
+  TPU's VMEM, memory space 1) are free. A prefetch of a slice moves the slice.
+  Any other operation that reads a part of an operand is charged for the whole.
   """
   sizes, total = {}, 0.
   for line in hlo.splitlines():
@@ -151,7 +153,12 @@ def memory_traffic(hlo):
     if not match or _FREE.fullmatch(match['opcode']):
       continue
     moved = sizes[match['name']]
-    if not match['opcode'].endswith('-start'):  # Its type has the operands.
+    if match['opcode'] == 'slice-start':  # ((operand), slice, context)
+      (_, _, source), (kind, dims, target) = _LAYOUT.findall(
+          match['type'])[:2]
+      moved = _bytes(kind, dims) * sum(
+          'S(' not in layout for layout in (source, target))
+    elif not match['opcode'].endswith('-start'):  # Its type has the operands.
       moved += sum(sizes.get(x, 0) for x in set(
           _OPERAND.findall(match['rest'].split('), ')[0])))
     total += times * moved

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from e2e_vlp_jax import objectives as objectives_lib
+from e2e_vlp_jax.ops import attention
 from e2e_vlp_jax.training import sharding
 
 
@@ -74,10 +75,11 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng,
     metrics: {name: (sum, weight)}.
     model_state: the model's new state.
   """
-  outputs, new_state = model.apply(
-      {'params': params, **model_state}, batch, requests, train=True,
-      rngs={'dropout': rng, 'sample': jax.random.fold_in(rng, 1)},
-      mutable=list(model_state))
+  with attention.sharded(mesh, sharding.BATCH_AXES):
+    outputs, new_state = model.apply(
+        {'params': params, **model_state}, batch, requests, train=True,
+        rngs={'dropout': rng, 'sample': jax.random.fold_in(rng, 1)},
+        mutable=list(model_state))
   outputs = _constrain_outputs(
       mesh, outputs, model.batchless_outputs,
       len(batch['image']))

@@ -1,0 +1,135 @@
+"""Softmax attention with one meaning and two forms.
+
+`attention` in plain XLA writes the logits and weights of all heads to memory:
+for 364 tokens and 8 heads some 25 times the bytes of its inputs. On a TPU, a
+train step therefore runs the kernel of `attention_tpu`, which keeps them on the
+chip. A kernel runs on one chip's rows, so it needs to know how the batch is
+split: `sharded` says it, and outside of it, or where the kernel does not apply,
+the plain form runs.
+
+Dropout of the weights draws its bits by a hash of their position, which costs a
+few integer operations and is equal in both forms and on every mesh.
+"""
+import contextlib
+import contextvars
+import math
+from typing import Any, NamedTuple, Optional, Tuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from e2e_vlp_jax.ops import attention_tpu
+
+Array = jax.Array
+kept = attention_tpu.kept
+_PLACE = contextvars.ContextVar('attention_place', default=None)
+
+
+class _Place(NamedTuple):
+  mesh: Any
+  axes: Tuple[str, ...]
+
+
+@contextlib.contextmanager
+def sharded(mesh, axes):
+  """Within it, leading axes of attention's inputs are split over a mesh.
+
+  Args:
+    mesh: the mesh of the step that is being traced.
+    axes: names of the mesh's axes over which batches are split.
+  """
+  token = _PLACE.set(_Place(mesh, tuple(axes)))
+  try:
+    yield
+  finally:
+    _PLACE.reset(token)
+
+
+class Dropout(NamedTuple):
+  """Dropout of attention weights.
+
+  Attributes:
+    rate: probability of dropping a weight.
+    seeds: [B] int32, one for each row of the batch.
+  """
+  rate: float
+  seeds: Array
+
+
+def draw_dropout(key, rate, rows):
+  """A `Dropout` for a batch of `rows` rows, from a random key."""
+  bits = jax.random.bits(key, (rows,), jnp.uint32)
+  return Dropout(rate, jax.lax.bitcast_convert_type(bits, jnp.int32))
+
+
+def attention(query: Array, key: Array, value: Array,
+              bias: Optional[Array] = None, table: Optional[Array] = None,
+              dropout: Optional[Dropout] = None) -> Array:
+  """Softmax attention; the softmax runs in float32.
+
+  Args:
+    query: [B, W, T, H, D]; W independent windows of each row, or 1.
+    key, value: [B, W, N, H, D].
+    bias: added to the logits; broadcasts to [B, W, H, T, N].
+    table: [H, T, N], added to the logits too; for learned positions.
+    dropout: of the weights, or None.
+
+  Returns:
+    [B, W, T, H, D].
+  """
+  if bias is not None:
+    bias = jnp.expand_dims(bias, range(5 - jnp.ndim(bias)))
+  place = _PLACE.get()
+  if place is not None and _kernel_applies(place, query, key, bias):
+    return _kernel(place, query, key, value, bias, table, dropout)
+  logits = jnp.einsum(
+      '...thd,...nhd->...htn', query / math.sqrt(query.shape[-1]), key,
+      preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
+  if table is not None:
+    bias = table if bias is None else table + bias
+  if bias is not None:
+    logits = logits + bias
+  weights = jax.nn.softmax(logits).astype(value.dtype)
+  if dropout is not None:
+    shape = weights.shape[1:]
+    keep = jax.vmap(lambda seed: kept(
+        jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape), seed,
+        dropout.rate))(dropout.seeds)
+    weights = jnp.where(keep, weights / (1 - dropout.rate), 0)
+  return jnp.einsum('...htn,...nhd->...thd', weights, value)
+
+
+def _kernel_applies(place, query, key, bias):
+  """Whether the kernel can compute this attention, where it would run."""
+  device = place.mesh.devices.flat[0]
+  batch = math.prod(place.mesh.shape[a] for a in place.axes)
+  return (device.platform == 'tpu' and place.mesh.size == batch
+          and query.shape[0] % batch == 0
+          # A bias for each head may be learned; the kernel has no gradient.
+          and (bias is None or bias.shape[2] < query.shape[3]
+               and bias.shape[-1] == key.shape[2])
+          and attention_tpu.applies(query, key))
+
+
+def _kernel(place, query, key, value, bias, table, dropout):
+  """`attention` by the kernel, on every chip for its own rows."""
+  rows, rate = P(place.axes), 0. if dropout is None else dropout.rate
+  optional = {'table': (table, P())}
+  if bias is not None:  # [1 or B, 1 or W, 1 or T, N]
+    optional['bias'] = bias[:, :, 0], P() if len(bias) == 1 else rows
+  if dropout is not None:
+    optional['seeds'] = dropout.seeds, rows
+  optional = {k: v for k, v in optional.items() if v[0] is not None}
+
+  def run(arrays, others):
+    return attention_tpu.attention(*arrays, rate=rate, heads=query.shape[-2],
+                                   **others)
+  flat = lambda x: x.reshape(*x.shape[:-2], -1)
+  # Not checked: a kernel does not say over which axes its results vary.
+  out = jax.shard_map(
+      run, mesh=place.mesh, out_specs=rows, check_vma=False,
+      in_specs=((rows,) * 3, {k: s for k, (_, s) in optional.items()}))(
+          tuple(flat(x) for x in (query, key, value)),
+          {k: x for k, (x, _) in optional.items()})
+  return out.reshape(query.shape)

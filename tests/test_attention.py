@@ -1,0 +1,182 @@
+"""Attention: the TPU's kernel against plain XLA, and dropout by hashing."""
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e2e_vlp_jax.models import layers
+from e2e_vlp_jax.ops import attention as attention_lib
+from e2e_vlp_jax.ops import attention_tpu
+from e2e_vlp_jax.profiling import program as program_lib
+from e2e_vlp_jax.training import sharding
+
+# [B, W, T, N, heads, D], shape of the bias, table of positions, dropout.
+CASES = [
+    ((2, 1, 20, 24, 8, 32), (2, 1, 1, 24), False, .1),  # padded keys
+    ((2, 4, 9, 9, 4, 32), (1, 4, 9, 9), True, 0.),  # Swin's shifted windows
+    ((2, 1, 10, 12, 4, 64), None, False, .5),
+    ((2, 1, 10, 10, 2, 64), (2, 1, 10, 10), True, .1),  # a causal text
+    ((1, 1, 5, 7, 1, 128), None, False, 0.)]
+
+
+def drawn(sizes, bias, table, rate):
+  """(query, key, value, bias, table, dropout, cotangent)."""
+  b, w, t, n, h, d = sizes
+  keys = iter(jax.random.split(jax.random.key(0), 7))
+  normal = lambda *shape: jax.random.normal(next(keys), shape)
+  return (normal(b, w, t, h, d), normal(b, w, n, h, d), normal(b, w, n, h, d),
+          None if bias is None else layers.mask_bias(
+              jax.random.bernoulli(next(keys), .7, bias)),
+          normal(h, t, n) if table else None,
+          attention_lib.draw_dropout(next(keys), rate, b) if rate else None,
+          normal(b, w, t, h, d))
+
+
+def plain(query, key, value, bias, table, dropout):
+  return attention_lib.attention(
+      query, key, value, None if bias is None else bias[:, :, None], table,
+      dropout)
+
+
+def kernel(query, key, value, bias, table, dropout):
+  flat = lambda x: x.reshape(*x.shape[:3], -1)
+  return attention_tpu.attention(
+      flat(query), flat(key), flat(value), heads=query.shape[3], bias=bias,
+      table=table, rate=dropout.rate if dropout else 0.,
+      seeds=dropout.seeds if dropout else None,
+      interpret=True).reshape(query.shape)
+
+
+def with_gradients(call, query, key, value, bias, table, dropout, cotangent):
+  """(result, gradients of query, key, value and the table)."""
+  def run(query, key, value, table):
+    return call(query, key, value, bias, table, dropout)
+  out, back = jax.vjp(run, query, key, value, table)
+  return out, back(cotangent)
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_the_kernel_computes_the_same(case):
+  inputs = drawn(*case)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+      with_gradients(kernel, *inputs), with_gradients(plain, *inputs))
+
+
+def test_a_text_without_tokens_stays_finite():
+  query, key, value, *_, cotangent = drawn(*CASES[0])
+  bias = jnp.full((2, 1, 1, 24), layers.MASKED)
+  for call in (kernel, plain):
+    found = with_gradients(call, query, key, value, bias, None, None,
+                           cotangent)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize('case', [CASES[0], CASES[1]], ids=str)
+def test_every_device_computes_its_own_rows(case, monkeypatch):
+  """Dropout and the table's gradient do not depend on the mesh."""
+  (b, *sizes), bias, table, rate = case
+  bias = (8, *bias[1:]) if bias[0] == b else bias
+  inputs = drawn((8, *sizes), bias, table, rate)
+  expected = with_gradients(plain, *inputs)
+  mesh = sharding.make_mesh({'data': 4, 'fsdp': 2, 'tensor': 1})
+  monkeypatch.setattr(attention_lib, '_kernel_applies', lambda *_: True)
+  monkeypatch.setattr(attention_tpu, 'attention', functools.partial(
+      attention_tpu.attention, interpret=True))
+
+  def run():
+    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+      return with_gradients(plain, *inputs)
+  text = str(jax.make_jaxpr(run)())
+  assert 'shard_map' in text and 'pallas_call' in text
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+      jax.jit(run)(), expected)
+
+
+def test_the_kernels_flops_are_those_of_its_products():
+  inputs = drawn((2, 3, 8, 8, 4, 32), None, False, 0.)
+  count = lambda call: program_lib.flops(
+      jax.make_jaxpr(lambda *x: with_gradients(call, *x))(*inputs))
+  product = 2 * (2 * 3 * 4) * 8 * 8 * 32
+  assert count(plain) == 6 * product
+  assert count(kernel) == 7 * product  # The logits are computed again.
+
+
+ON_A_TPU = '''
+import jax, jax.numpy as jnp
+jax.config.update('jax_platforms', 'cpu')
+from e2e_vlp_jax.ops import attention as attention_lib
+from e2e_vlp_jax.profiling import chips
+from e2e_vlp_jax.training import sharding
+mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1},
+                          chips.devices('v5e:2x2')[1])
+rows = jax.NamedSharding(mesh, jax.P(('data', 'fsdp')))
+make = lambda s, t: jax.ShapeDtypeStruct(s, t, sharding=rows)
+def loss(q, k, v, mask, seeds):
+  with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+    return attention_lib.attention(
+        q, k, v, jnp.where(mask, 0., -1e9)[:, None, None, None],
+        dropout=attention_lib.Dropout(.1, seeds)).astype(jnp.float32).sum()
+x = make((8, 1, 364, 8, 32), jnp.bfloat16)
+print(jax.jit(jax.grad(loss, (0, 1, 2))).lower(
+    x, x, x, make((8, 364), bool), make((8,), jnp.int32)).compile().as_text())
+'''
+
+
+def test_a_tpu_program_keeps_the_weights_on_the_chip():
+  pytest.importorskip('libtpu', reason="no libtpu; pip install '.[preflight]'")
+  text = subprocess.run(
+      [sys.executable, '-c', ON_A_TPU], check=True, capture_output=True,
+      text=True, env={
+          **os.environ, 'XLA_FLAGS': '', 'TPU_SKIP_MDS_QUERY': '1',
+          'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_WORKER_HOSTNAMES':
+          'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-16'}).stdout
+  assert 'attention_backward' in text
+  assert '364,364' not in text
+  # Four chips, each with 2 x 364 x 256 values of each of four arrays.
+  assert program_lib.memory_traffic(text) < 2 * 8 * 2 * 364 * 256 * 2
+
+
+# --- Dropout ------------------------------------------------------------------
+@pytest.mark.parametrize('rate', [.1, .5])
+def test_hashed_bits_are_evenly_and_independently_distributed(rate):
+  n = 2**16
+  position = jnp.arange(n, dtype=jnp.int32)
+  seeds = attention_lib.draw_dropout(jax.random.key(1), rate, 8).seeds
+  dropped = ~np.stack([attention_lib.kept(position, s, rate) for s in seeds])
+  spread = (rate * (1 - rate) / n)**.5
+  assert abs(dropped.mean(1) - rate).max() < 5 * spread
+  # Neighbours in a row, in the next row, and with another seed.
+  spread = (rate**2 * (1 - rate**2) / n)**.5
+  for other in (np.roll(dropped, 1, 1), np.roll(dropped, 256, 1),
+                np.roll(dropped, 1, 0)):
+    assert abs((dropped & other).mean(1) - rate**2).max() < 5 * spread
+
+
+def test_dropout_scales_what_it_keeps_and_its_gradient():
+  layer = layers.Dropout(.25)
+  x = 1 + jnp.arange(4000.).reshape(40, 100)
+  run = lambda x, seed=0: layer.apply(
+      {}, x, True, rngs={'dropout': jax.random.key(seed)})
+  y, back = jax.vjp(run, x)
+  kept = y != 0
+  assert .7 < kept.mean() < .8
+  np.testing.assert_allclose(y[kept], x[kept] / .75, rtol=1e-6)
+  np.testing.assert_array_equal(back(jnp.ones_like(x))[0],
+                                jnp.where(kept, 1 / .75, 0))
+  assert (run(x, 1) != y).mean() > .3  # another mask
+  np.testing.assert_array_equal(layer.apply({}, x), x)
+
+
+def test_stochastic_depth_drops_whole_rows():
+  layer = layers.Dropout(.5, rows=True)
+  y = layer.apply({}, jnp.ones((64, 3, 5)), True,
+                  rngs={'dropout': jax.random.key(0)})
+  assert set(np.unique(y)) == {0., 2.}
+  assert (y == y[:, :1, :1]).all() and 16 < (y[:, 0, 0] == 0).sum() < 48
