@@ -199,12 +199,15 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     inside = frame.clip(*corners)
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
       return skip('outside the image')
+    box = frame.place(*inside)
+    if not (stored_box(box)[2:] > stored_box(box)[:2]).all():
+      return skip('no area')  # As it is stored.
     # Some of COCO's boxes stick out by a hundredth of a pixel.
     if max(abs(p - q) for p, q in zip(inside, corners)) > .1:
       self.note(split, f'{what} clipped to the image')
     if frame.turns:
       self.reports[split]['turned'] += 1
-    return frame.place(*inside)
+    return box
 
   def area(self, split, given, xywh, box, stored, height, width):
     """The area of an object, in pixels of the upright picture.

@@ -127,9 +127,11 @@ class Builder(base.RecordBuilder):
       except values.Wrong as e:
         self.skip(split, e.reason, f'{where} ({e.found})')
         continue
-      for text in map(base.clean, texts):
-        if text:
-          yield text
+      for text in texts:
+        if '\n' in text.strip():
+          self.note(split, 'text of several lines, which became one')
+        if line := base.clean(text):
+          yield line
         else:
           self.skip(split, 'empty text', where)
 
@@ -172,8 +174,8 @@ class _Table:
     name, text = row
     if not isinstance(name, str) or not name.strip():
       self.faults.append(('row without an image', number))
-    elif not isinstance(text, (str, list)) or text == [] or not all(
-        isinstance(t, str) for t in text):
+    elif not isinstance(text, str) and not (
+        isinstance(text, list) and any(isinstance(t, str) for t in text)):
       self.faults.append(('row without a text', number))
     elif '://' in name:
       raise errors.UserError(
