@@ -205,8 +205,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # Some of COCO's boxes stick out by a hundredth of a pixel.
     if max(abs(p - q) for p, q in zip(inside, corners)) > .1:
       self.note(split, f'{what} clipped to the image')
-    if frame.turns:
-      self.reports[split]['turned'] += 1
+    for what, count in (('turned', frame.turns),
+                        ('drawn_upright', frame.drawn_upright)):
+      self.reports[split][what] += count
     return box
 
   def area(self, split, given, xywh, box, stored, height, width):
@@ -311,9 +312,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _empty_report():
-  return dict(images=0, texts=0, boxes=0, crowds=0, turned=0, skipped={},
-              changed={},
-              lost=dict(images=0, boxes=0), warnings=[])
+  return dict(images=0, texts=0, boxes=0, crowds=0, turned=0, drawn_upright=0,
+              skipped={}, changed={}, lost=dict(images=0, boxes=0), warnings=[])
 
 
 def canonical(example):
