@@ -116,7 +116,8 @@ class _Zip:
 
   def __init__(self, path):
     try:
-      self._archive = zipfile.ZipFile(path)  # pylint: disable=consider-using-with
+      # pylint: disable-next=consider-using-with
+      self._archive = zipfile.ZipFile(path)
       members = [i for i in self._archive.infolist() if not i.is_dir()]
     except Exception as e:  # pylint: disable=broad-except
       # BadZipFile, but also NotImplementedError, struct.error and others.

@@ -10,7 +10,8 @@ two layouts:
   --source, and of the text: by header, by key in JSON lines, or by number from
   0 in a table without a header (`--image 1 --text 0`). Rows with the same
   image become one record with several texts; a JSON line may also have a list
-  of texts. Fields of a .tsv are not quoted.
+  of texts. Fields of a .tsv are not quoted. A row with more fields than the
+  header is left out: a comma may have cut its text.
 - tar shards of img2dataset (`--output_format webdataset`), at any depth. Each
   sample has KEY.jpg (or another image format) and its text in KEY.txt or under
   `caption` in KEY.json.
@@ -56,8 +57,10 @@ class Builder(base.RecordBuilder):
     total = sum(map(len, self._parts))
     count, limit = self.options['num_validation'], self.options['limit']
     if not total:
+      faults = [f'; {reason} ({where})' for p in self._parts
+                for reason, where in p.faults]
       raise errors.UserError(f'{self._parts[0].path}: no pair of an image and '
-                             'a text')
+                             'a text' + ''.join(faults[:1]))
     if count >= total:
       raise errors.UserError(f'num_validation: {count} of {total} images leave '
                              'none for training')
