@@ -24,7 +24,6 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax import peers
-from e2e_vlp_jax import xla
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import predictor
@@ -36,6 +35,7 @@ from e2e_vlp_jax.profiling import roofline
 from e2e_vlp_jax.profiling import timing
 from e2e_vlp_jax.tasks import base as tasks
 from e2e_vlp_jax.training import assemble
+from e2e_vlp_jax.training import compiler
 from e2e_vlp_jax.training import sharding
 
 _WARM_UP = 2  # steps before the clock: allocators, caches, autotuning
@@ -481,8 +481,8 @@ def main(argv=None):
           f'{peers.load(args.peer).task!r}, hence without --data and --score')
     if args.peer:  # Leave it GPU memory; jax reads this at first use.
       os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
-    xla.set_flags(args.deterministic)
-    xla.use_cache()
+    compiler.set_flags(args.deterministic)
+    compiler.use_cache()
     if args.input:
       report = input_speed(config)
       print(f'pipeline {report["pipeline_images_per_s"]:.1f} images/s, plain '

@@ -10,13 +10,13 @@ import jax
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
-from e2e_vlp_jax import xla
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import checkpointer
+from e2e_vlp_jax.training import compiler
 from e2e_vlp_jax.training import distributed
 from e2e_vlp_jax.training import limits
 from e2e_vlp_jax.training import monitor as monitor_lib
@@ -180,9 +180,9 @@ def main(argv=None):
     limits.check(config)  # A wrong config fails before the processes join.
     stages.stages(config)
     if not args.check:
-      xla.set_flags(args.deterministic)
+      compiler.set_flags(args.deterministic)
       distributed.join()
-      xla.use_cache()
+      compiler.use_cache()
       train(config, args.workdir, args.allow_changes)
 
 

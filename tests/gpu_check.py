@@ -196,10 +196,10 @@ def child_run(workdir, steps=8, save_every=2):
   """Trains E2E-VLP `tiny` in bfloat16; prints steps, then a digest."""
   import hashlib  # pylint: disable=g-import-not-at-top
   import ml_collections  # pylint: disable=g-import-not-at-top
-  from e2e_vlp_jax import xla  # pylint: disable=g-import-not-at-top
-  xla.set_flags(deterministic=True)
+  from e2e_vlp_jax.training import compiler  # pylint: disable=g-import-not-at-top
+  compiler.set_flags(deterministic=True)
   import jax  # pylint: disable=g-import-not-at-top
-  xla.use_cache()
+  compiler.use_cache()
   from e2e_vlp_jax.training import checkpointer  # pylint: disable=g-import-not-at-top
   assembly, _, draw = _small('e2e_vlp', jax.devices()[:1], 'bfloat16')
   options = ml_collections.ConfigDict(dict(
