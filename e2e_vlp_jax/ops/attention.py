@@ -12,6 +12,7 @@ few integer operations and is equal in both forms and on every mesh.
 """
 import contextlib
 import contextvars
+import functools
 import math
 from typing import Any, NamedTuple, Optional, Tuple
 
@@ -83,14 +84,15 @@ def attention(query: Array, key: Array, value: Array,
   place = _PLACE.get()
   if place is not None and _kernel_applies(place, query, key, bias):
     return _kernel(place, query, key, value, bias, table, dropout)
-  logits = jnp.einsum(
-      '...thd,...nhd->...htn', query / math.sqrt(query.shape[-1]), key,
-      preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
+  # In bfloat16, if the inputs are: what is written has half the bytes, and the
+  # softmax is computed in float32 where it is read.
+  logits = jnp.einsum('...thd,...nhd->...htn',
+                      query / math.sqrt(query.shape[-1]), key)
   if table is not None:
     bias = table if bias is None else table + bias
   if bias is not None:
     logits = logits + bias
-  weights = jax.nn.softmax(logits).astype(value.dtype)
+  weights = _softmax(logits, value.dtype)
   if dropout is not None:
     shape = weights.shape[1:]
     keep = jax.vmap(lambda seed: kept(
@@ -98,6 +100,30 @@ def attention(query: Array, key: Array, value: Array,
         dropout.rate))(dropout.seeds)
     weights = jnp.where(keep, weights / (1 - dropout.rate), 0)
   return jnp.einsum('...htn,...nhd->...thd', weights, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _softmax(logits, dtype):
+  """softmax in float32, as `dtype`; only the result is kept for gradients."""
+  wide = jnp.promote_types(logits.dtype, jnp.float32)
+  return jax.nn.softmax(logits.astype(wide)).astype(dtype)
+
+
+def _softmax_fwd(logits, dtype):
+  weights = _softmax(logits, dtype)
+  return weights, (weights, jnp.zeros((), logits.dtype))
+
+
+def _softmax_bwd(dtype, kept_, gradient):
+  del dtype
+  weights, like = kept_
+  wide = jnp.promote_types(weights.dtype, jnp.float32)
+  weights, gradient = weights.astype(wide), gradient.astype(wide)
+  inner = (weights * gradient).sum(-1, keepdims=True)
+  return (weights * (gradient - inner)).astype(like.dtype),
+
+
+_softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
 def _kernel_applies(place, query, key, bias):
