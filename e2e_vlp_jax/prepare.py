@@ -225,8 +225,10 @@ def _print(report, folder):
     for what, count in r['changed'].items():
       _say(f'  changed {count}: {what}')
     if r['turned']:
+      others = (f', as {r["drawn_upright"]} others were'
+                if r['drawn_upright'] else '')
       _say(f'  turned {r["turned"]}: boxes turned with their pictures (EXIF); '
-           'if they were drawn on upright pictures, use --upright')
+           f'if they were drawn on upright pictures{others}, use --upright')
   for f, digest in report['source_sha256'].items():
     _say(f'  {f}: sha256 {digest[:16]}')
   _say(f'{folder}: {report["seconds"]} s; all of this in {records.REPORT}')

@@ -66,11 +66,8 @@ def line(v):
 
 
 def lines(v):
-  """The non-empty lines of a text or a list of texts; None if it is neither."""
-  v = v if isinstance(v, list) else [v]
-  if not v or not all(isinstance(t, str) for t in v):
-    return None
-  return [t for t in map(line, v) if t]
+  """The non-empty lines of a text or of the texts in a list."""
+  return [t for t in map(line, v if isinstance(v, list) else [v]) if t]
 
 
 def box(v, width, height, image):
@@ -136,7 +133,7 @@ def coco(instances, captions, sizes):
       if name_of(a.get('image_id')) != i:
         continue
       if 'caption' in a:
-        texts += lines(a['caption']) or []
+        texts += lines(a['caption'])
       crowd = False if a.get('iscrowd') is None else truth(a['iscrowd'])
       label = labels.get(name_of(a.get('category_id')))
       at = box(a.get('bbox'), *size, sizes[name])
@@ -269,10 +266,9 @@ def table(data, kind, images):
   found = {}
   for name, texts in rows(data.decode('utf-8-sig'), kind):
     if isinstance(name, str) and name.strip():
-      texts = texts if isinstance(texts, list) else [texts]
-      if texts and all(isinstance(t, str) for t in texts):
-        found.setdefault(name.strip(), []).extend(filter(None, map(line,
-                                                                   texts)))
+      if any(isinstance(t, str) for t in (
+          texts if isinstance(texts, list) else [texts])):
+        found.setdefault(name.strip(), []).extend(lines(texts))
   return [(n, list(dict.fromkeys(t))) for n, t in found.items()
           if t and file_of(n, found, images)]
 

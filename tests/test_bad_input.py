@@ -180,6 +180,8 @@ COCO = [
      "changed 1: area replaced by the box's"),
     ('a box of three numbers', lambda i: i.coco(bbox=[1, 2, 3]), 0,
      'skipped 1: box: not four finite numbers'),
+    ('a box without an area', lambda i: i.coco(bbox=[1, 1, 1e-9, 1e-9]), 0,
+     'skipped 1: box: no area'),
     ('a box of four letters', lambda i: i.coco(bbox='1234'), 0,
      'skipped 1: box: not four finite numbers'),
     ('an annotation of no image', lambda i: i.coco(image_id=77), 0,
@@ -248,6 +250,12 @@ PAIRS = [
         't.jsonl', '{"image": "0.png", "text": 3}\n'
         '{"image": "1.png", "text": "a"}\n'), 0,
      'skipped 1: row without a text'),
+    ('a list of texts and others', lambda i: i.pairs(
+        't.jsonl', '{"image": "0.png", "text": ["a", null]}\n'), 0,
+     'changed 1: list of texts with an item that is no text'),
+    ('a quotation mark that ends in a later row', lambda i: i.pairs(
+        't.csv', 'image,text\n0.png,"a\n1.png,b"\n'), 0,
+     'changed 1: text of several lines'),
     ('half an emoji', lambda i: i.pairs(
         't.jsonl', '{"image": "0.png", "text": "a\\ud83d"}\n'), 0,
      'changed 1: text with half a character'),
@@ -257,7 +265,7 @@ PAIRS = [
         't.csv', 'image,text\nhttp://a/b.png,x\n'), 2,
      't.csv:2: the image is a URL.*download the images first'),
     ('a damaged shard', lambda i: [i.put('0.tar', b'x' * 2048), i.prepare(
-        'pairs')][1], 2, '0.tar: no pair of an image and a text'),
+        'pairs')][1], 2, '0.tar: no pair of an image and a text; rest of a shard: '),
 ]
 OTHERS = [
     ('an id of two items', lambda i: i.genome(objects=[

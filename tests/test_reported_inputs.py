@@ -6,6 +6,7 @@ import json
 import zipfile
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from e2e_vlp_jax import errors
@@ -210,3 +211,25 @@ def test_boxes_of_upright_pictures(case, which, tmp_path):
   (record,), report, said = case(f'18_exif_conventions/input_{which}',
                                  '--upright')
   assert is_right(record) and report['turned'] == 0  # ... unless asked not to.
+
+
+def test_other_images_show_how_boxes_were_drawn(tmp_path, capsys):
+  """Of a picture on its side the size tells; of one upside down it does not."""
+  notes = tmp_path / 'annotations'
+  notes.mkdir()
+  (tmp_path / 'train2017').mkdir()
+  for k, orientation in enumerate((6, 3)):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new('RGB', (20, 30) if k == 0 else (30, 20)).save(
+        tmp_path / 'train2017' / f'{k}.jpg', exif=exif)
+  (notes / 'instances_train2017.json').write_text(json.dumps(dict(
+      images=[dict(id=k, file_name=f'{k}.jpg', width=30, height=20)
+              for k in range(2)],
+      annotations=[dict(id=k, image_id=k, category_id=1, bbox=[1, 2, 3, 4])
+                   for k in range(2)], categories=[dict(id=1, name='dog')])))
+  prepare.main(['coco', '--source', str(tmp_path), '--data_dir',
+                str(tmp_path / 'data')])
+  assert ('turned 1: boxes turned with their pictures (EXIF); if they were '
+          'drawn on upright pictures, as 1 others were, use --upright') in (
+              capsys.readouterr().out)

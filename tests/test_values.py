@@ -25,6 +25,7 @@ GOOD = [
     (values.text, f'a {HALF}', 'a \ufffd'),
     (values.text, f'{HALF}\ude00', '😀'),  # Two halves are a whole.
     (values.texts, 'a', ['a']), (values.texts, ['a', 'b'], ['a', 'b']),
+    (values.texts, ['a', None, 3], ['a']),
     (values.box, [1, '2', 3.5, 4], (1., 2., 3.5, 4.))]
 BAD = [
     *[(f, v) for f in (values.number, values.integer, values.positive)
@@ -34,7 +35,7 @@ BAD = [
     (values.integer, 2**63), (values.integer, '9' * 5000),
     *[(values.flag, v) for v in (None, '', 'maybe', 2, NAN, [], [1], {})],
     *[(f, v) for f in (values.text, values.texts)
-      for v in (None, NAN, 3, True, {}, [3], ['a', None])],
+      for v in (None, NAN, 3, True, {}, [3], [None, ['a']])],
     (values.text, ['a']), (values.texts, []),
     *[(values.box, v) for v in (None, 'abcd', '1234', [1, 2, 3], [1] * 5,
                                 [1, 2, 3, NAN], [1, 2, 3, [4]], {})]]
@@ -58,8 +59,8 @@ def test_what_is_wrong(read, value):
 
 def test_a_changed_text_is_told():
   told = []
-  values.texts(['a', f'b {HALF}', '漢'], 'x', told.append)
-  assert told == [values.HALF]
+  values.texts(['a', f'b {HALF}', '漢', None], 'x', told.append)
+  assert told == [values.HALF, values.NO_TEXT]
 
 
 def test_ids_are_unique_unless_entries_are_equal():

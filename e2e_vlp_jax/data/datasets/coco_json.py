@@ -122,7 +122,7 @@ class CocoJson:
 class CocoRecords(base.RecordBuilder):
   """Yields the records of a `CocoJson`.
 
-  A subclass has the options `captioned_only` and `upright`.
+  A subclass may have the options `captioned_only` and `upright`.
   """
 
   def coco_records(self, split, found, images, files, limit):
@@ -149,7 +149,7 @@ class CocoRecords(base.RecordBuilder):
         if not t:
           self.skip(split, 'empty caption', name)
       captions = [t for t in captions if t]
-      if self.options['captioned_only'] and not (objects and captions):
+      if self.options.get('captioned_only') and not (objects and captions):
         self.skip(split, 'image: no valid box or caption', name)
         continue
       self.note_image(split, stored)

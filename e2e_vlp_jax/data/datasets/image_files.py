@@ -116,7 +116,8 @@ class _Zip:
 
   def __init__(self, path):
     try:
-      self._archive = zipfile.ZipFile(path)  # pylint: disable=consider-using-with
+      # pylint: disable-next=consider-using-with
+      self._archive = zipfile.ZipFile(path)
       members = [i for i in self._archive.infolist() if not i.is_dir()]
     except Exception as e:  # pylint: disable=broad-except
       # BadZipFile, but also NotImplementedError, struct.error and others.
@@ -227,7 +228,7 @@ class Stored:
     if _same_shape(self.size_in_file, (height, width)):
       return Frame(height, width, 1 if upright else self._orientation)
     if _same_shape((self.height, self.width), (height, width)):
-      return Frame(height, width)
+      return Frame(height, width, drawn_upright=True)
     return None
 
 
@@ -236,9 +237,12 @@ class Frame:
 
   Attributes:
     turns: whether it is turned to become the upright picture.
+    drawn_upright: whether its size shows that it is the upright picture of a
+      file whose pixels lie on their side.
   """
 
-  def __init__(self, height, width, orientation=1):
+  def __init__(self, height, width, orientation=1, drawn_upright=False):
+    self.drawn_upright = drawn_upright
     self._height, self._width = height, width
     self._turn = _TURNS.get(orientation, lambda x, y: (x, y))
     self.turns = orientation in _TURNS

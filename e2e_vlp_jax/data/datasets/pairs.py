@@ -10,7 +10,8 @@ two layouts:
   --source, and of the text: by header, by key in JSON lines, or by number from
   0 in a table without a header (`--image 1 --text 0`). Rows with the same
   image become one record with several texts; a JSON line may also have a list
-  of texts. Fields of a .tsv are not quoted.
+  of texts. Fields of a .tsv are not quoted. A row with more fields than the
+  header is left out: a comma may have cut its text.
 - tar shards of img2dataset (`--output_format webdataset`), at any depth. Each
   sample has KEY.jpg (or another image format) and its text in KEY.txt or under
   `caption` in KEY.json.
@@ -56,8 +57,10 @@ class Builder(base.RecordBuilder):
     total = sum(map(len, self._parts))
     count, limit = self.options['num_validation'], self.options['limit']
     if not total:
+      faults = [f'; {reason} ({where})' for p in self._parts
+                for reason, where in p.faults]
       raise errors.UserError(f'{self._parts[0].path}: no pair of an image and '
-                             'a text')
+                             'a text' + ''.join(faults[:1]))
     if count >= total:
       raise errors.UserError(f'num_validation: {count} of {total} images leave '
                              'none for training')
@@ -127,9 +130,11 @@ class Builder(base.RecordBuilder):
       except values.Wrong as e:
         self.skip(split, e.reason, f'{where} ({e.found})')
         continue
-      for text in map(base.clean, texts):
-        if text:
-          yield text
+      for text in texts:
+        if '\n' in text.strip():
+          self.note(split, 'text of several lines, which became one')
+        if line := base.clean(text):
+          yield line
         else:
           self.skip(split, 'empty text', where)
 
@@ -172,8 +177,8 @@ class _Table:
     name, text = row
     if not isinstance(name, str) or not name.strip():
       self.faults.append(('row without an image', number))
-    elif not isinstance(text, (str, list)) or text == [] or not all(
-        isinstance(t, str) for t in text):
+    elif not isinstance(text, str) and not (
+        isinstance(text, list) and any(isinstance(t, str) for t in text)):
       self.faults.append(('row without a text', number))
     elif '://' in name:
       raise errors.UserError(

@@ -14,7 +14,7 @@ under `Wrong.reason` (the box of an object).
 | identity | a whole number; other text, such as 'a7' | '', and the rest |
 | flag | true, 0, 1, '0', 'false', 'No' | 2, 'maybe', '', None |
 | text | any text; half a character becomes U+FFFD | numbers, None, lists |
-| texts | a text, or a list of texts | an empty list, and what is no text |
+| texts | a text, or those in a list | no text at all |
 | box | four numbers | fewer or more, and what is no list |
 
 An absent value is for the caller to decide on: None is wrong for all of them.
@@ -26,6 +26,7 @@ import re
 from e2e_vlp_jax import errors
 
 HALF = 'text with half a character, which became U+FFFD'
+NO_TEXT = 'list of texts with an item that is no text, left out'
 # Plain decimal numbers: not 'nan', '1_000' or digits of other scripts, which
 # Python's float() reads too.
 _NUMBER = re.compile(r'\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*', re.ASCII)
@@ -164,12 +165,18 @@ def text(value, where, note=None):
 
 
 def texts(value, where, note=None):
-  """A text or a list of texts, as a list; see `text`."""
-  if isinstance(value, list):
-    if not value:
-      raise Wrong(value, where, 'text')
-    return [text(v, where, note) for v in value]
-  return [text(value, where, note)]
+  """A text or a list with texts, as a list; see `text`.
+
+  `note` is told of every item that is no text (`NO_TEXT`).
+  """
+  if not isinstance(value, list):
+    return [text(value, where, note)]
+  found = [text(v, where, note) for v in value if isinstance(v, str)]
+  if not found:
+    raise Wrong(value, where, 'text')
+  for _ in range((len(value) - len(found)) if note else 0):
+    note(NO_TEXT)
+  return found
 
 
 def box(value, where):
