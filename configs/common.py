@@ -9,9 +9,10 @@ from ml_collections.config_dict import placeholder
 
 from e2e_vlp_jax import errors
 
-# Datasets whose objects have names of a shipped label space, and the published
-# corpora without objects.
-_SHIPPED = ('scenes', 'coco', 'visual_genome', 'nlvr1', 'vqav2', 'sbu', 'cc3m')
+# Datasets whose objects have names of a shipped label space. All others bring
+# their own names, except the published corpora, which have no objects.
+SHIPPED = ('scenes', 'coco', 'visual_genome', 'nlvr1', 'vqav2')
+_NO_OBJECTS = ('sbu', 'cc3m')
 
 
 def parse_argument(arg, sizes, published, **more):
@@ -62,9 +63,10 @@ def labels(names, default):
       names it has. If not, the space is the one that was prepared with the
       datasets.
   """
-  if names[0] not in _SHIPPED:
+  known = (*SHIPPED, *_NO_OBJECTS)
+  if names[0] not in known:
     return 'prepared'
-  return default if set(names) <= set(_SHIPPED) else f'{default}+prepared'
+  return default if set(names) <= set(known) else f'{default}+prepared'
 
 
 def parse_options(pairs, keys):

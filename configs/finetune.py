@@ -29,7 +29,6 @@ from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import stages
 
-_DATASETS = 'e2e_vlp_jax.data.datasets'
 KEYS = {'from': str, 'system': str, 'size': str, 'data': str, 'side': int}
 
 
@@ -89,7 +88,7 @@ def _start(how, options):
   data = options.get('data') or (
       'scenes' if scenes and 'scenes' in how.splits else how.data)
   names = common.dataset_names(data)
-  own = set(names) - set(discovery.names(_DATASETS, 'Builder'))
+  own = set(names) - set(common.SHIPPED)
   for name in names:
     if name not in how.splits and name not in own:
       raise ValueError(f'data: {name!r} is not a dataset of this task'

@@ -538,6 +538,20 @@ def test_own_boxes_train_a_detector(folder, tmp_path):
       'classes' in name for name in loaded['other_shape'])
 
 
+def test_any_name_can_be_fine_tuned():
+  """The default names of own datasets and of pairs, and the mixtures."""
+  of = lambda arg: cli.load_config(f'configs/finetune.py:{arg}')
+  for task, name in (('detect', 'own'), ('caption', 'pairs'),
+                     ('caption', 'sbu'), ('detect', 'coco+mine')):
+    config = of(f'{task},system=e2e_vlp,data={name}')
+    assert [s['name'] for s in config.data.train] == name.split('+')
+    source, = (e.source.to_dict() for e in config.evals.values())
+    assert source == dict(name=name.split('+')[0], split='validation')
+  assert config.data.labels == 'joint+prepared'
+  with pytest.raises(errors.UserError, match="'vqav2' is not a dataset of"):
+    of('detect,system=e2e_vlp,data=vqav2')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('data, measured', [
     ('mine', {'detection'}), ('said', {'captioning', 'itm', 'mlm'})])

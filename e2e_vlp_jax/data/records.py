@@ -181,6 +181,7 @@ def prepared_folder(data_dir, name):
   near, command, more = '', name, ''
   if name not in built:
     near = errors.nearest(name, dict.fromkeys([*found, *built]))
+    near = near if 'did you mean' in near else ''  # The others are no choice.
     command = f'pairs --name {name} --source DIR'
     more = ' (own instead of pairs, if it has boxes)'
   raise errors.UserError(

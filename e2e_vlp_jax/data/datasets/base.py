@@ -185,7 +185,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Keeps a change of an image or of its boxes for `changes`."""
     self._events.append((stored, dict(
         what=what, name=str(name).encode('utf-8', 'backslashreplace').decode(),
-        box=box and [round(float(v), 5) for v in box])))
+        box=[round(float(v), 5) for v in box] if box and np.isfinite(
+            box).all() else None)))
 
   def box(self, split, what, name, xywh, stored, height, width):
     """A box of the annotations, checked and clipped to the image.
@@ -224,16 +225,16 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       return skip('outside the image', frame.place(*corners))
     box = frame.place(*inside)
     if not (stored_box(box)[2:] > stored_box(box)[:2]).all():
-      return skip('no area')  # As it is stored.
+      return skip('no area', given)  # As it is stored.
     # Some of COCO's boxes stick out by a hundredth of a pixel.
     if max(abs(p - q) for p, q in zip(inside, corners)) > .1:
       self.note(split, f'{what} {_CLIPPED}')
       self._event(stored, f'{what} clipped', name, frame.place(*corners))
+    if frame.turns:
+      self._event(stored, f'{what} turned with its picture (EXIF)', name)
     for key, count in (('turned', frame.turns),
                        ('drawn_upright', frame.drawn_upright)):
       self.reports[split][key] += count
-    if frame.turns:
-      self._event(stored, f'{what} turned with its picture (EXIF)', name)
     return box
 
   def area(self, split, given, xywh, box, stored, height, width):
