@@ -6,7 +6,11 @@
 Writes data/NAME/1.0.0: TFDS ArrayRecord shards, one index per split, and
 prepare_report.json, with counts of images, texts and boxes, what was skipped
 and why, and checksums. A second run finds the data and stops. After an
-interruption it starts over.
+interruption it starts over. One process at a time prepares a dataset in a
+folder; another ends and says which.
+
+A split that loses all of its boxes is an error. One that loses more than half
+of its images is written, with a warning on standard error as the last line.
 """
 import contextlib
 import glob
@@ -60,7 +64,18 @@ def _names():
 
 
 def prepare(builder_class, data_dir, source, options):
-  """Writes one dataset unless it exists already; returns its report."""
+  """Writes one dataset unless it exists already; returns its report.
+
+  Args:
+    builder_class: a `datasets.base.RecordBuilder`.
+    data_dir: where to write.
+    source: folder of the official files, or None.
+    options: the values of the builder's OPTIONS.
+
+  Raises:
+    UserError: the files cannot be used, another process is at it, or the
+      dataset is there with other options.
+  """
   name = options.get('name', builder_class.name)
   others = set(_names()) - {builder_class.name}
   if not re.fullmatch('[a-z][a-z0-9_]*', name) or name in others:
@@ -71,70 +86,111 @@ def prepare(builder_class, data_dir, source, options):
   wanted = dict(options)
   if source:
     wanted['source'] = os.path.abspath(source)
-  path = os.path.join(folder, records.REPORT)
-  if os.path.exists(path):  # Written last, so it marks a finished folder.
-    return _earlier_report(path, folder, wanted)
-  _make_room(folder, data_dir)
+  if report := _earlier_report(folder, wanted):
+    return report
+  parent = os.path.dirname(folder)
+  files.check_folder('--data_dir', parent)
+  with files.lock(os.path.join(parent, '.prepare.lock'), parent):
+    # Another process may have finished just now.
+    report = _earlier_report(folder, wanted)
+    if not report:
+      _remove_leftovers(folder, data_dir)
+      builder = builder_class(data_dir=data_dir, source=source, **options)
+      report = _write(builder, folder, wanted)
+  return report
+
+
+def _write(builder, folder, wanted):
+  """Writes the records, the indexes and the report, in this order."""
   start = time.time()
   tfds.disable_progress_bar()  # Our builders have their own.
-  builder = builder_class(data_dir=data_dir, source=source, **options)
-  print(f'preparing {name} in {folder}')
+  _say(f'preparing {builder.name} in {folder}')
   # Hide TFDS's messages about downloads; we download nothing.
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare()
   for split, index in builder.indexes.items():
     np.savez(os.path.join(folder, f'{split}.index.npz'), **index)
-  report = dict(name=name, options=wanted,
+  report = dict(name=builder.name, options=wanted,
                 seconds=round(time.time() - start, 1), splits=builder.reports,
                 source_sha256={f: _sha256(f)
                                for f in builder.annotation_files()})
-  files.write_json(path, report)
+  # Written last, so it marks a finished folder.
+  files.write_json(os.path.join(folder, records.REPORT), report)
   _print(report, folder)
   return report
 
 
-def _earlier_report(path, folder, wanted):
-  """The report of an earlier run with the same options; else UserError."""
-  with open(path, encoding='utf-8') as f:
-    report = json.load(f)
+def _earlier_report(folder, wanted):
+  """The report of an earlier run, or None if there was none that finished.
+
+  Raises:
+    UserError: it had other options, or its report cannot be read.
+  """
+  path = os.path.join(folder, records.REPORT)
+  try:
+    with open(path, encoding='utf-8') as f:
+      report = json.load(f)
+    options = dict(report['options'])
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(f'{path} cannot be read ({type(e).__name__}: {e}); '
+                           f'remove {folder} to prepare it again') from e
   for k, v in wanted.items():
-    if report['options'].get(k) != v:
+    # An option that is newer than the folder had its default value there.
+    if k in options and options[k] != v or k not in options and v:
       raise errors.UserError(
-          f'{folder} was prepared with {k}={report["options"].get(k)!r}, '
+          f'{folder} was prepared with {k}={options.get(k)!r}, '
           f'not {v!r}; remove it or choose another --data_dir')
-  print(f'{folder} is prepared already')
+  _say(f'{folder} is prepared already')
   return report
 
 
-def _make_room(folder, data_dir):
-  """Removes leftovers of an interrupted run; checks that we may write."""
+def _remove_leftovers(folder, data_dir):
+  """Removes what an interrupted run left; nobody else is at it."""
   parent = os.path.dirname(folder)
   half_done = [folder, *glob.glob(os.path.join(glob.escape(parent),
                                                'incomplete.*'))]
   try:
-    os.makedirs(parent, exist_ok=True)
     for path in filter(os.path.exists, half_done):
-      print(f'removing {path}, which was interrupted')
+      _say(f'removing {path}, which was interrupted')
       shutil.rmtree(path)
-    if not os.access(parent, os.W_OK):
-      raise PermissionError(f'{parent} is not writable')
   except OSError as e:
     raise errors.UserError(f'--data_dir {data_dir!r}: {e}') from e
 
 
 def _print(report, folder):
+  """Says what was written, left out and changed."""
   for split, r in report['splits'].items():
-    print(f'{report["name"]} {split}: {r["images"]} images, {r["texts"]} '
-          f'texts, {r["boxes"]} boxes; records sha256 '
-          f'{r["records_sha256"][:16]}')
+    crowds = (f', of which {r["crowds"]} crowds, which training leaves out'
+              if r['crowds'] else '')
+    _say(f'{report["name"]} {split}: {r["images"]} images, {r["texts"]} '
+         f'texts, {r["boxes"]} boxes{crowds}; records sha256 '
+         f'{r["records_sha256"][:16]}')
     for reason, s in r['skipped'].items():
       some = ', '.join(s['names'][:5]) + (', ...' if s['count'] > 5 else '')
-      print(f'  skipped {s["count"]}: {reason} ({some})')
+      _say(f'  skipped {s["count"]}: {reason} ({some})')
     for what, count in r['changed'].items():
-      print(f'  changed {count}: {what}')
+      _say(f'  changed {count}: {what}')
+    if r['turned']:
+      others = (f', as {r["drawn_upright"]} others were'
+                if r['drawn_upright'] else '')
+      _say(f'  turned {r["turned"]}: boxes turned with their pictures (EXIF); '
+           f'if they were drawn on upright pictures{others}, use --upright')
   for f, digest in report['source_sha256'].items():
-    print(f'  {f}: sha256 {digest[:16]}')
-  print(f'{folder}: {report["seconds"]} s; all of this in {records.REPORT}')
+    _say(f'  {f}: sha256 {digest[:16]}')
+  _say(f'{folder}: {report["seconds"]} s; all of this in {records.REPORT}')
+  for split, r in report['splits'].items():
+    for what in r['warnings']:
+      _say(f'warning: {report["name"]} {split}: {what}', sys.stderr)
+
+
+def _say(text, stream=None):
+  """Prints a line, whatever characters the stream can hold."""
+  stream = stream or sys.stdout
+  encoding = getattr(stream, 'encoding', None) or 'utf-8'
+  print(text.encode(encoding, 'backslashreplace').decode(encoding),
+        file=stream)
 
 
 def _sha256(path):

@@ -134,7 +134,7 @@ class Genome:
         image_id=i, width=WIDTH, height=HEIGHT, coco_id=coco,
         url=f'https://example.org/VG_100K_2/{i}.jpg'))
     self.files['objects'].append(dict(image_id=i, objects=[
-        dict(dict(object_id=10 * i + k, x=5, y=6, w=20, h=12), **o)
+        dict(dict(object_id=10 * int(i) + k, x=5, y=6, w=20, h=12), **o)
         for k, o in enumerate(objects)]))
     self.files['attributes'].append(dict(image_id=i, attributes=[
         dict(object_id=k, attributes=a) for k, a in attributes]))
@@ -205,6 +205,26 @@ def test_bad_boxes_phrases_and_images(genome, tmp_path):
   assert sum(v for k, v in found.items() if 'image: ' in k) == 2
   assert report(tmp_path, 'visual_genome')['changed'] == {
       'box clipped to the image': 1, 'phrase clipped to the image': 1}
+
+
+def test_values_of_other_types(genome, tmp_path):
+  """As exporters write them; what cannot be read joins nothing."""
+  genome.add('7', [
+      dict(names='dog', object_id='70', x='5', w=20.),
+      dict(names=['cat'], object_id=None, merged_object_ids=3),
+      dict(names=[['dog']], object_id=72)],
+             [dict(phrase='a dog \ud83d'), dict(phrase=3)],
+             [('70', ['brown', 5]), (None, ['green']), ([], 'red')])
+  genome.write()
+  run('visual_genome', '--source', genome.source, '--data_dir', tmp_path)
+  (r,) = read(tmp_path, 'visual_genome')
+  assert r['image_id'] == '7' and r['texts'] == ['a dog \ufffd']
+  assert [(o['label'], o['id'], o['attributes']) for o in r['objects']] == [
+      ('dog', 70, ['brown']), ('cat', 0, [])]
+  found = report(tmp_path, 'visual_genome')
+  assert counts(found) == {'phrase: empty': 1, 'box: no name': 1,
+                           'attribute is not text': 1}
+  assert found['lost'] == {'images': 0, 'boxes': 1}
 
 
 def test_photographs_of_coco_can_be_left_out(genome, tmp_path):

@@ -18,21 +18,24 @@ GOOD = [
     (values.integer, 3, 3), (values.integer, 3., 3), (values.integer, '3', 3),
     (values.integer, '-3', -3), (values.integer, '3.0', 3),
     (values.integer, str(2**63 - 1), 2**63 - 1),
+    (values.identity, '07', 7), (values.identity, 'a7', 'a7'),
     *[(values.flag, v, False) for v in (0, 0., False, '0', 'false', 'No')],
     *[(values.flag, v, True) for v in (1, 1., True, '1', ' TRUE', 'yes')],
     (values.text, 'a 漢', 'a 漢'), (values.text, '', ''),
     (values.text, f'a {HALF}', 'a \ufffd'),
     (values.text, f'{HALF}\ude00', '😀'),  # Two halves are a whole.
     (values.texts, 'a', ['a']), (values.texts, ['a', 'b'], ['a', 'b']),
+    (values.texts, ['a', None, 3], ['a']),
     (values.box, [1, '2', 3.5, 4], (1., 2., 3.5, 4.))]
 BAD = [
     *[(f, v) for f in (values.number, values.integer, values.positive)
       for v in NO_NUMBERS],
+    *[(values.identity, v) for v in (None, True, ' ', NAN, [3], 3.5)],
     (values.positive, 0), (values.positive, '-1'), (values.integer, 3.5),
     (values.integer, 2**63), (values.integer, '9' * 5000),
     *[(values.flag, v) for v in (None, '', 'maybe', 2, NAN, [], [1], {})],
     *[(f, v) for f in (values.text, values.texts)
-      for v in (None, NAN, 3, True, {}, [3], ['a', None])],
+      for v in (None, NAN, 3, True, {}, [3], [None, ['a']])],
     (values.text, ['a']), (values.texts, []),
     *[(values.box, v) for v in (None, 'abcd', '1234', [1, 2, 3], [1] * 5,
                                 [1, 2, 3, NAN], [1, 2, 3, [4]], {})]]
@@ -56,8 +59,8 @@ def test_what_is_wrong(read, value):
 
 def test_a_changed_text_is_told():
   told = []
-  values.texts(['a', f'b {HALF}', '漢'], 'x', told.append)
-  assert told == [values.HALF]
+  values.texts(['a', f'b {HALF}', '漢', None], 'x', told.append)
+  assert told == [values.HALF, values.NO_TEXT]
 
 
 def test_ids_are_unique_unless_entries_are_equal():
@@ -69,7 +72,7 @@ def test_ids_are_unique_unless_entries_are_equal():
       r"images\[0\] and \[2\] have the same id 1, but differ: file_name "
       r"'a.png' and 'b.png'")):
     read([a, dict(a, id=2), b])
-  with pytest.raises(errors.UserError, match=r'images\[0\].id is None'):
+  with pytest.raises(errors.UserError, match=r"images\[0\] has no 'id'"):
     read([{}])
 
 

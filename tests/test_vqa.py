@@ -502,18 +502,19 @@ def test_prepare_tests_and_splits(tmp_path, capsys):
 
 @pytest.mark.parametrize('change, message', [
     (lambda q, a: q.append(question(10, text='is it blue?')),
-     r'questions\[1\] is another item of question_id 10; ids must be unique'),
+     r"questions\[0\] and \[1\] have the same question_id 10, but differ: "
+     "question 'is it red\\?' and 'is it blue\\?'"),
     (lambda q, a: a.append(annotation(10, ['no'] * 10)),
-     r'annotations\[1\] is another item of question_id 10'),
-    (lambda q, a: q[0].update(question_id='10'),
-     r"questions\[0\].question_id is '10'; expected a whole number"),
+     r'annotations\[0\] and \[1\] have the same question_id 10, but differ'),
+    (lambda q, a: q[0].update(question_id='1O'),
+     r"questions\[0\].question_id is '1O'; expected a whole number"),
     (lambda q, a: q[0].update(image_id=True),
      r'questions\[0\].image_id is True; expected a whole number'),
     (lambda q, a: q[0].update(question=None),
      r'questions\[0\].question is None; expected text'),
     (lambda q, a: a[0].update(answers='yes'),
      r"annotations\[0\].answers is 'yes'; expected a list"),
-    (lambda q, a: a.append(3), r'annotations\[1\].question_id is None'),
+    (lambda q, a: a.append(3), r'annotations\[1\] is 3; expected an obj'),
     (lambda q, a: q.clear(), 'no questions'),
     (lambda q, a: a.clear(), 'none of 1 images can be used'),
 ])
@@ -545,7 +546,8 @@ def test_prepare_refuses_what_is_no_source(tmp_path):
 
 
 def test_equal_questions_are_let_through(tmp_path):
-  source = write(tmp_path / 'source', [question(10)] * 2,
+  # A number may be written as text.
+  source = write(tmp_path / 'source', [question(10), question('10')],
                  [annotation(10)] * 2)
   found, _ = prepared(source, tmp_path / 'data')
   assert len(found['train'][0]['questions']) == 1

@@ -14,9 +14,12 @@ from PIL import Image
 
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data import units
 
 REPORT = 'prepare_report.json'
+# Scripts that read records decode their images under this name.
+decode_image = photographs.decode_image
 # The lists of a record, and an empty item of each.
 _NO_BOX = np.zeros(4, np.float32)
 _LISTS = {

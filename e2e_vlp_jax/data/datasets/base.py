@@ -6,7 +6,6 @@ that says where its records come from; `prepare NAME` finds it by its name.
 import collections
 import hashlib
 import json
-import math
 import re
 
 import numpy as np
@@ -17,11 +16,15 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import boxes
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import units
+from e2e_vlp_jax.data.datasets import values
 
 _BYTES = lambda: tfds.features.Scalar(np.object_)
 _BOX = lambda: tfds.features.Tensor(shape=(4,), dtype=np.float32)
 _TEXT = tfds.features.Text
 _NAMED = 1000  # names that a report lists per reason; it counts all
+# An option of the datasets whose files have boxes and photographs.
+UPRIGHT = {'upright': (
+    False, 'boxes were drawn on upright pictures: turn none by EXIF')}
 
 
 def features():
@@ -110,7 +113,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     self.source = source
     self.options = {k: options.get(k, v) for k, (v, _) in self.OPTIONS.items()}
     self.name = self.options.get('name', self.name)
-    self.indexes, self.reports = {}, {}
+    self.indexes, self.reports = {}, collections.defaultdict(_empty_report)
     super().__init__(data_dir=data_dir, file_format='array_record')
 
   def sources(self):
@@ -121,18 +124,48 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Paths whose checksums go into the report."""
     return []
 
-  def skip(self, split, reason, name=None):
-    """Counts something that is left out, and lists its `name` if given."""
-    found = self.reports[split]['skipped'].setdefault(
-        reason, {'count': 0, 'names': []})
+  def skip(self, split, reason, name=None, lost=None):
+    """Counts something that is left out, and lists its `name` if given.
+
+    Args:
+      split: name of the split.
+      reason: why, in words that are the same for all names.
+      name: what it is called in the files.
+      lost: 'images' or 'boxes' if a record or an object is missing because of
+        it, which nobody asked for.
+    """
+    report = self.reports[split]
+    found = report['skipped'].setdefault(reason, {'count': 0, 'names': []})
     found['count'] += 1
+    if lost:
+      report['lost'][lost] += 1
     if name is not None and len(found['names']) < _NAMED:
-      found['names'].append(str(name))
+      # A name may hold half a character, which nothing can print or write.
+      found['names'].append(str(name).encode('utf-8', 'backslashreplace')
+                            .decode())
 
   def note(self, split, what):
     """Counts something that is kept, but changed."""
     changed = self.reports[split]['changed']
     changed[what] = changed.get(what, 0) + 1
+
+  def skip_image(self, split, error, name, where=None):
+    """Counts an image that cannot be read.
+
+    Args:
+      split: name of the split.
+      error: the UserError that came instead of the image.
+      name: its file, as the error calls it.
+      where: its name in the report; `name` by default.
+    """
+    self.skip(split, f'image: {reason(error, name)}', where or name, 'images')
+
+  def note_image(self, split, stored):
+    """Counts what was changed in an image that is kept."""
+    if stored.renamed:
+      self.note(split, 'image found under a similar name')
+    if stored.changed:
+      self.note(split, f'image encoded again: {stored.changed}')
 
   def box(self, split, what, name, xywh, stored, height, width):
     """A box of the annotations, checked and clipped to the image.
@@ -150,27 +183,61 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     Returns:
       (x0, y0, x1, y1) in [0, 1] of the upright picture, or None.
     """
-    skip = lambda why: self.skip(split, f'{what}: {why}', name)
+    lost = 'boxes' if what == 'box' else None
+    skip = lambda why: self.skip(split, f'{what}: {why}', name, lost)
     try:
-      x, y, w, h = (float(v) for v in xywh)
-      finite = all(map(math.isfinite, (x, y, w, h)))
-    except (TypeError, ValueError):
-      finite = False
-    if not finite:
+      x, y, w, h = values.box(xywh, what)
+    except values.Wrong:
       return skip('not four finite numbers')
     if w <= 0 or h <= 0:
       return skip('no area')
-    inside = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
-    if inside[2] <= inside[0] or inside[3] <= inside[1]:
-      return skip('outside the image')
-    # Some of COCO's boxes stick out by a hundredth of a pixel.
-    if max(abs(p - q) for p, q in zip(inside, (x, y, x + w, y + h))) > .1:
-      self.note(split, f'{what} clipped to the image')
-    box = stored.box(*inside, height, width)
-    if box is None:
+    frame = stored.frame(height, width, self.options.get('upright', False))
+    if frame is None:
       return skip(f'annotated on {width}x{height}, the image is '
                   f'{stored.width}x{stored.height}')
+    corners = x, y, x + w, y + h
+    inside = frame.clip(*corners)
+    if inside[2] <= inside[0] or inside[3] <= inside[1]:
+      return skip('outside the image')
+    box = frame.place(*inside)
+    if not (stored_box(box)[2:] > stored_box(box)[:2]).all():
+      return skip('no area')  # As it is stored.
+    # Some of COCO's boxes stick out by a hundredth of a pixel.
+    if max(abs(p - q) for p, q in zip(inside, corners)) > .1:
+      self.note(split, f'{what} clipped to the image')
+    for what, count in (('turned', frame.turns),
+                        ('drawn_upright', frame.drawn_upright)):
+      self.reports[split][what] += count
     return box
+
+  def area(self, split, given, xywh, box, stored, height, width):
+    """The area of an object, in pixels of the upright picture.
+
+    What is no positive number, or more than the image has, is replaced by the
+    area of the box and counted. COCO's evaluation groups objects by it.
+
+    Args:
+      split: name of the split.
+      given: of the annotations, in the pixels of `xywh`; None where absent.
+      xywh: the box, as `box` has accepted it.
+      box: what `box` has returned.
+      stored, height, width: see `box`.
+    """
+    scale = stored.height * stored.width / (height * width)
+    try:
+      area = None if given is None else values.positive(given, 'area')
+      if area is not None and area <= height * width:
+        return area * scale
+    except values.Wrong:
+      pass
+    if given is not None:
+      self.note(split, "area replaced by the box's")
+    w, h = values.box(xywh, 'box')[2:]
+    seen = ((box[2] - box[0]) * (box[3] - box[1])
+            * stored.height * stored.width)
+    whole = w * h * scale
+    # Not that of the parts outside the image.
+    return whole if whole < 1.01 * seen else seen
 
   def _info(self):
     return tfds.core.DatasetInfo(builder=self, features=features(),
@@ -185,8 +252,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             for split, (most, read_records) in found.items()}
 
   def _generate_examples(self, split, most, read_records):
-    self.reports[split] = dict(images=0, texts=0, boxes=0, skipped={},
-                               changed={})
     totals = collections.Counter()
     index = collections.defaultdict(list)
     referred = -1  # the highest number of a second image's record
@@ -196,7 +261,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       progress.update(k + 1 - progress.n)
       totals += collections.Counter(
           images=1, texts=len(example['texts']),
-          boxes=len(example['objects']))
+          boxes=len(example['objects']),
+          crowds=sum(o['is_crowd'] for o in example['objects']))
       for size in ('height', 'width'):
         index[size].append(example[size])
       for field in ('objects', *units.BY_FIELD):
@@ -211,16 +277,43 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if referred >= totals['images']:
       raise ValueError(f'{self.name} {split}: a statement names record '
                        f'{referred} of {totals["images"]}')
-    report = self.reports[split]
-    report.update(images=totals['images'], texts=totals['texts'],
-                  boxes=totals['boxes'], records_sha256=digest.hexdigest())
-    if not totals['images']:
-      raise errors.UserError(
-          f'{self.name} {split}: none of {most} images can be used'
-          + ''.join(f'; {v["count"]} {reason}, e.g. {v["names"][:1]}'
-                    for reason, v in report['skipped'].items()))
+    self.reports[split].update(
+        {k: totals[k] for k in ('images', 'texts', 'boxes', 'crowds')},
+        records_sha256=digest.hexdigest())
+    self._check_losses(split, most)
     self.indexes[split] = {k: np.asarray(v, np.int32)
                            for k, v in index.items()}
+
+
+  def _check_losses(self, split, most):
+    """Says more than a line among others if a split has lost most of it.
+
+    Raises:
+      UserError: no image is left, or none of its boxes.
+    """
+    report = self.reports[split]
+    images, lost = report['images'], report['lost']
+    why = ''.join(f'; {v["count"]} {reason}, e.g. {v["names"][:1]}'
+                  for reason, v in report['skipped'].items())
+    if not images:
+      raise errors.UserError(
+          f'{self.name} {split}: none of {most} images can be used{why}')
+    if lost['boxes'] and not report['boxes']:
+      raise errors.UserError(f'{self.name} {split}: none of {lost["boxes"]} '
+                             f'boxes can be used{why}')
+    if lost['images'] > images:
+      report['warnings'].append(
+          f'only {images} of {images + lost["images"]} images could be used; '
+          'see "skipped" above')
+    if report['boxes'] and report['boxes'] == report['crowds']:
+      report['warnings'].append(
+          f'all {report["boxes"]} boxes are crowds (iscrowd), which training '
+          'leaves out and evaluation ignores')
+
+
+def _empty_report():
+  return dict(images=0, texts=0, boxes=0, crowds=0, turned=0, drawn_upright=0,
+              skipped={}, changed={}, lost=dict(images=0, boxes=0), warnings=[])
 
 
 def canonical(example):

@@ -2,11 +2,13 @@
 
 Visual Genome's files take gigabytes as Python objects; their items are small.
 """
+import codecs
 import json
 import mmap
 import re
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data.datasets import values
 
 _OPEN, _CLOSE = re.compile(rb'\s*\[\s*'), re.compile(rb'\s*\]')
 _COMMA = re.compile(rb'\s*,\s*')
@@ -36,14 +38,21 @@ class JsonList:
       where = f'{path}: item {number}'
       found = [item[k] for k in ids if k in item] if isinstance(
           item, dict) else []
-      if not found or not isinstance(found[0], int):
+      try:
+        i = values.integer(found[0], ids[0])
+      except (IndexError, values.Wrong) as e:
         raise errors.UserError(f'{where} has no number {ids[0]!r}; is this an '
-                               'official file?')
+                               'official file?') from e
       if key and not (isinstance(item.get(key), list) and all(
           isinstance(x, dict) for x in item[key])):
         raise errors.UserError(f'{where} has no list {key!r} of objects; is '
                                'this an official file?')
-      self._places[found[0]] = start, end
+      # Items that are equal may stand there twice.
+      if i in self._places and self.get(i) != self._read(i, start, end):
+        raise errors.UserError(
+            f'{path}: item {number} is another item of {ids[0]} {i}, which '
+            'must be unique')
+      self._places.setdefault(i, (start, end))
 
   def ids(self):
     """Ids of the items in the order of the file."""
@@ -53,12 +62,14 @@ class JsonList:
     """Item i, or `default`."""
     if i not in self._places:
       return default
-    start, end = self._places[i]
+    return self._read(i, *self._places[i])
+
+  def _read(self, i, start, end):
     with open(self.path, 'rb') as f:
       f.seek(start)
       try:
-        return json.loads(f.read(end - start))
-      except ValueError as e:
+        return json.loads(f.read(end - start).decode())
+      except (ValueError, RecursionError) as e:
         raise errors.UserError(
             f'{self.path}: item of id {i} cannot be read: {e}') from e
 
@@ -70,10 +81,11 @@ def _items(path):
   try:
     with open(path, 'rb') as f, mmap.mmap(
         f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-      mark = _OPEN.match(data)
+      mark = _OPEN.match(data, 3 * (data[:3] == codecs.BOM_UTF8))
       if not mark:
         raise bad(0, 'no [')
-      while not _CLOSE.match(data, mark.end()):
+      closed = _CLOSE.match(data, mark.end())
+      while not closed:
         at, size = mark.end(), _GUESS
         while True:
           try:
@@ -88,10 +100,12 @@ def _items(path):
         yield at, at + length, item
         mark = _COMMA.match(data, at + length)
         if not mark:
-          if not _CLOSE.match(data, at + length):
+          closed = _CLOSE.match(data, at + length)
+          if not closed:
             raise bad(at + length, 'expected , or ]')
-          return
+      if data[closed.end():].strip():
+        raise bad(closed.end(), 'more after the ]')
   except FileNotFoundError as e:
     raise errors.UserError(f'no annotation file {path}') from e
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise errors.UserError(f'{path} is not readable: {e}') from e

@@ -15,8 +15,9 @@ import json
 import os
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data.datasets import image_files
 from e2e_vlp_jax.data.datasets import base
+from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data.datasets import values
 
 _SPLITS = ('train', 'dev', 'test')
 _HEIGHT, _WIDTH, _SLOT = 100, 400, 150      # a box is 100 wide, then a gap
@@ -56,12 +57,12 @@ class Builder(base.RecordBuilder):
     for k, (row, name, stored) in enumerate(
         zip(rows, names, files.load_all(paths))):
       if isinstance(stored, errors.UserError):
-        self.skip(split, f'image: {base.reason(stored, paths[k])}', paths[k])
+        self.skip_image(split, stored, paths[k])
         continue
-      if stored.changed:
-        self.note(split, f'image encoded again: {stored.changed}')
-      sentence = base.clean(row['sentence'])
-      true = row['label'].lower() == 'true'
+      self.note_image(split, stored)
+      sentence = base.clean(values.text(row['sentence'], 'sentence',
+                                        functools.partial(self.note, split)))
+      true = values.flag(row['label'], 'label')
       if not sentence:
         self.skip(split, 'empty sentence', name)
       yield base.record(
@@ -78,33 +79,45 @@ def _objects(slots, k):
   objects = []
   for slot, items in enumerate(slots):
     for o in items:
-      x, y, size = _SLOT * slot + o['x_loc'], o['y_loc'], o['size']
+      x, y = (values.number(o[key], key) for key in ('x_loc', 'y_loc'))
+      size, x = values.integer(o['size'], 'size'), _SLOT * slot + x
+      if not (0 <= x <= _WIDTH - size and 0 <= y <= _HEIGHT - size):
+        raise ValueError(f'an object at {x}, {y} is outside of the image')
       objects.append(dict(
           bbox=base.stored_box((x, y, x + size, y + size), _HEIGHT, _WIDTH),
-          label=o['type'], attributes=[_COLOURS[o['color'].lower()],
-                                       _SIZES[size]],
+          label=values.text(o['type'], 'type'),
+          attributes=[_COLOURS[o['color'].lower()], _SIZES[size]],
           is_crowd=False, area=float(size * size),
           id=k * 100 + len(objects) + 1))
   return objects
 
 
 def _load(path):
-  rows = []
-  with open(path, encoding='utf-8') as f:
-    for n, line in enumerate(f, 1):
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line)
-        _objects(row['structured_rep'], 0)
-        if row['label'].lower() not in ('true', 'false'):
-          raise ValueError(f'label {row["label"]!r} is not true or false')
-        rows.append({k: row[k] for k in ('sentence', 'label', 'identifier',
-                                         'directory', 'structured_rep')})
-      except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise errors.UserError(
-            f'{path}:{n}: not an NLVR example: {type(e).__name__} {e}'
-            ) from e
+  """The rows of a file of JSON lines, checked."""
+  rows, n = {}, 0
+  try:
+    with open(path, encoding='utf-8-sig') as f:
+      for line in f:
+        n += 1
+        if line.strip():
+          row = _row(json.loads(line))
+          if rows.setdefault(row['identifier'], row) != row:
+            raise ValueError(f'another example has the same identifier '
+                             f'{row["identifier"]!r}')
+  except (OSError, ValueError, KeyError, TypeError, AttributeError,
+          RecursionError, errors.UserError) as e:
+    raise errors.UserError(
+        f'{path}:{n}: not an NLVR example: {type(e).__name__} {e}') from e
   if not rows:
     raise errors.UserError(f'{path} is empty')
-  return rows
+  return list(rows.values())
+
+
+def _row(row):
+  """The fields of an example that are used; raises where one is wrong."""
+  _objects(row['structured_rep'], 0)
+  values.text(row['sentence'], 'sentence')
+  values.flag(row['label'], 'label')
+  return dict(
+      {k: values.text(str(row[k]), k) for k in ('identifier', 'directory')},
+      **{k: row[k] for k in ('sentence', 'label', 'structured_rep')})

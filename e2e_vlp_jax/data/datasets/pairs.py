@@ -10,7 +10,8 @@ two layouts:
   --source, and of the text: by header, by key in JSON lines, or by number from
   0 in a table without a header (`--image 1 --text 0`). Rows with the same
   image become one record with several texts; a JSON line may also have a list
-  of texts. Fields of a .tsv are not quoted.
+  of texts. Fields of a .tsv are not quoted. A row with more fields than the
+  header is left out: a comma may have cut its text.
 - tar shards of img2dataset (`--output_format webdataset`), at any depth. Each
   sample has KEY.jpg (or another image format) and its text in KEY.txt or under
   `caption` in KEY.json.
@@ -22,14 +23,16 @@ offsets within one shard at a time.
 """
 import csv
 import functools
+import itertools
 import glob
 import json
 import os
 import tarfile
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data.datasets import image_files
 from e2e_vlp_jax.data.datasets import base
+from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data.datasets import values
 
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp')
 
@@ -54,8 +57,10 @@ class Builder(base.RecordBuilder):
     total = sum(map(len, self._parts))
     count, limit = self.options['num_validation'], self.options['limit']
     if not total:
+      faults = [f'; {reason} ({where})' for p in self._parts
+                for reason, where in p.faults]
       raise errors.UserError(f'{self._parts[0].path}: no pair of an image and '
-                             'a text')
+                             'a text' + ''.join(faults[:1]))
     if count >= total:
       raise errors.UserError(f'num_validation: {count} of {total} images leave '
                              'none for training')
@@ -96,20 +101,17 @@ class Builder(base.RecordBuilder):
       done += len(names)
       if split == 'train':
         for reason, where in part.faults:
-          self.skip(split, reason, where)
-      for name, stored in zip(
-          wanted, image_files.load_all(wanted, part.image)):
+          self.skip(split, reason, where,
+                    'images' if reason.startswith(('row', 'sample')) else None)
+      for name, stored in zip(wanted, part.load_all(wanted)):
         if isinstance(stored, errors.UserError):
-          self.skip(split, f'image: {base.reason(stored, name)}',
-                    part.image_id(name))
+          self.skip_image(split, stored, name, part.image_id(name))
           continue
-        texts = list(dict.fromkeys(
-            t for t in map(base.clean, part.texts(name)) if t))
+        texts = list(dict.fromkeys(self._texts(split, part, name)))
         if not texts:
-          self.skip(split, 'image: no text', part.image_id(name))
+          self.skip(split, 'image: no text', part.image_id(name), 'images')
           continue
-        if stored.changed:
-          self.note(split, f'image encoded again: {stored.changed}')
+        self.note_image(split, stored)
         yield base.record(image=stored.data, image_id=part.image_id(name),
                           height=stored.height, width=stored.width,
                           texts=texts)
@@ -117,6 +119,24 @@ class Builder(base.RecordBuilder):
         if written == limit:
           return
       part.forget()
+
+  def _texts(self, split, part, name):
+    """The texts of an image, on one line each; counts those that are none."""
+    where = part.image_id(name)
+    for given in part.texts(name):
+      try:
+        texts = values.texts(given, 'caption', functools.partial(self.note,
+                                                              split))
+      except values.Wrong as e:
+        self.skip(split, e.reason, f'{where} ({e.found})')
+        continue
+      for text in texts:
+        if '\n' in text.strip():
+          self.note(split, 'text of several lines, which became one')
+        if line := base.clean(text):
+          yield line
+        else:
+          self.skip(split, 'empty text', where)
 
 
 class _Table:
@@ -138,27 +158,34 @@ class _Table:
     try:
       with open(path, encoding='utf-8-sig', newline='') as f:
         for number, row in read(f, image, text):
-          name, texts = row
-          texts = texts if isinstance(texts, list) else [texts]
-          if not isinstance(name, str) or not name.strip():
-            self.faults.append(('row without an image', number))
-          elif not all(isinstance(t, str) for t in texts):
-            self.faults.append(('row without a text', number))
-          elif '://' in name:
-            raise errors.UserError(
-                f'{path}:{number}: the image is a URL, {name!r}; '
-                'download the images first, for example with img2dataset')
-          else:
-            self._texts.setdefault(name.strip(), []).extend(texts)
+          self._add(number, row)
     except FileNotFoundError as e:
       raise errors.UserError(f'no table {path}') from e
     except errors.UserError:
       raise
     except _NoColumn as e:
       raise errors.UserError(f'{path}: no column {e}') from e
-    except (OSError, ValueError, csv.Error) as e:
+    except (OSError, ValueError, RecursionError) as e:
       raise errors.UserError(f'{path}: not readable after row {number}: {e}'
                              ) from e
+
+  def _add(self, number, row):
+    """Adds the row (image, text), or a fault in its place."""
+    if isinstance(row, str):
+      self.faults.append((row, number))
+      return
+    name, text = row
+    if not isinstance(name, str) or not name.strip():
+      self.faults.append(('row without an image', number))
+    elif not isinstance(text, str) and not (
+        isinstance(text, list) and any(isinstance(t, str) for t in text)):
+      self.faults.append(('row without a text', number))
+    elif '://' in name:
+      raise errors.UserError(
+          f'{self.path}:{number}: the image is a URL, {values.show(name)}; '
+          'download the images first, for example with img2dataset')
+    else:
+      self._texts.setdefault(name.strip(), []).append(text)
 
   def __len__(self):
     return len(self._texts)
@@ -170,16 +197,11 @@ class _Table:
     return self._texts[name]
 
   def image_id(self, name):
-    return name
+    return values.text(name, 'image')
 
-  def image(self, name):
-    try:
-      with open(os.path.join(self._source, name), 'rb') as f:
-        return f.read()
-    except (OSError, ValueError) as e:
-      raise errors.UserError(
-          'no such image file' if isinstance(e, FileNotFoundError)
-          else f'{name} cannot be read: {e}') from e
+  def load_all(self, names):
+    files = image_files.ImageFiles(self._source, [''])
+    return files.load_all(names, self.names())
 
   def forget(self):
     """Does nothing: there is only one table."""
@@ -190,19 +212,48 @@ class _NoColumn(Exception):
 
 
 def _delimited(f, image, text, **form):
-  """Yields (row number, (image, text)) of a .csv or .tsv file."""
-  rows = enumerate(csv.reader(f, **form), 1)
+  """Yields (row number, (image, text)) of a .csv or .tsv file.
+
+  In the place of a row that has more fields than it should comes a fault: a
+  text with an unquoted comma would be cut there.
+  """
+  rows = enumerate(_rows(f, form), 1)
+  number, header = next(rows, (0, []))
+  width = len(header)
   if image.isdigit() and text.isdigit():
     columns = int(image), int(text)
+    rows = itertools.chain([(number, header)], rows)
   else:
-    _, header = next(rows, (0, []))
     for wanted in (image, text):
       if wanted not in header:
         raise _NoColumn(repr(wanted) + errors.nearest(wanted, header))
+      if header.count(wanted) > 1:
+        raise ValueError(f'{header.count(wanted)} columns are called '
+                         f'{wanted!r}')
     columns = header.index(image), header.index(text)
   for number, row in rows:
-    if row:
+    if len(row) > width:
+      yield number, 'row with more fields than the first'
+    elif row:
       yield number, [row[c] if c < len(row) else None for c in columns]
+
+
+def _rows(f, form):
+  """The rows of csv.reader.
+
+  Raises:
+    ValueError: a quotation mark is not closed, or stands inside a field.
+  """
+  reader = csv.reader(f, strict=True, **form)
+  while True:
+    start = reader.line_num + 1
+    try:
+      yield next(reader)
+    except StopIteration:
+      return
+    except csv.Error as e:
+      raise ValueError(f'the row that begins in line {start} is not valid: '
+                       f'{e}; is a quotation mark not closed?') from e
 
 
 def _json_lines(f, image, text):
@@ -249,39 +300,52 @@ class _Shard:
     """Keys of the samples that have an image, in the order of the file."""
     samples, self.faults = {}, []
     try:
-      with tarfile.open(self.path, 'r:') as tar:
-        for m in tar:
-          if m.isfile():
-            folder, name = os.path.split(m.name)
-            # As in webdataset, the key ends at the first dot of the name.
-            key, _, kind = name.partition('.')
-            samples.setdefault(os.path.join(folder, key), {})[
-                kind.lower()] = m.offset_data, m.size
-    except (tarfile.TarError, OSError, EOFError) as e:
+      for m in _members(self.path):
+        if not m.isfile():
+          self._fault('member of a shard that is no file', m.name)
+          continue
+        folder, name = os.path.split(m.name)
+        # As in webdataset, the key ends at the first dot of the name.
+        key, _, kind = name.partition('.')
+        sample = samples.setdefault(os.path.join(folder, key), {})
+        if kind.lower() in sample:
+          self._fault('member of a shard that is there twice', m.name)
+        sample.setdefault(kind.lower(), (m.offset_data, m.size))
+    except Exception as e:  # pylint: disable=broad-except
+      # tarfile raises TarError and much else where a header is damaged.
       self.faults.append((f'rest of a shard: {e}', self.path))
-    self.faults += [('sample without an image', f'{self._id}/{k}')
-                    for k, s in samples.items() if not _image_kind(s)]
+    for key, sample in samples.items():
+      if not _image_kind(sample):
+        self._fault('sample without an image', key)
     self._samples = {k: s for k, s in samples.items() if _image_kind(s)}
     return list(self._samples)
+
+  def _fault(self, reason, name):
+    self.faults.append((reason, self.image_id(name)))
 
   def forget(self):
     self._samples = {}
 
   def image_id(self, name):
-    return f'{self._id}/{name}'
+    return values.text(f'{self._id}/{name}', 'image')
 
-  def image(self, name):
+  def load_all(self, names):
+    return image_files.load_all(names, self._image)
+
+  def _image(self, name):
     sample = self._samples[name]
-    return self._read(sample[_image_kind(sample)])
+    return self._read(sample[_image_kind(sample)]), False
 
   def texts(self, name):
+    """[a text, or a list of texts, or anything else that is there]."""
     sample = self._samples[name]
     try:
       if 'txt' in sample:
         return [self._read(sample['txt']).decode()]
       if 'json' in sample:
-        return [json.loads(self._read(sample['json']))['caption'] or '']
-    except (ValueError, KeyError, TypeError):
+        caption = json.loads(self._read(sample['json']))['caption']
+        return [] if caption is None else [caption]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
       pass  # Not UTF-8, or JSON without a caption: treat it as no text.
     return []
 
@@ -297,3 +361,23 @@ class _Shard:
 
 def _image_kind(sample):
   return next((k for k in _IMAGES if k in sample), None)
+
+
+def _members(path):
+  """Yields the members of a tar file that are no folders.
+
+  Raises:
+    Exception: the file is damaged or cut off.
+  """
+  with tarfile.open(path, 'r:') as tar:
+    for m in tar:
+      if m.size < 0:
+        raise tarfile.ReadError(f'{m.name!r} has a negative size')
+      if not m.isdir():
+        yield m
+    # tarfile takes a damaged header for the end, and ends at the first end.
+    tar.fileobj.seek(tar.offset)
+    while rest := tar.fileobj.read(1 << 20):
+      if rest.strip(b'\0'):
+        raise tarfile.ReadError('damaged header, or a second tar file, after '
+                                f'byte {tar.offset}')

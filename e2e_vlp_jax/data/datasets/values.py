@@ -11,9 +11,10 @@ under `Wrong.reason` (the box of an object).
 |---|---|---|
 | number | 3, 3.5, '3.5' | true, '', '3,5', NaN, infinity, None, lists |
 | integer | 3, 3.0, '3' | 3.5, and what is no number |
+| identity | a whole number; other text, such as 'a7' | '', and the rest |
 | flag | true, 0, 1, '0', 'false', 'No' | 2, 'maybe', '', None |
 | text | any text; half a character becomes U+FFFD | numbers, None, lists |
-| texts | a text, or a list of texts | an empty list, and what is no text |
+| texts | a text, or those in a list | no text at all |
 | box | four numbers | fewer or more, and what is no list |
 
 An absent value is for the caller to decide on: None is wrong for all of them.
@@ -25,6 +26,7 @@ import re
 from e2e_vlp_jax import errors
 
 HALF = 'text with half a character, which became U+FFFD'
+NO_TEXT = 'list of texts with an item that is no text, left out'
 # Plain decimal numbers: not 'nan', '1_000' or digits of other scripts, which
 # Python's float() reads too.
 _NUMBER = re.compile(r'\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*', re.ASCII)
@@ -47,6 +49,21 @@ class Wrong(errors.UserError):
     self.found = show(value)
     self.reason = f'{where.rpartition(".")[2]} is not {expected}'
     super().__init__(f'{where} is {self.found}; expected {expected}')
+
+
+def field(read, entry, key, where, *args):
+  """`read` of a key of an object that must have it; see `number`.
+
+  Args:
+    read: a function of this module.
+    entry: dict.
+    key: its key.
+    where: the file and entry, such as 'f.json: images[3]'.
+    *args: of `read`, after `where`.
+  """
+  if key not in entry:
+    raise errors.UserError(f'{where} has no {key!r}')
+  return read(entry[key], f'{where}.{key}', *args)
 
 
 def show(value):
@@ -107,6 +124,15 @@ def integer(value, where, least=-INT64):
   return found
 
 
+def identity(value, where):
+  """An id: a whole number, or any other text; see `number`."""
+  if isinstance(value, str) and not _WHOLE.fullmatch(value):
+    if value.strip():
+      return text(value, where)
+    raise Wrong(value, where, 'a whole number or text')
+  return integer(value, where)
+
+
 def flag(value, where):
   """True or False; see `number`."""
   if isinstance(value, str):
@@ -139,12 +165,18 @@ def text(value, where, note=None):
 
 
 def texts(value, where, note=None):
-  """A text or a list of texts, as a list; see `text`."""
-  if isinstance(value, list):
-    if not value:
-      raise Wrong(value, where, 'text')
-    return [text(v, where, note) for v in value]
-  return [text(value, where, note)]
+  """A text or a list with texts, as a list; see `text`.
+
+  `note` is told of every item that is no text (`NO_TEXT`).
+  """
+  if not isinstance(value, list):
+    return [text(value, where, note)]
+  found = [text(v, where, note) for v in value if isinstance(v, str)]
+  if not found:
+    raise Wrong(value, where, 'text')
+  for _ in range((len(value) - len(found)) if note else 0):
+    note(NO_TEXT)
+  return found
 
 
 def box(value, where):
@@ -207,7 +239,7 @@ def unique(entries, key, where, read):
   """
   found, places = {}, {}
   for k, entry in enumerate(entries):
-    i = read(entry.get(key), f'{where}[{k}].{key}')
+    i = field(read, entry, key, f'{where}[{k}]')
     if i not in found:
       found[i], places[i] = entry, k
     elif found[i] != entry:

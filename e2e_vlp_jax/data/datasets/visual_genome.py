@@ -30,15 +30,15 @@ Memory: the offsets of the items in the JSON files and one image's items, some
 """
 import collections
 import functools
-import json
 import os
 import re
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax.data.datasets import image_files
-from e2e_vlp_jax.data.datasets import json_list
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data.datasets import base
+from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data.datasets import json_list
+from e2e_vlp_jax.data.datasets import values
 
 _SPLITS = {'train': 'train', 'validation': 'val', 'test': 'test'}
 _REGIONS = ('region_descriptions.json', 'region_graphs.json')
@@ -63,7 +63,8 @@ class Builder(base.RecordBuilder):
       'splits': ('', "folder of bottom-up attention's train.txt, val.txt, "
                  'test.txt'),
       'exclude_coco': ('', 'images to leave out: a COCO JSON file, or a text '
-                       'file with one COCO image id or file name per line')}
+                       'file with one COCO image id or file name per line'),
+      **base.UPRIGHT}
 
   def annotation_files(self):
     return [p for n in ('image_data.json', 'objects.json', 'attributes.json',
@@ -141,7 +142,8 @@ class Builder(base.RecordBuilder):
   def _records(self, split, ids, files, limit):
     unknown = collections.defaultdict(collections.Counter)
     if self._excluded:
-      kept = [i for i in ids if (self._images.get(i) or {}).get('coco_id')
+      kept = [i for i in ids
+              if _whole((self._images.get(i) or {}).get('coco_id'))
               not in self._excluded]
       for i in sorted(set(ids) - set(kept)):
         self.skip(split, 'image: excluded, it is COCO\'s', i)
@@ -150,16 +152,19 @@ class Builder(base.RecordBuilder):
     names = [f'{i}.jpg' for i in ids]
     for i, name, stored in zip(ids, names, files.load_all(names)):
       if isinstance(stored, errors.UserError):
-        self.skip(split, f'image: {base.reason(stored, name)}', name)
+        self.skip_image(split, stored, name)
         continue
-      if stored.changed:
-        self.note(split, f'image encoded again: {stored.changed}')
+      self.note_image(split, stored)
       if not self._described:
         self.note(split, 'record without attributes: no attributes.json')
       image = (self._images and self._images.get(i)) or {}
-      size = image.get('height'), image.get('width')
-      if not all(isinstance(s, int) and s > 0 for s in size):
+      try:
+        size = [values.integer(image.get(k), k, 1) for k in ('height',
+                                                             'width')]
+      except values.Wrong:
         size = stored.height, stored.width
+        if image:
+          self.note(split, 'size of the image taken from its file')
       texts, phrases = self._phrases(split, i, stored, size)
       yield base.record(
           image=stored.data, image_id=str(i), height=stored.height,
@@ -179,8 +184,10 @@ class Builder(base.RecordBuilder):
     texts, phrases = {}, []
     for r in (self._regions.get(i) or {}).get('regions', ()):
       name = f'{i}#{r.get("region_id")}'
-      text = r.get('phrase')
-      text = base.clean(text) if isinstance(text, str) else ''
+      try:
+        text = base.clean(self._text(split, r.get('phrase'), 'phrase'))
+      except values.Wrong:
+        text = ''
       if not text:
         self.skip(split, 'phrase: empty', name)
         continue
@@ -197,25 +204,32 @@ class Builder(base.RecordBuilder):
     attributes_of = collections.defaultdict(list)  # by object id
     if self._described:
       for a in (self._described.get(i) or {}).get('attributes', ()):
-        attributes_of[a.get('object_id')] += a.get('attributes') or ()
+        attributes_of[_whole(a.get('object_id'))] += self._attributes_in(
+            split, a.get('attributes'), f'{i}#{a.get("object_id")}')
     objects = []
-    scale = stored.height * stored.width / (size[0] * size[1])
     for o in (self._objects.get(i) or {}).get('objects', ()):
       name = f'{i}#{o.get("object_id")}'
+      number = _whole(o.get('object_id'))
+      merged = o.get('merged_object_ids')
       # Attributes refer to merged objects by their old ids.
-      attributes = [a for k in (o.get('object_id'),
-                                *(o.get('merged_object_ids') or ()))
-                    for a in attributes_of.pop(k, ())]
-      names = o.get('names') or [o.get('name')]
-      if not isinstance(names[0], str):
-        self.skip(split, 'box: no name', name)
+      numbers = {number: 0, **{_whole(m): 0 for m in (
+          merged if isinstance(merged, list) else ())}}
+      numbers.pop(None, None)
+      attributes = [a for k in numbers for a in attributes_of.pop(k, ())]
+      given = o.get('names') or o.get('name')
+      try:
+        given = self._text(split, given[0] if isinstance(given, list)
+                           else given, 'name')
+      except values.Wrong:
+        self.skip(split, 'box: no name', name, 'boxes')
         continue
-      label, adjectives = self._read_name(names[0])
+      label, adjectives = self._read_name(given)
       if label not in self._classes:
         unknown['object'][label] += 1
+        self.reports[split]['lost']['boxes'] += 1
         continue
-      box = self.box(split, 'box', name, [o.get(k) for k in 'xywh'], stored,
-                     *size)
+      xywh = [o.get(k) for k in 'xywh']
+      box = self.box(split, 'box', name, xywh, stored, *size)
       if box is None:
         continue
       known = {}
@@ -226,12 +240,24 @@ class Builder(base.RecordBuilder):
           unknown['attribute'][a] += 1
       objects.append(dict(
           bbox=base.stored_box(box), label=self._classes[label],
-          attributes=list(known), is_crowd=False,
-          area=float(o['w']) * float(o['h']) * scale,
-          id=int(o.get('object_id') or 0)))
+          attributes=list(known), is_crowd=False, id=number or 0,
+          area=self.area(split, None, xywh, box, stored, *size)))
     for _ in (k for k, v in attributes_of.items() if v):
       self.note(split, 'attributes of an object that is not listed left out')
     return objects
+
+  def _attributes_in(self, split, given, name):
+    """The texts of an object's `attributes`, which may be anything."""
+    found = []
+    for a in given if isinstance(given, list) else [given] * bool(given):
+      try:
+        found.append(self._text(split, a, 'attribute'))
+      except values.Wrong as e:
+        self.skip(split, e.reason, name)
+    return found
+
+  def _text(self, split, value, where):
+    return values.text(value, where, functools.partial(self.note, split))
 
   def _read_name(self, name):
     """'White  shirt.' -> ('shirt', ['white'])."""
@@ -244,7 +270,7 @@ class Builder(base.RecordBuilder):
 
 def _split_and(attribute):
   """'Tall and green' -> ['tall', 'green']."""
-  name = _tidy(str(attribute))
+  name = _tidy(attribute)
   return [name] if name == 'black and white' else [
       part.strip() for part in name.split(' and ')]
 
@@ -253,14 +279,23 @@ def _tidy(name):
   return base.clean(name).lower().removesuffix('.').strip()
 
 
+def _whole(value):
+  """An id as a number, or None where it is none."""
+  try:
+    return values.integer(value, 'id')
+  except values.Wrong:
+    return None
+
+
 def _ids(path):
   """Image ids from a COCO JSON file, or from a list of ids or file names."""
   try:
-    with open(path, encoding='utf-8') as f:
-      if path.endswith('.json'):
-        return {int(i['id']) for i in json.load(f)['images']}
+    if path.endswith('.json'):
+      return {values.integer(i['id'], 'id')
+              for i in values.load_json(path)['images']}
+    with open(path, encoding='utf-8-sig') as f:
       words = [line.split()[0] for line in f if line.strip()]
-  except (OSError, ValueError, KeyError, TypeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, values.Wrong) as e:
     raise errors.UserError(f'{path}: not a list of image ids: '
                            f'{type(e).__name__} {e}') from e
   found = [re.search(r'(\d+)(\.\w+)?$', w) for w in words]

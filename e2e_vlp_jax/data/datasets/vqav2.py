@@ -24,13 +24,13 @@ published ones.
 """
 import collections
 import functools
-import json
 import os
 import sys
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data.datasets import values
 
 # split: (name of its files, images of 2017 that hold the same ids,
 # published questions, published answers).
@@ -144,7 +144,7 @@ class Builder(base.RecordBuilder):
     names = [pattern.format(i) for i in ids]
     for i, name, stored in zip(ids, names, images.load_all(names)):
       if isinstance(stored, errors.UserError):
-        self.skip(split, f'image: {base.reason(stored, name)}', name)
+        self.skip_image(split, stored, name)
         for question in by_image[i]:
           self.skip(split, 'question about an image that is left out',
                     question['question_id'])
@@ -152,10 +152,9 @@ class Builder(base.RecordBuilder):
       questions = [q for q in (self._question(split, question, annotations)
                                for question in by_image[i]) if q]
       if not questions:
-        self.skip(split, 'image: no question left', name)
+        self.skip(split, 'image: no question left', name, 'images')
         continue
-      if stored.changed:
-        self.note(split, f'image encoded again: {stored.changed}')
+      self.note_image(split, stored)
       yield base.record(image=stored.data, image_id=str(i),
                         height=stored.height, width=stored.width,
                         questions=questions)
@@ -168,7 +167,8 @@ class Builder(base.RecordBuilder):
   def _question(self, split, question, annotations):
     """A question of the record, or None if it is left out and counted."""
     i = question['question_id']
-    text = base.clean(self._whole(split, question['question']))
+    note = functools.partial(self.note, split)
+    text = base.clean(values.text(question['question'], 'question', note))
     if not text:
       return self.skip(split, 'question without words', i)
     if annotations is None:
@@ -178,31 +178,31 @@ class Builder(base.RecordBuilder):
     annotation = annotations[i]
     answers = []
     for answer in annotation['answers']:
-      if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        self.note(split, 'answer that was a number, not text')
+      if not isinstance(answer, str) and _is_number(answer):
+        note('answer that was a number, not text')
         answer = str(answer)
       if not isinstance(answer, str):
         self.skip(split, 'answer that is no text', i)
         continue
       if '|' in answer:  # It separates stored answers.
-        self.note(split, "answer with '|', which became a space")
+        note("answer with '|', which became a space")
         answer = answer.replace('|', ' ')
       # As in the official tool, before answers are compared.
-      answers.append(self._whole(split, answer).replace('\n', ' ').replace(
-          '\t', ' ').strip())
+      answers.append(values.text(answer, 'answer', note).replace(
+          '\n', ' ').replace('\t', ' ').strip())
     if not answers:
       return self.skip(split, 'question without answers', i)
     kind = annotation.get('answer_type', '')
-    return dict(question=text, answers=answers,
-                kind=kind if isinstance(kind, str) else '', id=i)
+    kind = values.text(kind, 'kind') if isinstance(kind, str) else ''
+    return dict(question=text, answers=answers, kind=kind, id=i)
 
-  def _whole(self, split, text):
-    """The text, with U+FFFD for halves of characters (lone surrogates)."""
-    whole = text if text.isascii() else text.encode(
-        'utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
-    if whole != text:
-      self.note(split, 'text with half a character, which became U+FFFD')
-    return whole
+
+def _is_number(value):
+  try:
+    values.number(value, 'answer')
+  except values.Wrong:
+    return False
+  return True
 
 
 def _questions_of(split):
@@ -211,8 +211,9 @@ def _questions_of(split):
 
 def _questions(path):
   """{question_id: question} of an official file, its types checked."""
-  return _by_id(path, 'questions', {'question_id': int, 'image_id': int,
-                                    'question': str})
+  return _by_id(path, 'questions', {
+      'question_id': values.integer, 'image_id': values.integer,
+      'question': lambda text, where: values.text(text, where) and text})
 
 
 def _annotations(path):
@@ -223,35 +224,35 @@ def _annotations(path):
   def text_of(item):
     return item['answer'] if 'answer' in item and 'answers' not in item else (
         item)
-  return _by_id(path, 'annotations', {'question_id': int, 'answers': list},
-                text_of)
+  return _by_id(path, 'annotations', {
+      'question_id': values.integer, 'answers': _answers}, text_of)
 
 
-def _by_id(path, key, types, hook=None):
+def _answers(value, where):
+  if not isinstance(value, list):
+    raise values.Wrong(value, where, 'a list')
+  return value
+
+
+def _by_id(path, key, fields, hook=None):
   """The list `key` of a JSON file as {question_id: item}.
+
+  Args:
+    path: of the file.
+    key: of the list.
+    fields: {key of an item: function of `values` that reads it}.
+    hook: json's `object_hook`.
 
   Raises:
     UserError: unreadable, another kind of file, or two different items with
       the same id.
   """
-  try:
-    with open(path, encoding='utf-8') as f:
-      content = json.load(f, object_hook=hook)
-  except (OSError, ValueError, RecursionError) as e:
-    raise errors.UserError(f'{path} is not readable JSON: {e}') from e
+  content = values.load_json(path, hook)
   if not isinstance(content, dict) or not isinstance(content.get(key), list):
     raise errors.UserError(f'{path}: no list {key!r}; is this an official '
                            'file of VQA v2?')
-  found = {}
-  for k, item in enumerate(content[key]):
-    for name, kind in types.items():
-      value = item.get(name) if isinstance(item, dict) else None
-      if not isinstance(value, kind) or isinstance(value, bool):
-        raise errors.UserError(
-            f'{path}: {key}[{k}].{name} is {value!r}; expected '
-            + {int: 'a whole number', str: 'text', list: 'a list'}[kind])
-    i = item['question_id']
-    if found.setdefault(i, item) != item:
-      raise errors.UserError(f'{path}: {key}[{k}] is another item of '
-                             f'question_id {i}; ids must be unique')
-  return found
+  items = values.objects(content[key], f'{path}: {key}')
+  for k, item in enumerate(items):
+    for name, read in fields.items():
+      item[name] = read(item.get(name), f'{path}: {key}[{k}].{name}')
+  return values.unique(items, 'question_id', f'{path}: {key}', values.integer)
