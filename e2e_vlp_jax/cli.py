@@ -151,7 +151,7 @@ def _call(spec, function):
 
 @contextlib.contextmanager
 def _named_errors(spec, path):
-  """Turns an error of a config file's code into a line that names its place."""
+  """Turns an error of a config file into a line that names its place."""
   try:
     yield
   except errors.UserError:

@@ -92,15 +92,15 @@ def test_every_task_with_texts_can_say_it():
 
 
 @pytest.mark.parametrize('text,says', [
-    ('half an emoji \ud83d', r"'\\ud83d' at 14; expected UTF-8"),
-    ('\udcff of a shell', r"'\\udcff' at 0; expected UTF-8")])
+    ('half an emoji \ud83d', r"not UTF-8: '\ud83d' at 14; expected whole"),
+    ('\udcff of a shell', r"not UTF-8: '\udcff' at 0; expected whole")])
 def test_what_is_no_text_is_refused(trained, photo, capsys, text, says):
   with pytest.raises(SystemExit) as e:
     predict.main(['--checkpoint', trained, '--task', 'match', '--image', photo,
                   '--text', text])
   assert e.value.code == 2
   err = capsys.readouterr().err
-  assert err.count('\n') == 1 and says.replace('\\\\', '\\') in err
+  assert err.count('\n') == 1 and says in err
 
 
 def test_what_is_no_string_is_refused():

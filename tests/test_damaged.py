@@ -188,6 +188,11 @@ def _photo(folder):
   return folder / 'a.png'
 
 
+def _weights(folder):
+  (folder / 'x.safetensors').write_bytes(b'')
+  return str(folder / 'x.safetensors')
+
+
 COMMANDS = {
     'predict': lambda run, out: predict.main([
         '--checkpoint', run, '--task', 'detect', '--image',
@@ -198,7 +203,7 @@ COMMANDS = {
         '--export', '--format', 'hf_detr', '--input', run, '--output',
         str(out / 'x.safetensors')]),
     'onto': lambda run, out: convert.main([
-        '--format', 'hf_detr', '--input', 'x.safetensors', '--onto', run,
+        '--format', 'hf_detr', '--input', _weights(out), '--onto', run,
         '--config', 'configs/e2e_vlp.py:detr', '--output', str(out / 'x')]),
     'finetune': lambda run, out: train.main([
         '--config', f'configs/finetune.py:answer,from={run}', '--workdir',

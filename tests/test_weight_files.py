@@ -4,15 +4,21 @@ import json
 import pathlib
 import types
 
+import flax
+import jax
+import ml_collections
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from e2e_vlp_jax import cli
 from e2e_vlp_jax import convert
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.models import resnet as resnet_lib
 from e2e_vlp_jax.weights import files
 from e2e_vlp_jax.weights import mapping
+from e2e_vlp_jax.weights import resnet
 from e2e_vlp_jax.weights import sets
 from e2e_vlp_jax.weights import torchvision_resnet
 
@@ -255,9 +261,10 @@ def test_values_that_are_not_finite_are_refused(kind):
       'infinite): their.bad (2 of 6); their.worse (2 of 2)')
   # What the model does not use may be anything, such as a mask of -inf.
   del shapes['params/bad'], shapes['params/worse']
-  variables, _ = mapping.to_ours(source(**tensors), spelled, None, shapes, 'x')
+  variables, _ = mapping.to_ours(source(**tensors), spelled, None, shapes,
+                                 'x')
   assert set(variables) == {'params/good'}
-  with pytest.raises(errors.UserError, match=r'checkpoint: 1 .*params/a \(1 of'):
+  with pytest.raises(errors.UserError, match=r'checkpoint: 1 .*a \(1 of'):
     mapping.to_theirs(source(a=0), {'params/a': np.array([1, np.nan])}, None)
 
 
@@ -305,3 +312,33 @@ def test_what_is_not_a_tensor_is_named(torch_extra, tmp_path, capsys):
   path = torch_file(tmp_path / 'x.pth', {'model': {**TENSORS, 'steps': 3}})
   assert "tensors by name: 4 tensors, but also 'steps', int" in refused(
       capsys, path)
+
+
+# --- Formats ------------------------------------------------------------------
+CONFIGS = {'hf_detr': 'e2e_vlp.py:detr', 'hf_resnet': 'e2e_vlp.py:detr',
+           'torchvision_resnet': 'e2e_vlp.py:detr', 'hf_bert': 'soho.py:r18',
+           'soho': 'soho.py:r18', 'hf_swin': 'fiber.py:base',
+           'timm_swin': 'fiber.py:base', 'hf_roberta': 'fiber.py:base',
+           'fiber_coarse': 'fiber.py:base'}
+
+
+@pytest.mark.parametrize('name', mapping.formats())
+def test_a_published_file_is_one_set(name):
+  source_ = mapping.find(name)
+  config = cli.load_config(f'configs/{CONFIGS[name]}')
+  tensors = {e.theirs: None for e in source_.entries(config)}
+  assert sets.choose(source_, {'': tensors}, None, 'x') == ('', tensors, [])
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('stem,width', [(12, 12), (12, 10), (40, 10)])
+def test_every_variable_of_a_trunk_has_its_tensor(depth, stem, width):
+  """A stem wider than the first stage makes a shortcut in its first block."""
+  model = resnet_lib.ResNet(depth=depth, stem=stem, width=width)
+  shapes = jax.eval_shape(model.init, jax.random.key(0),
+                          np.zeros((1, 64, 64, 3), np.float32))
+  ours = {f'{kind}/backbone/{"/".join(path)}' for kind in shapes
+          for path in flax.traverse_util.flatten_dict(shapes[kind])}
+  config = ml_collections.ConfigDict({'model': {'backbone': {
+      'depth': depth, 'stem': stem, 'width': width}}})
+  assert {e.ours for e in resnet.entries(config)} == ours

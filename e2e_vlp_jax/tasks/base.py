@@ -23,9 +23,6 @@ _PACKAGE = 'e2e_vlp_jax.tasks'
 # Colours of a picture.
 RIGHT, WRONG, TRUTH = '#2fbf5b', '#f0524d', '#ffffff'
 INK, FAINT = '#e8eaed', '#9aa3ad'
-# Without ground truth: one colour per box, distinct on most photographs.
-COLOURS = ('#4cc2ff', '#ffb02e', '#ff6ec7', '#7ee787', '#c49bff', '#ffd84d',
-           '#ff8a5c', '#5ce0d0')
 
 
 def names():
@@ -213,10 +210,11 @@ def _check_text(text):
       raise errors.UserError(f'texts: {text!r} is a {type(text).__name__}; '
                              'expected a string')
     text.encode()
-  except UnicodeEncodeError as e:  # Half of an emoji, or bytes of a shell.
+  except UnicodeEncodeError as e:
+    # Half of an emoji, or a command line in another encoding.
     raise errors.UserError(
-        f'--text: {ascii(text)} has a character that is no text, '
-        f'{ascii(text[e.start])} at {e.start}; expected UTF-8') from e
+        f'text {text!r} is not UTF-8: {text[e.start]!r} at {e.start}; expected '
+        'whole characters (--text)') from e
 
 
 class Task:
@@ -274,7 +272,7 @@ class Task:
 
     Raises:
       UserError: the task takes no texts, or needs one and gets none, the
-        number of lists is wrong, or a text cannot be encoded.
+        number of lists is wrong, or a text is not UTF-8.
     """
     texts = list(texts or ()) if not isinstance(texts, str) else [texts]
     each = (texts if texts and isinstance(texts[0], (list, tuple))
