@@ -1,7 +1,7 @@
-"""E2E-VLP on a ResNet with 8 instead of 64 channels, for tests of weights.
+"""E2E-VLP on a ResNet with 8 instead of 64 channels, for tests.
 
-A config file like those of configs/: its files are a sixtieth as large, with
-the same names.
+A config file like those of configs/: its trunk has a sixtieth of the
+parameters, with the same names.
 """
 from configs import e2e_vlp
 
