@@ -28,6 +28,7 @@ for _flag, _value in xla_flags.flags(devices=8):
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import ctypes  # noqa: E402
+import functools  # noqa: E402
 import gc  # noqa: E402
 import importlib.util  # noqa: E402
 import sys  # noqa: E402
@@ -36,6 +37,7 @@ import pytest  # noqa: E402
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SEED = 0  # of `tiny_scenes`
+_CACHED = type(functools.cache(len))
 
 
 def _missing(reason, require):
@@ -47,20 +49,37 @@ def _missing(reason, require):
 
 # --- Memory and time --------------------------------------------------------
 @pytest.fixture(scope='module', autouse=True)
-def _release_memory():
-  """Drops what a file compiled: otherwise a worker grows to 7 GB.
+def _release_memory(request):
+  """Drops what a file compiled or remembers: a worker would grow to 7 GB.
 
   What the next file shares with this one comes from the compilation cache.
   """
   with contextlib.suppress(OSError):  # Linux: the peak of this file alone.
     pathlib.Path('/proc/self/clear_refs').write_text('5')
   yield
+  for value in vars(request.module).values():
+    if (isinstance(value, _CACHED)
+        and value.__module__ == request.module.__name__):
+      value.cache_clear()
+  _release()
+
+
+@pytest.fixture
+def compiles_much():
+  """For a test of a large program: others of its file are dropped before."""
+  _release()
+  yield
+  _release()
+
+
+def _release():
+  """Drops compiled programs; returns what is free to the operating system."""
   jax = sys.modules.get('jax')
   if jax is not None:
     jax.clear_caches()
   gc.collect()
   if sys.platform == 'linux':
-    ctypes.CDLL('libc.so.6').malloc_trim(0)  # Back to the operating system.
+    ctypes.CDLL('libc.so.6').malloc_trim(0)
 
 
 def _cpu_seconds():

@@ -32,8 +32,9 @@ from tests import parity
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 BASE = str(REPO / 'configs' / 'e2e_vlp.py')
+NARROW = str(REPO / 'tests' / 'narrow_resnet.py')
 CONFIG = {  # small models of each kind; 'scenes' has 6 classes
-    'detr': {'spec': f'{BASE}:detr,data=scenes,side=64',
+    'detr': {'spec': f'{NARROW}:detr,data=scenes,side=64',
              'data.labels': 'scenes', 'model.backbone.depth': 18,
              'model.width': 32, 'model.attention_heads': 4, 'model.ffn': 48,
              'model.encoder_layers': 1, 'model.decoder_layers': 2,
@@ -43,7 +44,7 @@ CONFIG = {  # small models of each kind; 'scenes' has 6 classes
              'model.backbone.width': 8, 'model.width': 32,
              'model.attention_heads': 4, 'model.ffn': 48, 'model.max_text': 24,
              'model.remat': 'none', 'data.tokenizer.path': 'scenes'},
-    'bert': {'spec': f'{BASE}:r50,data=scenes,side=64', 'dtype': 'float32',
+    'bert': {'spec': f'{NARROW}:r50,data=scenes,side=64', 'dtype': 'float32',
              'data.tokenizer.path': 'scenes',
              'model.backbone.depth': 18, 'model.width': 32,
              'model.attention_heads': 4,
@@ -552,7 +553,8 @@ def test_transformers_files(torch_extra, tmp_path, capsys):
   model = parity_torch.detr(case)
   model.save_pretrained(tmp_path / 'hf')
   file = tmp_path / 'hf' / 'model.safetensors'
-  run('--format', 'hf_detr', '--input', file, *config_args('detr'),
+  run('--format', 'hf_detr', '--input', file, *config_args(
+      'detr', **{'model.backbone.stem': 64, 'model.backbone.width': 64}),
       '--output', tmp_path / 'ckpt')
   # config.json lies beside it, so the heads are known.
   assert 'taken from --config' not in capsys.readouterr().out

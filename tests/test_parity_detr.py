@@ -161,8 +161,9 @@ def test_padding_is_kept_out(record_property, request, name, live):
 @functools.lru_cache(None)
 def masked_outputs(name):
   model, variables = parity.DETR[name].build(mask_padding=True)
-  return jax.jit(lambda batch: model.apply(parity.nested(variables), batch,
-                                           REQUEST)['image_only'])
+  # As an argument: constants of a program would be kept twice, and compiled.
+  run = jax.jit(lambda v, batch: model.apply(v, batch, REQUEST)['image_only'])
+  return functools.partial(run, parity.nested(variables))
 
 
 def test_the_canvas_changes_nothing(record_property):

@@ -325,19 +325,25 @@ def losses(model, variables, batch):
   return out, {k: value(f, out, batch) for k, f in OBJECTIVES.items()}
 
 
-def gradients(model, variables, batch):
-  """(sum of the losses, its gradients {path: array})."""
+@pytest.fixture(scope='module')
+def trained(queued):
+  """(outputs, {name: loss}, sum of the losses, its gradients {path: array}).
+
+  One program for all: its forward pass is what `losses` alone would compile.
+  """
+  model, variables, batch = queued
+
   def total(params):
-    return sum(losses(model, {**variables, 'params': params}, batch
-                      )[1].values())
-  loss, grads = jax.jit(jax.value_and_grad(total))(variables['params'])
-  return loss, parity.flat({'params': grads})
+    out, terms = losses(model, {**variables, 'params': params}, batch)
+    return sum(terms.values()), (out, terms)
+  (loss, (out, terms)), grads = jax.jit(jax.value_and_grad(
+      total, has_aux=True))(variables['params'])
+  return out, terms, loss, parity.flat({'params': grads})
 
 
 @pytest.fixture(scope='module')
-def step(queued):
-  model, variables, batch = queued
-  return jax.jit(lambda v: losses(model, v, batch))(variables)
+def step(trained):
+  return trained[:2]
 
 
 def itc_arrays(out):
@@ -366,6 +372,7 @@ def head_arrays(out, terms):
       **itc_arrays(out)}
 
 
+@pytest.mark.slow
 def test_losses(record_property, reference, step):
   want = reference('losses_heads')
   got = head_arrays(*step)
@@ -390,6 +397,7 @@ def test_losses(record_property, reference, step):
         if re.fullmatch(pattern, k)}, tolerance)
 
 
+@pytest.mark.slow
 def test_negatives(record_property, reference, step):
   """By what weights negatives are drawn, and which is the likeliest."""
   want = reference('losses_heads')
@@ -483,13 +491,13 @@ def test_answers(record_property, reference):
 
 
 @pytest.mark.slow
-def test_gradients(record_property, reference, queued):
+def test_gradients(record_property, reference, trained):
   """Of the sum of the three losses, for every tensor that has one."""
   want = dict(reference('grads_pretrain'))
   without = want.pop('__names_without_grad')
   assert not want.pop('__names_with_zero_grad').size
   total = want.pop('__total_loss')
-  loss, grads = gradients(*queued)
+  _, _, loss, grads = trained
   assert abs(loss - total) < LOGITS
   ours = theirs(grads)
   assert set(want) == {k for k, x in ours.items() if np.any(x)}
@@ -516,7 +524,7 @@ def theirs(variables):
 
 
 @pytest.mark.slow
-def test_global_batch(record_property, reference, plain):
+def test_global_batch(record_property, reference, plain, compiles_much):
   """Two ranks of the earlier code, which gathers the batch, are two devices.
 
   There every rank has its own pairs first.
@@ -609,7 +617,7 @@ def test_queue_moves_on(record_property, reference):
 
 
 @pytest.mark.slow
-def test_double_precision(record_property, reference):
+def test_double_precision(record_property, reference, compiles_much):
   """In float64 nothing hides behind rounding: eps and GELU variants show."""
   want, inputs = reference('float64'), reference('inputs')
   with jax.enable_x64(True):
@@ -675,7 +683,7 @@ def captioner(reference):
 
 @pytest.mark.slow
 def test_captions_teacher_forced(record_property, reference, plain,
-                                 captioner):
+                                 captioner, compiles_much):
   want = reference('captioning')
   model, variables, batch = plain
   run = jax.jit(lambda v: model.apply(v, batch,
@@ -696,7 +704,8 @@ def test_captions_teacher_forced(record_property, reference, plain,
 
 
 @pytest.mark.slow
-def test_beam_search(record_property, reference, plain, captioner):
+def test_beam_search(record_property, reference, plain, captioner,
+                     compiles_much):
   want, inputs = reference('captioning'), reference('inputs')
   model = plain[0]
   search = jax.jit(lambda v, b: beam_search.generate(
@@ -722,7 +731,7 @@ def test_tables_of_relative_positions_resized(record_property, reference):
 
 
 @pytest.mark.slow
-def test_resolution_change(record_property, reference):
+def test_resolution_change(record_property, reference, compiles_much):
   """Weights of 96 pixels at 128: windows of 4 instead of 3."""
   want, inputs = reference('resolution_change'), reference('inputs')
   config = reference_config(window=4)
