@@ -94,7 +94,10 @@ def import_weights(format_name, path, config, output, *, resize=False,
         'them randomly, --onto takes them from a checkpoint')
   variables |= {k: np.asarray(base[k]) for k in kept}
   if missing:
-    initial = jax.jit(lambda b: {k: init(b)[k] for k in missing})
+    @jax.jit
+    def initial(b):
+      drawn = init(b)  # Once, as tracing the model takes seconds.
+      return {k: drawn[k] for k in missing}
     variables |= jax.tree.map(np.asarray, initial(batch))
   record = {'format': format_name, 'file': os.path.basename(path),
             'set': chosen, 'other_sets': others, **record,
