@@ -309,7 +309,7 @@ PREDICT = [
      "a.heic' is a HEIC .*convert it to JPEG or PNG first"),
     ('a text that is not UTF-8', lambda i: i.predict(
         'a.png', image(), '--task', 'match', '--text', 'caf\udce9'), 2,
-     r"--text: 'caf\\udce9' has a character that is no text"),
+     r"text 'caf\\udce9' is not UTF-8"),
 ]
 TABLE = [('prepare', *row) for rows in (COCO, PAIRS, OTHERS) for row in rows]
 TABLE += [('predict', *row) for row in PREDICT]
