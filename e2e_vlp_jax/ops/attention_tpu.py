@@ -125,8 +125,9 @@ def _call(kernel, static, inputs, outputs, products):
 
   def body(*refs):
     found = dict(zip(names, refs))
-    kernel([_Head(k, d, found, heads, rate) for k in range(_LANES // d)],
-           dict(zip(outputs, refs[len(names):])))
+    place = tuple(pl.program_id(axis) for axis in range(3))
+    kernel(lambda k: _Head(k, d, found, heads, rate, place), found,
+           dict(zip(outputs, refs[len(names):])), _LANES // d)
   shapes = [jax.ShapeDtypeStruct(inputs[k].shape, inputs[k].dtype)
             for k in outputs]
   moved = sum(x.size * x.dtype.itemsize for x in [*inputs.values(), *shapes])
@@ -148,17 +149,19 @@ class _Head(NamedTuple):
   """Head number `k` of a program's heads.
 
   Attributes:
-    k: int.
+    k: int or int32 scalar.
     width: D.
     refs: {name: the program's block of an input}.
     heads: number of all heads.
     rate: of dropout.
+    place: (group of heads, row, window) of the program.
   """
-  k: int
+  k: Any
   width: int
   refs: Any
   heads: int
   rate: float
+  place: Any
 
   def only(self, x):
     """x [T, 128] with the lanes of the other heads set to zero."""
@@ -186,12 +189,13 @@ class _Head(NamedTuple):
     if not self.rate:
       return arrays
     t, n = arrays[0].shape
-    head = pl.program_id(0) * (_LANES // self.width) + self.k
-    first = (pl.program_id(2) * self.heads + head) * t
+    group, batch, window = self.place
+    head = group * (_LANES // self.width) + self.k
+    first = (window * self.heads + head) * t
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (t, n), axis)
                    for axis in (0, 1))
     keep = kept((first + row) * n + column,
-                self.refs['seeds'][pl.program_id(1)], self.rate)
+                self.refs['seeds'][batch], self.rate)
     return [jnp.where(keep, x / (1 - self.rate), 0.) for x in arrays]
 
 
@@ -201,36 +205,48 @@ def _product(x, y, a, b):
                              preferred_element_type=jnp.float32)
 
 
-def _forward(heads, outputs):
-  query, key, value = (heads[0].refs[k][...]
-                       for k in ('query', 'key', 'value'))
-  out = jnp.zeros(query.shape, jnp.float32)
-  for head in heads:
+def _forward(head_of, refs, outputs, count):
+  query, key, value = (refs[k][...] for k in ('query', 'key', 'value'))
+
+  def add(k, out):
+    head = head_of(k)
     weights, = head.dropout(head.weights(head.only(query), key))
-    out += _product(weights.astype(value.dtype), head.only(value), 1, 0)
+    return out + _product(weights.astype(value.dtype), head.only(value), 1, 0)
+  out = _for_each(count, add, jnp.zeros(query.shape, jnp.float32))
   outputs['query'][...] = out.astype(query.dtype)
 
 
-def _backward(heads, outputs):
+def _backward(head_of, refs, outputs, count):
   query, key, value, gradient = (
-      heads[0].refs[k][...] for k in ('query', 'key', 'value', 'gradient'))
+      refs[k][...] for k in ('query', 'key', 'value', 'gradient'))
   narrow = lambda x: x.astype(query.dtype)
   if 'table' in outputs:  # Summed over the programs of a group of heads.
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
       outputs['table'][...] = jnp.zeros_like(outputs['table'])
-  dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
-  for head in heads:
+
+  def add(k, sums):
+    dq, dk, dv = sums
+    head = head_of(k)
     q, g = head.only(query), head.only(gradient)
     weights = head.weights(q, key)
     dropped, d_weights = head.dropout(weights, _product(g, value, 1, 1))
     d_logits = weights * (
         d_weights - (weights * d_weights).sum(-1, keepdims=True))
     if 'table' in outputs:
-      outputs['table'][head.k] += d_logits
+      outputs['table'][k] += d_logits
     d_logits = narrow(d_logits * head.scale)
-    dq += _product(d_logits, head.only(key), 1, 0)
-    dk += _product(d_logits, q, 0, 0)
-    dv += _product(narrow(dropped), g, 0, 0)
-  for name, x in (('query', dq), ('key', dk), ('value', dv)):
+    return (dq + _product(d_logits, head.only(key), 1, 0),
+            dk + _product(d_logits, q, 0, 0),
+            dv + _product(narrow(dropped), g, 0, 0))
+  sums = _for_each(count, add, tuple(
+      jnp.zeros(x.shape, jnp.float32) for x in (query, key, value)))
+  for name, x in zip(('query', 'key', 'value'), sums):
     outputs[name][...] = narrow(x)
+
+
+def _for_each(count, add, start):
+  """add(k, sums) for each of `count` heads; a loop, as code takes memory."""
+  if count == 1:
+    return add(0, start)
+  return jax.lax.fori_loop(0, count, add, start)
