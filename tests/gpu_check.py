@@ -159,12 +159,12 @@ def _small(name, devices, dtype='float32', batch_size=8):
 
 
 # --- Kill and resume --------------------------------------------------------
-def resume():
+def resume(kills=(3, 6)):
   """Kills a run (SIGKILL) and compares its end with an undisturbed one."""
   with tempfile.TemporaryDirectory() as folder:
     whole = _finish(_start_child(f'{folder}/whole'))
     trials = []
-    for kill_at in (3, 6):
+    for kill_at in kills:
       workdir = f'{folder}/killed{kill_at}'
       child = _start_child(workdir)
       for line in child.stdout:
