@@ -119,7 +119,7 @@ def _losses_and_gradients(name, devices):
   import jax  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.training import train_step  # pylint: disable=g-import-not-at-top
   with jax.default_device(devices[0]):
-    assembly, batch, _ = _small(name, devices)
+    assembly, draw, _ = _small(name, devices)
     objectives = assembly.objectives[-1]
     from e2e_vlp_jax import objectives as objectives_lib  # pylint: disable=g-import-not-at-top
     requests = objectives_lib.requests(objectives)
@@ -134,28 +134,30 @@ def _losses_and_gradients(name, devices):
                  for k, v in values.items()), values
     state = assembly.init()
     grads, values = jax.jit(jax.grad(loss, has_aux=True))(
-        state.params, state.model_state, batch)
+        state.params, state.model_state, draw(0))
     return jax.device_get((values, grads))
 
 
 def _small(name, devices, dtype='float32', batch_size=8):
-  """(assembly, batch on the devices, function seed -> batch) of a `tiny`."""
+  """(assembly, function seed -> batch on the devices, meta) of a `tiny`."""
   from e2e_vlp_jax import cli  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax import models  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.data import synthetic  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.data import vocabularies  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.training import assemble  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.training import sharding  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.training import workdir  # pylint: disable=g-import-not-at-top
   config = cli.load_config(f'{REPO}/configs/{name}.py:tiny')
   config.dtype, config.batch_size = dtype, batch_size
-  sizes = vocabularies.Vocabularies.load(config.data).sizes
+  names = vocabularies.Vocabularies.load(config.data)
+  sizes = names.sizes
   mesh = sharding.make_mesh(config.mesh, devices)
   draw = lambda seed: sharding.shard_batch(mesh, synthetic.synthetic_batch(
       config.data, batch_size=batch_size, seed=seed, **sizes))
   assembly = assemble.Assembly(
       config, models.build(config, **sizes), mesh,
       synthetic.synthetic_batch(config.data, batch_size=1, **sizes))
-  return assembly, draw(0), draw
+  return assembly, draw, {'config': workdir.to_dict(config), **names.to_dict()}
 
 
 # --- Kill and resume --------------------------------------------------------
@@ -201,10 +203,10 @@ def child_run(workdir, steps=8, save_every=2):
   import jax  # pylint: disable=g-import-not-at-top
   compiler.use_cache()
   from e2e_vlp_jax.training import checkpointer  # pylint: disable=g-import-not-at-top
-  assembly, _, draw = _small('e2e_vlp', jax.devices()[:1], 'bfloat16')
+  assembly, draw, meta = _small('e2e_vlp', jax.devices()[:1], 'bfloat16')
   options = ml_collections.ConfigDict(dict(
       every_steps=save_every, every_minutes=0, keep=2, keep_every=0, best=''))
-  with checkpointer.Checkpointer(workdir, {}, options) as saver:
+  with checkpointer.Checkpointer(workdir, meta, options) as saver:
     state = saver.restore(assembly.state_target()) or assembly.init()
     first, step = int(state.step), assembly.step()
     for t in range(first, steps):
