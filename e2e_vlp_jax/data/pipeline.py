@@ -24,14 +24,13 @@ import functools
 import gc
 import itertools
 import logging
-import math
 import os
 import threading
 
 import numpy as np
 
-from e2e_vlp_jax.data import keys, order, pp as pp_lib, records, rng, units
-from e2e_vlp_jax.data import sources as sources_lib
+from e2e_vlp_jax.data import buffers, keys, order, pp as pp_lib, records, rng
+from e2e_vlp_jax.data import sources as sources_lib, units
 from e2e_vlp_jax.errors import UserError
 
 _PART = 16  # rows that one thread makes at a time
@@ -220,6 +219,7 @@ class Pipeline:
         name: tuple(size if all(s[name][axis] == size for s in shapes)
                     else None for axis, size in enumerate(shape))
         for name, shape in shapes[0].items()}
+    self._buffers = {name: buffers.Buffers() for name in self._keys}
     self._rendered = {n for n, key in self._keys.items() if key.render}
     pads = {keys.PAD_ID: vocabularies.tokenizer.pad_id}
     self._blank = [{name: np.full(s[name], pads.get(key.padding, key.padding),
@@ -239,7 +239,8 @@ class Pipeline:
   def _make(self, t):
     """This host's rows of batch t; its parts are made in parallel."""
     bucket = self._order(t)[0]
-    batch = {name: _aligned((len(self._rows), *shape), self._keys[name].dtype)
+    batch = {name: self._buffers[name].zeros((len(self._rows), *shape),
+                                             self._keys[name].dtype)
              for name, shape in self._row_shapes[bucket].items()}
     fill = lambda part: self._fill(
         {name: values[part] for name, values in batch.items()}, t,
@@ -386,14 +387,6 @@ def _empty_iterators(kind):
   for found in gc.get_objects():
     if issubclass(type(found), kind):
       vars(found).clear()
-
-
-def _aligned(shape, dtype):
-  """Zeros at an address that TensorFlow can use without a copy."""
-  size = math.prod(shape) * np.dtype(dtype).itemsize
-  flat = np.zeros(size + 64, np.uint8)
-  start = -flat.ctypes.data % 64
-  return flat[start:start + size].view(dtype).reshape(shape)
 
 
 def _checked_buckets(data_config):
