@@ -6,13 +6,13 @@ seed: (seed, t, row), in evaluation (seed, example_id). Nothing depends on the
 number of hosts, threads or restarts: each host makes those rows of the global
 batch that its devices will hold.
 
-tf.data drives the work: its threads ask for parts of batches, put them together
-in order and read ahead. The rows themselves are made by numpy (the ops plan
-tokens, boxes and windows), Pillow and OpenCV (which render the pixels), not by
-TensorFlow's ops: most of the work is on small arrays, and on two CPU cores a
-row of 96x96 takes 0.8 ms that way and 3 ms with TensorFlow's ops. With _CHUNK
-rows per call tf.data takes 0.95 (96x96) to 1.04 times (512x512) the CPU time of
-a plain thread pool; with one row per call it would take 1.5 times.
+tf.data drives the work: its threads ask for batches, put them in order and read
+ahead. A batch of more than _CHUNK rows is made in parts by a pool of threads,
+which write them into its memory, so that nothing is copied afterwards. The rows
+themselves are made by numpy (the ops plan tokens, boxes and windows), Pillow
+and OpenCV (which render the pixels), not by TensorFlow's ops: most of the work
+is on small arrays, and on two CPU cores a row of 96x96 takes 0.8 ms that way
+and 3 ms with TensorFlow's ops.
 
 The ops declare the keys of a batch; docs/data.md has the table. Masks are True
 where VALID. What a record lacks is masked.
@@ -33,7 +33,7 @@ from e2e_vlp_jax.data import buffers, keys, order, pp as pp_lib, records, rng
 from e2e_vlp_jax.data import sources as sources_lib, units
 from e2e_vlp_jax.errors import UserError
 
-_PART = 16  # rows that one thread makes at a time
+_CHUNK = 16  # rows that one thread makes at a time
 _AHEAD = 2  # prefetched batches
 _LABELS_CHECKED = 256  # records per source that `check_labels` reads
 
@@ -43,8 +43,8 @@ class Pipeline:
 
   Args:
     data_config: `config.data`: dir, buckets, sentences, max_text, max_boxes,
-      max_attributes; optional unit ('image'; see `units`), threads (of
-      tf.data; 0 = as many as cores) and max_bad_records (100; more unreadable
+      max_attributes; optional unit ('image'; see `units`), threads (0
+      = as many as cores) and max_bad_records (100; more unreadable
       records end the run).
     vocabularies: a `vocabularies.Vocabularies`.
     sources: list of {name, split, weight}; the weight is the source's share of
@@ -79,8 +79,8 @@ class Pipeline:
     self._max_bad = data_config.get('max_bad_records', 100)
     self.bad_records = set()
     self._planning = threading.Lock()
-    self._parts = [slice(k, k + _PART)
-                   for k in range(0, len(self._rows), _PART)]
+    self._parts = [slice(k, k + _CHUNK)
+                   for k in range(0, len(self._rows), _CHUNK)]
     self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
 
     self._unit = units.find(data_config.get('unit', 'image'))
