@@ -38,7 +38,7 @@ setuptools.setup(
         'matplotlib',
         'ml-collections>=1.1',
         'numpy>=2',
-        'opencv-python-headless>=4.10',
+        'opencv-python-headless>=4.11',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12',
         'pillow',

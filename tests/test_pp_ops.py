@@ -433,6 +433,39 @@ def test_unreadable_images(build):
     assert not canvas.any()
 
 
+@pytest.mark.parametrize('size', [(40, 60), (33, 47)])
+@pytest.mark.parametrize('options', [
+    dict(subsampling=0), dict(subsampling=1), dict(subsampling=2),
+    dict(progressive=True), dict(optimize=True, quality=30),
+    dict(keep_rgb=True), dict(restart_marker_blocks=2)], ids=str)
+def test_jpegs_have_the_pixels_that_pillow_decodes(build, size, options):
+  """Also with an EXIF orientation, which records have applied already."""
+  noise = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+  image = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
+  exif, file = Image.Exif(), io.BytesIO()
+  exif[0x0112] = 6
+  image.save(file, 'JPEG', exif=exif, **options)
+  planned = build('decode|fit')({**example(size=size, bucket=size),
+                                 'image': file.getvalue()})
+  want = np.asarray(Image.open(file))
+  np.testing.assert_array_equal(render(planned), want)
+  # Bytes after the end do no harm; missing ones do.
+  np.testing.assert_array_equal(
+      render({**planned, 'image': file.getvalue() + b'more'}), want)
+  canvas = np.zeros((*size, 3), np.uint8)
+  cut = {**planned, 'image': file.getvalue()[:-len(file.getvalue()) // 8]}
+  assert not ops_image.render(cut, canvas) and not canvas.any()
+
+
+def test_grey_jpegs_are_shown_in_rgb(build):
+  grey, file = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5, io.BytesIO()
+  Image.fromarray(grey).save(file, 'JPEG', quality=100)
+  planned = build('decode|fit')({**example(size=(6, 8), bucket=(6, 8)),
+                                 'image': file.getvalue()})
+  np.testing.assert_array_equal(
+      render(planned), np.asarray(Image.open(file))[..., None].repeat(3, -1))
+
+
 # --- Texts -----------------------------------------------------------------
 
 

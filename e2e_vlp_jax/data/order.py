@@ -16,6 +16,7 @@ a resumed run replays nothing.
    epoch). Every unit comes once per epoch.
 """
 import fractions
+import functools
 
 import numpy as np
 
@@ -76,14 +77,12 @@ class TrainOrder:
     columns = list(zip(*weight))
     self._bucket_shares = shares([sum(c) for c in columns])
     self._source_shares = [shares(c) if any(c) else None for c in columns]
+    self._block = functools.lru_cache(8)(self._dealt_block)
 
   def __call__(self, t):
     """(bucket, source int64 [B], unit number int64 [B]) of batch t."""
     block, offset = divmod(t, _BLOCK)
-    buckets, counts = interleave(
-        block * _BLOCK + rng.permute(np.arange(_BLOCK), _BLOCK,
-                    rng.fold(self._seed, 0, block)),
-        self._bucket_shares)
+    buckets, counts = self._block(block)
     bucket = int(buckets[offset])
     same = buckets == bucket
     count = np.sort(counts[same])[same[:offset].sum()]
@@ -101,6 +100,14 @@ class TrainOrder:
             rng.fold(self._seed, 1, int(s), bucket, int(e)))
       unit[mine] = members[found]
     return bucket, source, unit
+
+  def _dealt_block(self, block):
+    """(bucket, count) of the batches of a block, from `interleave`; shuffled.
+    """
+    return interleave(
+        block * _BLOCK + rng.permute(np.arange(_BLOCK), _BLOCK,
+                                     rng.fold(self._seed, 0, block)),
+        self._bucket_shares)
 
 
 class EvalOrder:

@@ -6,18 +6,19 @@ seed: (seed, t, row), in evaluation (seed, example_id). Nothing depends on the
 number of hosts, threads or restarts: each host makes those rows of the global
 batch that its devices will hold.
 
-tf.data drives the work: its threads ask for parts of batches, put them together
-in order and read ahead. The rows themselves are made by numpy (the ops plan
-tokens, boxes and windows), Pillow and OpenCV (which render the pixels), not by
-TensorFlow's ops: most of the work is on small arrays, and on two CPU cores a
-row of 96x96 takes 0.8 ms that way and 3 ms with TensorFlow's ops. With _CHUNK
-rows per call tf.data takes 0.95 (96x96) to 1.04 times (512x512) the CPU time of
-a plain thread pool; with one row per call it would take 1.5 times.
+tf.data drives the work: its threads ask for batches, put them in order and read
+ahead. A batch of more than _CHUNK rows is made in parts by a pool of threads,
+which write them into its memory, so that nothing is copied afterwards. The rows
+themselves are made by numpy (the ops plan tokens, boxes and windows), Pillow
+and OpenCV (which render the pixels), not by TensorFlow's ops: most of the work
+is on small arrays, and on two CPU cores a row of 96x96 takes 0.8 ms that way
+and 3 ms with TensorFlow's ops.
 
 The ops declare the keys of a batch; docs/data.md has the table. Masks are True
 where VALID. What a record lacks is masked.
 """
 import atexit
+import concurrent.futures
 import contextlib
 import functools
 import gc
@@ -28,11 +29,11 @@ import threading
 
 import numpy as np
 
-from e2e_vlp_jax.data import keys, order, pp as pp_lib, records, rng, units
-from e2e_vlp_jax.data import sources as sources_lib
+from e2e_vlp_jax.data import buffers, keys, order, pp as pp_lib, records, rng
+from e2e_vlp_jax.data import sources as sources_lib, units
 from e2e_vlp_jax.errors import UserError
 
-_CHUNK = 16  # rows per call of tf.data; amortises the overhead of a call
+_CHUNK = 16  # rows that one thread makes at a time
 _AHEAD = 2  # prefetched batches
 _LABELS_CHECKED = 256  # records per source that `check_labels` reads
 
@@ -42,8 +43,8 @@ class Pipeline:
 
   Args:
     data_config: `config.data`: dir, buckets, sentences, max_text, max_boxes,
-      max_attributes; optional unit ('image'; see `units`), threads (of
-      tf.data; 0 = as many as cores) and max_bad_records (100; more unreadable
+      max_attributes; optional unit ('image'; see `units`), threads (0
+      = as many as cores) and max_bad_records (100; more unreadable
       records end the run).
     vocabularies: a `vocabularies.Vocabularies`.
     sources: list of {name, split, weight}; the weight is the source's share of
@@ -78,6 +79,9 @@ class Pipeline:
     self._max_bad = data_config.get('max_bad_records', 100)
     self.bad_records = set()
     self._planning = threading.Lock()
+    self._parts = [slice(k, k + _CHUNK)
+                   for k in range(0, len(self._rows), _CHUNK)]
+    self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
 
     self._unit = units.find(data_config.get('unit', 'image'))
     self._sources = sources_lib.Sources(data_config['dir'], sources,
@@ -102,7 +106,7 @@ class Pipeline:
       UserError: more than data.max_bad_records unreadable records, or a
         name that the label space lacks.
     """
-    return self._counted(self._make(int(t), self._rows))
+    return self._counted(self._make(int(t)))
 
   def example_ids(self, t):
     """example_id of every row of the global batch t: int64 [B]; -1 padding."""
@@ -117,32 +121,25 @@ class Pipeline:
     is raised as a TensorFlow error that quotes it.
     """
     tf = _tensorflow()
-    count = len(self._rows)
-    parts = -(-count // _CHUNK)  # of a batch
+    calls = self._threads  # batches at a time
+    if len(self._parts) > 1:
+      # As many as give every thread a part, and one more, so that no thread
+      # waits for the last parts of the others.
+      calls = -(-calls // len(self._parts)) + 1
 
-    def make(number):
-      t, part = divmod(int(number), parts)
-      rows = self._rows[part * _CHUNK:(part + 1) * _CHUNK]
-      return list(self._make(t, rows).values())
-
-    def make_op(number):
-      rows = count if parts == 1 else None
+    def make(t):
       values = tf.numpy_function(
-          make, [number], [key.dtype for key in self._keys.values()],
-          stateful=False)
-      return {k: tf.ensure_shape(v, [rows, *self._shapes[k]])
+          lambda t: list(self._make(int(t)).values()), [t],
+          [key.dtype for key in self._keys.values()], stateful=False)
+      return {k: tf.ensure_shape(v, [len(self._rows), *self._shapes[k]])
               for k, v in zip(self._keys, values)}
 
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = self._threads
-    stop = (np.iinfo(np.int64).max // parts if self._train
-            else self.num_batches)
-    batches = tf.data.Dataset.range(start * parts, stop * parts).map(
-        make_op, num_parallel_calls=self._threads)
-    if parts > 1:  # Otherwise rebatching would only copy.
-      batches = batches.rebatch(count, drop_remainder=True)
-    return batches.prefetch(_AHEAD).with_options(options)
+    options.threading.private_threadpool_size = calls
+    stop = np.iinfo(np.int64).max if self._train else self.num_batches
+    return tf.data.Dataset.range(start, stop).map(
+        make, num_parallel_calls=calls).prefetch(_AHEAD).with_options(options)
 
   def iterate(self, start=0):
     """Yields (t, batch) for t = start, start + 1, ..., from `dataset`.
@@ -213,7 +210,7 @@ class Pipeline:
   def _set_keys(self, pp, data_config, vocabularies):
     """Sets the keys of a batch, their shapes, and a padding row per bucket."""
     sizes = keys.data_sizes(data_config) | {'A': len(vocabularies.answers)}
-    shapes = []  # of each bucket
+    self._row_shapes = shapes = []  # of each bucket
     for height, width in self._buckets:
       found = pp_lib.declared(pp, {**sizes, 'H': height, 'W': width})
       self._keys = {key.name: key for key, _ in found}
@@ -222,11 +219,13 @@ class Pipeline:
         name: tuple(size if all(s[name][axis] == size for s in shapes)
                     else None for axis, size in enumerate(shape))
         for name, shape in shapes[0].items()}
+    self._buffers = {name: buffers.Buffers() for name in self._keys}
+    self._rendered = {n for n, key in self._keys.items() if key.render}
     pads = {keys.PAD_ID: vocabularies.tokenizer.pad_id}
     self._blank = [{name: np.full(s[name], pads.get(key.padding, key.padding),
                                   key.dtype)
-                    for name, key in self._keys.items() if not key.render}
-                   for s in shapes]
+                    for name, key in self._keys.items()
+                    if name not in self._rendered} for s in shapes]
 
   def _try_ops(self, pp):
     """Runs the ops on an empty record, to check their order and shapes."""
@@ -237,12 +236,26 @@ class Pipeline:
                         f'{self._keys[name]}, its op made {np.shape(row[name])}'
                         f'; expected {value.shape}')
 
-  def _make(self, t, which):
-    """The given rows of batch t."""
+  def _make(self, t):
+    """This host's rows of batch t; its parts are made in parallel."""
+    bucket = self._order(t)[0]
+    batch = {name: self._buffers[name].zeros((len(self._rows), *shape),
+                                             self._keys[name].dtype)
+             for name, shape in self._row_shapes[bucket].items()}
+    fill = lambda part: self._fill(
+        {name: values[part] for name, values in batch.items()}, t,
+        self._rows[part].tolist())
+    if len(self._parts) == 1:
+      fill(*self._parts)
+    else:
+      list(self._pool.map(fill, self._parts))
+    return batch
+
+  def _fill(self, batch, t, which):
+    """Writes the given rows of batch t into `batch`, which holds zeros."""
     bucket, sources, _ = self._order(t)
     ids = self.example_ids(t)
     read = functools.cache(lambda row: self._read(ids[row]))
-    which = which.tolist()
     for row in which:
       read(row)  # In parallel, as it may wait for a disk or a network.
     # Planning is pure Python and bound by the GIL; running it in parallel would
@@ -250,24 +263,18 @@ class Pipeline:
     with self._planning:
       rows = [self._planned(t, row, ids, sources, bucket, read)
               for row in which]
-    pixels = self._rendered(rows, bucket)
-    return {name: pixels[name] if key.render else
-            np.array([row[name] for row in rows], key.dtype)
-            for name, key in self._keys.items()}
-
-  def _rendered(self, rows, bucket):
-    """{key: pixels [B,H,W,3]}; makes rows blank whose image is unreadable."""
-    height, width = self._buckets[bucket]
-    pixels = {name: _aligned((len(rows), height, width, 3))
-              for name, key in self._keys.items() if key.render}
     for k, row in enumerate(rows):
-      if row['valid'] and not all(self._keys[name].render(row, canvases[k])
-                                  for name, canvases in pixels.items()):
+      canvases = {name: batch[name][k] for name in self._rendered}
+      if row['valid'] and not all(self._keys[name].render(row, canvas)
+                                  for name, canvas in canvases.items()):
+        # Its image is unreadable.
         rows[k] = {**self._blank[bucket], 'example_id': row['example_id'],
                    'image_size': row['image_size']}
-        for canvases in pixels.values():
-          canvases[k] = 0
-    return pixels
+        for canvas in canvases.values():
+          canvas[:] = 0
+    for name in self._blank[bucket]:
+      for k, row in enumerate(rows):
+        batch[name][k] = row[name]
 
   def _planned(self, t, row, ids, sources, bucket, read):
     """A row of batch t, its image still encoded; blank if unreadable."""
@@ -380,14 +387,6 @@ def _empty_iterators(kind):
   for found in gc.get_objects():
     if issubclass(type(found), kind):
       vars(found).clear()
-
-
-def _aligned(shape):
-  """uint8 zeros at an address that TensorFlow can use without a copy."""
-  size = int(np.prod(shape))
-  flat = np.zeros(size + 64, np.uint8)
-  start = -flat.ctypes.data % 64
-  return flat[start:start + size].reshape(shape)
 
 
 def _checked_buckets(data_config):

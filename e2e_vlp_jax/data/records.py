@@ -41,6 +41,7 @@ OPTIONAL = {field: {name: _LISTS[field][name] for name in names}
                 ('questions', ('id',)),
                 ('statements', ('second_image', 'second_record')))}
 _JOINED = ('attributes', 'answers')
+_IMAGES = ('image', 'second_image')
 _BOOLS = ('is_crowd', 'has_attributes')
 
 
@@ -211,26 +212,36 @@ def _parse(serialized):
   # pylint: disable-next=g-import-not-at-top
   from tensorflow_datasets.proto import tf_example_pb2
   feature = tf_example_pb2.Example.FromString(serialized).features.feature
-  def values(key):
-    kind = feature[key].WhichOneof('kind')
-    found = getattr(feature[key], kind).value if kind else ()
-    name = key.rpartition('/')[2]
-    if name == 'bbox':
-      return np.asarray(found, np.float32).reshape(-1, 4)
-    if name in _BOOLS or key == 'statements/label':
-      return [bool(v) for v in found]
-    if kind == 'bytes_list' and name not in ('image', 'second_image'):
-      found = [v.decode() for v in found]
-      if name in _JOINED:
-        found = [v.split('|') if v else [] for v in found]
-    return found
-  record = {k: values(k)[0] for k in ('image', 'image_id', 'height', 'width',
-                                      'scene_json', 'has_attributes')}
-  record['texts'] = values('texts')
+  found = {}
+  for key, value in feature.items():
+    kind = value.WhichOneof('kind')
+    found[key] = getattr(value, kind).value if kind else ()
+  record = {k: _plain(k, found[k])[0] for k in (
+      'image', 'image_id', 'height', 'width', 'scene_json', 'has_attributes')}
+  record['texts'] = _plain('texts', found.get('texts', ()))
   for key, names in _LISTS.items():
-    columns = [values(f'{key}/{n}') for n in names]
+    columns = [found.get(f'{key}/{n}', ()) for n in names]
     count = max(map(len, columns))
-    columns = [c if len(c) or n not in OPTIONAL.get(key, ()) else
-               [OPTIONAL[key][n]] * count for c, n in zip(columns, names)]
+    if not count:
+      record[key] = []
+      continue
+    columns = [_plain(f'{key}/{n}', c) if len(c) or n not in
+               OPTIONAL.get(key, ()) else [OPTIONAL[key][n]] * count
+               for c, n in zip(columns, names)]
     record[key] = [dict(zip(names, row)) for row in zip(*columns, strict=True)]
   return record
+
+
+def _plain(key, values):
+  """The stored values of a feature as the list that a record holds."""
+  name = key.rpartition('/')[2]
+  if name == 'bbox':
+    return np.asarray(values, np.float32).reshape(-1, 4)
+  if name in _BOOLS or key == 'statements/label':
+    return [bool(v) for v in values]
+  if not values or not isinstance(values[0], bytes) or name in _IMAGES:
+    return values
+  values = [v.decode() for v in values]
+  if name in _JOINED:
+    return [v.split('|') if v else [] for v in values]
+  return values

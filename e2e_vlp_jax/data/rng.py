@@ -10,13 +10,17 @@ import numpy as np
 _U = np.uint64
 _GOLDEN = 0x9E3779B97F4A7C15
 _ALL = (1 << 64) - 1
+# Made once: for small arrays, making them costs as much as using them.
+_S30, _S27, _S31, _S11 = _U(30), _U(27), _U(31), _U(11)
+_M1, _M2 = _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
+_STEPS = np.arange(1, 4097, dtype=_U) * _U(_GOLDEN)
 
 
 def _mix(x):
   """The finaliser of splitmix64 (Steele et al. 2014); uint64 arrays."""
-  x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
-  return x ^ (x >> _U(31))
+  x = (x ^ (x >> _S30)) * _M1
+  x = (x ^ (x >> _S27)) * _M2
+  return x ^ (x >> _S31)
 
 
 def fold(*numbers):
@@ -32,9 +36,10 @@ def fold(*numbers):
 
 def uniform(key, shape):
   """float64 in [0, 1): the first numbers of splitmix64 with state `key`."""
-  x = np.arange(1, math.prod(shape) + 1, dtype=_U)
-  return ((_mix(x * _U(_GOLDEN) + _U(key)) >> _U(11)) * 2.**-53
-          ).reshape(shape)
+  count = math.prod(shape)
+  steps = (_STEPS[:count] if count <= len(_STEPS) else
+           np.arange(1, count + 1, dtype=_U) * _U(_GOLDEN))
+  return ((_mix(steps + _U(key)) >> _S11) * 2.**-53).reshape(shape)
 
 
 def permute(index, n, key):

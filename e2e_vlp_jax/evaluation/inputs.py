@@ -2,7 +2,6 @@
 import collections
 
 import numpy as np
-from PIL import Image
 
 from e2e_vlp_jax.data import ops_image
 from e2e_vlp_jax.data import pp as pp_lib
@@ -27,7 +26,7 @@ def fit(image, buckets, pp='decode|fit'):
       {'height': h, 'width': w, 'bucket': tuple(bucket), 'texts': [],
        'objects': [], 'seed': 0})
   canvas = np.zeros((*bucket, 3), np.uint8)
-  ops_image.paint(plan, Image.fromarray(image), canvas)
+  ops_image.paint(plan, image, canvas)
   return canvas, plan['image_mask']
 
 
