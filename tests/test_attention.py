@@ -12,6 +12,7 @@ import pytest
 from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.ops import attention as attention_lib
 from e2e_vlp_jax.ops import attention_tpu
+from e2e_vlp_jax.ops import cheap_keys
 from e2e_vlp_jax.profiling import program as program_lib
 from e2e_vlp_jax.training import sharding
 
@@ -180,3 +181,19 @@ def test_stochastic_depth_drops_whole_rows():
                   rngs={'dropout': jax.random.key(0)})
   assert set(np.unique(y)) == {0., 2.}
   assert (y == y[:, :1, :1]).all() and 16 < (y[:, 0, 0] == 0).sum() < 48
+
+
+def test_keys_of_dropout_differ_between_steps_layers_and_splits():
+  base = [cheap_keys.from_key(jax.random.fold_in(jax.random.key(0), t))
+          for t in range(8)]
+  derived = [f for key in base for f in (
+      *[jax.random.fold_in(key, n) for n in range(32)],
+      *jax.random.split(key, 4),
+      *[jax.random.fold_in(jax.random.fold_in(key, 5), n) for n in range(4)])]
+  found = {tuple(np.asarray(jax.random.key_data(k))) for k in base + derived}
+  assert len(found) == len(base + derived)
+  # The same key in the same place, on every run and device.
+  again = jax.random.fold_in(
+      cheap_keys.from_key(jax.random.fold_in(jax.random.key(0), 0)), 0)
+  np.testing.assert_array_equal(*map(jax.random.key_data,
+                                     (again, derived[0])))

@@ -33,17 +33,17 @@ def applies(query, key):
 def kept(position, seed, rate):
   """True with probability 1 - rate, by a hash of position and seed (int32).
 
-  The mixing steps are those of MurmurHash3's finaliser, applied twice.
+  The steps before the last are those of MurmurHash3's finaliser. In unsigned
+  integers these are `cheap_keys.mix`; kernels compute with signed ones.
   """
   shift = jax.lax.shift_right_logical
   constant = lambda n: jnp.int32(n - 2**32 if n >= 2**31 else n)
-
-  def mix(x):
-    x = (x ^ shift(x, jnp.int32(16))) * constant(0x85ebca6b)
-    x = (x ^ shift(x, jnp.int32(13))) * constant(0xc2b2ae35)
-    return x ^ shift(x, jnp.int32(16))
-  bits = mix(mix(position ^ seed) + seed * constant(0x9e3779b9))
-  return shift(bits, jnp.int32(8)) >= jnp.int32(round(rate * 2**24))
+  x = position ^ seed
+  x = (x ^ shift(x, jnp.int32(16))) * constant(0x85ebca6b)
+  x = (x ^ shift(x, jnp.int32(13))) * constant(0xc2b2ae35)
+  # Without the factor, seeds would only permute the positions.
+  x = (x ^ shift(x, jnp.int32(16))) * (seed | jnp.int32(1))
+  return shift(x, jnp.int32(8)) >= jnp.int32(round(rate * 2**24))
 
 
 def attention(query, key, value, *, heads, rate=0., bias=None, table=None,
