@@ -81,11 +81,12 @@ def attention(query: Array, key: Array, value: Array,
   Returns:
     [B, W, T, H, D].
   """
-  if bias is not None:
-    bias = jnp.expand_dims(bias, range(5 - jnp.ndim(bias)))
-  place = _PLACE.get()
+  place, bias = _PLACE.get(), _expanded(bias)
   if place is not None and _kernel_applies(place, query, key, bias):
-    return _kernel(place, query, key, value, bias, table, dropout)
+    flat = lambda x: x.reshape(*x.shape[:-2], -1)
+    return _kernel(place, query.shape[3],
+                   (flat(query), flat(key), flat(value)), bias, table,
+                   dropout).reshape(query.shape)
   logits = jnp.einsum(
       '...thd,...nhd->...htn', query / math.sqrt(query.shape[-1]), key,
       preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
@@ -115,24 +116,57 @@ def _kernel_applies(place, query, key, bias):
           and attention_tpu.applies(query, key))
 
 
-def _kernel(place, query, key, value, bias, table, dropout):
-  """`attention` by the kernel, on every chip for its own rows."""
-  rows, rate = P(place.axes), 0. if dropout is None else dropout.rate
-  optional = {'table': (table, P())}
+def self_attention(x, kernel, offset, heads, bias=None, table=None):
+  """Attention of x to itself, by one projection to queries, keys and values.
+
+  Args:
+    x: [B, W, T, C].
+    kernel, offset: [C, 3 C] and [3 C], weights of the projection.
+    heads: number of heads.
+    bias, table: see `attention`.
+
+  Returns:
+    [B, W, T, C].
+  """
+  split = lambda y: y.reshape(*y.shape[:-1], heads, x.shape[-1] // heads)
+  shape = jax.eval_shape(split, x)
+  place, bias = _PLACE.get(), _expanded(bias)
+  if place is not None and _kernel_applies(place, shape, shape, bias):
+    packed = x @ attention_tpu.pack(kernel) + attention_tpu.pack(offset)
+    return _kernel(place, heads, (packed,), bias, table, None)
+  parts = jnp.split(x @ kernel + offset, 3, -1)
+  return attention(*map(split, parts), bias, table).reshape(x.shape)
+
+
+def _expanded(bias):
+  """`bias` with five axes, or None."""
+  return None if bias is None else jnp.expand_dims(
+      bias, range(5 - jnp.ndim(bias)))
+
+
+def _kernel(place, heads, arrays, bias, table, dropout):
+  """The kernel, on every chip for its own rows.
+
+  Args:
+    place: _Place.
+    heads: number of heads.
+    arrays: query, key and value [B, W, T or N, C], or packed.
+    bias, table, dropout: see `attention`.
+  """
+  # Every axis is named, as the gradient would be summed over the others.
+  rows, rate = P(place.mesh.axis_names), dropout.rate if dropout else 0.
+  others = {}
+  if table is not None:
+    others['table'] = table, P()
   if bias is not None:  # [1 or B, 1 or W, 1 or T, N]
-    optional['bias'] = bias[:, :, 0], P() if len(bias) == 1 else rows
+    others['bias'] = bias[:, :, 0], P() if len(bias) == 1 else rows
   if dropout is not None:
-    optional['seeds'] = dropout.seeds, rows
-  optional = {k: v for k, v in optional.items() if v[0] is not None}
+    others['seeds'] = dropout.seeds, rows
 
   def run(arrays, others):
-    return attention_tpu.attention(*arrays, rate=rate, heads=query.shape[-2],
-                                   **others)
-  flat = lambda x: x.reshape(*x.shape[:-2], -1)
+    return attention_tpu.attention(*arrays, heads=heads, rate=rate, **others)
   # Not checked: a kernel does not say over which axes its results vary.
-  out = jax.shard_map(
+  return jax.shard_map(
       run, mesh=place.mesh, out_specs=rows, check_vma=False,
-      in_specs=((rows,) * 3, {k: s for k, (_, s) in optional.items()}))(
-          tuple(flat(x) for x in (query, key, value)),
-          {k: x for k, (x, _) in optional.items()})
-  return out.reshape(query.shape)
+      in_specs=((rows,) * len(arrays), {k: s for k, (_, s) in others.items()}))(
+          arrays, {k: x for k, (x, _) in others.items()})

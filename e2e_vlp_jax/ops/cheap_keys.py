@@ -31,11 +31,11 @@ def _seed(seed):
 
 
 def _numbered(key, shape):
-  """[*shape, 2] keys: `key` with 0, 1, ... folded in."""
+  """[*shape, 2] keys: `key` with numbers folded in that names rarely have."""
   size = 1
   for n in shape:
     size *= n
-  numbers = jnp.arange(size, dtype=jnp.uint32)
+  numbers = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(2**31)
   return jax.vmap(lambda n: _fold_in(key, n))(numbers).reshape(*shape, 2)
 
 
