@@ -16,6 +16,7 @@ import math
 from typing import Any, NamedTuple, Optional, Tuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -24,6 +25,8 @@ from e2e_vlp_jax.ops import cheap_keys
 
 Array = jax.Array
 kept = attention_tpu.kept
+# By this name, rematerialisation (`layers.remat`) knows attention's results.
+RESULT = 'attention_result'
 _PLACE = contextvars.ContextVar('attention_place', default=None)
 
 
@@ -87,6 +90,12 @@ def attention(query: Array, key: Array, value: Array,
     return _kernel(place, query.shape[3],
                    (flat(query), flat(key), flat(value)), bias, table,
                    dropout).reshape(query.shape)
+  return checkpoint_name(_plain(query, key, value, bias, table, dropout),
+                         RESULT)
+
+
+def _plain(query, key, value, bias, table, dropout):
+  """`attention` in XLA."""
   logits = jnp.einsum(
       '...thd,...nhd->...htn', query / math.sqrt(query.shape[-1]), key,
       preferred_element_type=jnp.promote_types(query.dtype, jnp.float32))
@@ -166,7 +175,8 @@ def _kernel(place, heads, arrays, bias, table, dropout):
   def run(arrays, others):
     return attention_tpu.attention(*arrays, heads=heads, rate=rate, **others)
   # Not checked: a kernel does not say over which axes its results vary.
-  return jax.shard_map(
+  run = jax.shard_map(
       run, mesh=place.mesh, out_specs=rows, check_vma=False,
-      in_specs=((rows,) * len(arrays), {k: s for k, (_, s) in others.items()}))(
-          arrays, {k: x for k, (x, _) in others.items()})
+      in_specs=((rows,) * len(arrays), {k: s for k, (_, s) in others.items()}))
+  return checkpoint_name(
+      run(arrays, {k: x for k, (x, _) in others.items()}), RESULT)
