@@ -12,6 +12,7 @@ import pytest
 from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.ops import attention as attention_lib
 from e2e_vlp_jax.ops import attention_tpu
+from e2e_vlp_jax.ops import cheap_keys
 from e2e_vlp_jax.profiling import program as program_lib
 from e2e_vlp_jax.training import sharding
 
@@ -66,6 +67,42 @@ def test_the_kernel_computes_the_same(case):
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
       with_gradients(kernel, *inputs), with_gradients(plain, *inputs))
+
+
+@pytest.mark.parametrize('where', ['plain', 'kernel'])
+def test_windows_are_projected_and_attended_to_in_one(where, monkeypatch):
+  """With packed weights as with those of three projections."""
+  heads, width = 8, 256  # two groups of lanes
+  query, *_, bias, table, _, _ = drawn((2, 4, 9, 9, heads, 32), (1, 4, 9, 9),
+                                       True, 0.)
+  x = query.reshape(2, 4, 9, width)
+  kernel = jax.random.normal(jax.random.key(5), (width, 3 * width)) * .1
+  offset = jax.random.normal(jax.random.key(6), (3 * width,))
+  bias = bias[:, :, None]
+
+  def apart(x, kernel, offset, table):
+    parts = jnp.split(x @ kernel + offset, 3, -1)
+    return attention_lib.attention(
+        *[y.reshape(query.shape) for y in parts], bias, table).reshape(x.shape)
+
+  def together(x, kernel, offset, table):
+    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+      return attention_lib.self_attention(x, kernel, offset, heads, bias,
+                                          table)
+  mesh = sharding.make_mesh({'data': 2, 'fsdp': 1, 'tensor': 1},
+                            jax.devices()[:2])
+  inputs = x, kernel, offset, table
+  loss = lambda f: lambda *a: (f(*a) * jnp.cos(jnp.arange(width))).sum()
+  gradients = lambda f: jax.jit(jax.value_and_grad(loss(f), (0, 1, 2, 3)))(
+      *inputs)
+  expected = gradients(apart)
+  if where == 'kernel':
+    monkeypatch.setattr(attention_lib, '_kernel_applies', lambda *_: True)
+    monkeypatch.setattr(attention_tpu, 'attention', functools.partial(
+        attention_tpu.attention, interpret=True))
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4),
+      gradients(together), expected)
 
 
 def test_a_text_without_tokens_stays_finite():
@@ -180,3 +217,19 @@ def test_stochastic_depth_drops_whole_rows():
                   rngs={'dropout': jax.random.key(0)})
   assert set(np.unique(y)) == {0., 2.}
   assert (y == y[:, :1, :1]).all() and 16 < (y[:, 0, 0] == 0).sum() < 48
+
+
+def test_keys_of_dropout_differ_between_steps_layers_and_splits():
+  base = [cheap_keys.from_key(jax.random.fold_in(jax.random.key(0), t))
+          for t in range(8)]
+  derived = [f for key in base for f in (
+      *[jax.random.fold_in(key, n) for n in range(32)],
+      *jax.random.split(key, 4),
+      *[jax.random.fold_in(jax.random.fold_in(key, 5), n) for n in range(4)])]
+  found = {tuple(np.asarray(jax.random.key_data(k))) for k in base + derived}
+  assert len(found) == len(base + derived)
+  # The same key in the same place, on every run and device.
+  again = jax.random.fold_in(
+      cheap_keys.from_key(jax.random.fold_in(jax.random.key(0), 0)), 0)
+  np.testing.assert_array_equal(*map(jax.random.key_data,
+                                     (again, derived[0])))

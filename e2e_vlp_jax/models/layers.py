@@ -98,8 +98,9 @@ def remat(module, policy, static_argnums=()):
   Args:
     module: class of a layer.
     policy: 'none': everything is kept; 'dots': the results of products with
-      weights are kept, the rest (norms, activations, attention weights) is
-      recomputed; 'full': only the layer's input is kept.
+      weights and of attention are kept, the rest (norms, activations, attention
+      weights) is recomputed; 'full': only the layer's input and the result of
+      its attention are kept.
     static_argnums: static arguments of `__call__`, counting self.
 
   Raises:
@@ -110,8 +111,11 @@ def remat(module, policy, static_argnums=()):
                            + errors.nearest(policy, REMAT))
   if policy == 'none':
     return module
-  keep = (jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-          if policy == 'dots' else None)
+  policies = jax.checkpoint_policies
+  keep = policies.save_only_these_names(attention_ops.RESULT)
+  if policy == 'dots':
+    keep = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, keep)
   return nn.remat(module, policy=keep, static_argnums=static_argnums)
 
 

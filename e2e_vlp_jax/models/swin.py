@@ -9,7 +9,6 @@ and offset, shifted windows with a mask.
 As there, an image is refused if the window does not divide its grid, and a
 window larger than a grid shrinks to it and is not shifted.
 """
-import functools
 from typing import Any, Sequence
 
 import flax.linen as nn
@@ -118,16 +117,29 @@ class WindowAttention(nn.Module):
     """[B, windows, n, C], (rows, columns), bias to [windows, H, n, n] -> x."""
     c = x.shape[-1]
     layers.check_heads(self.heads, c, self.path)
-    dense = functools.partial(nn.Dense, dtype=self.dtype,
-                              kernel_init=fusion.image_init(self.from_scratch))
-    split = lambda y: y.reshape(*y.shape[:-1], self.heads, c // self.heads)
-    q, k, v = map(split, jnp.split(dense(3 * c, name='qkv')(x), 3, -1))
+    init = fusion.image_init(self.from_scratch)
+    kernel, offset = _Weights(3 * c, init, name='qkv')(c)
     rows = np.prod([2 * r - 1 for r in window])
     table = self.param('relative_bias', fusion.IMAGE_INIT,
                        (rows, self.heads))
     position = jnp.moveaxis(table[relative_index(window)], -1, 0)
-    y = attention.attention(q, k, v, bias, position.astype(layers.wide(x)))
-    return dense(c, name='out')(y.reshape(x.shape))
+    y = attention.self_attention(
+        x.astype(self.dtype), kernel.astype(self.dtype),
+        offset.astype(self.dtype), self.heads, bias,
+        position.astype(layers.wide(x)))
+    return nn.Dense(c, dtype=self.dtype, kernel_init=init, name='out')(y)
+
+
+class _Weights(nn.Module):
+  """The parameters of a dense layer with `features` outputs."""
+  features: int
+  kernel_init: Any
+
+  @nn.compact
+  def __call__(self, inputs):
+    """Number of inputs -> kernel [inputs, features], bias [features]."""
+    return (self.param('kernel', self.kernel_init, (inputs, self.features)),
+            self.param('bias', nn.initializers.zeros, (self.features,)))
 
 
 class Block(nn.Module):

@@ -17,13 +17,17 @@ import math
 from typing import Any, NamedTuple, Optional, Tuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from e2e_vlp_jax.ops import attention_tpu
+from e2e_vlp_jax.ops import cheap_keys
 
 Array = jax.Array
 kept = attention_tpu.kept
+# By this name, rematerialisation (`layers.remat`) knows attention's results.
+RESULT = 'attention_result'
 _PLACE = contextvars.ContextVar('attention_place', default=None)
 
 
@@ -60,8 +64,10 @@ class Dropout(NamedTuple):
 
 def draw_dropout(key, rate, rows):
   """A `Dropout` for a batch of `rows` rows, from a random key."""
-  bits = jax.random.bits(key, (rows,), jnp.uint32)
-  return Dropout(rate, jax.lax.bitcast_convert_type(bits, jnp.int32))
+  a, b = cheap_keys.words(key)
+  seeds = cheap_keys.mix(
+      a + jnp.arange(rows, dtype=jnp.uint32) * jnp.uint32(0x9e3779b9)) ^ b
+  return Dropout(rate, jax.lax.bitcast_convert_type(seeds, jnp.int32))
 
 
 def attention(query: Array, key: Array, value: Array,
@@ -79,11 +85,18 @@ def attention(query: Array, key: Array, value: Array,
   Returns:
     [B, W, T, H, D].
   """
-  if bias is not None:
-    bias = jnp.expand_dims(bias, range(5 - jnp.ndim(bias)))
-  place = _PLACE.get()
+  place, bias = _PLACE.get(), _expanded(bias)
   if place is not None and _kernel_applies(place, query, key, bias):
-    return _kernel(place, query, key, value, bias, table, dropout)
+    flat = lambda x: x.reshape(*x.shape[:-2], -1)
+    return _kernel(place, query.shape[3],
+                   (flat(query), flat(key), flat(value)), bias, table,
+                   dropout).reshape(query.shape)
+  return checkpoint_name(_plain(query, key, value, bias, table, dropout),
+                         RESULT)
+
+
+def _plain(query, key, value, bias, table, dropout):
+  """`attention` in XLA."""
   # In bfloat16, if the inputs are: what is written has half the bytes, and the
   # softmax is computed in float32 where it is read.
   logits = jnp.einsum('...thd,...nhd->...htn',
@@ -138,24 +151,58 @@ def _kernel_applies(place, query, key, bias):
           and attention_tpu.applies(query, key))
 
 
-def _kernel(place, query, key, value, bias, table, dropout):
-  """`attention` by the kernel, on every chip for its own rows."""
-  rows, rate = P(place.axes), 0. if dropout is None else dropout.rate
-  optional = {'table': (table, P())}
+def self_attention(x, kernel, offset, heads, bias=None, table=None):
+  """Attention of x to itself, by one projection to queries, keys and values.
+
+  Args:
+    x: [B, W, T, C].
+    kernel, offset: [C, 3 C] and [3 C], weights of the projection.
+    heads: number of heads.
+    bias, table: see `attention`.
+
+  Returns:
+    [B, W, T, C].
+  """
+  split = lambda y: y.reshape(*y.shape[:-1], heads, x.shape[-1] // heads)
+  shape = jax.eval_shape(split, x)
+  place, bias = _PLACE.get(), _expanded(bias)
+  if place is not None and _kernel_applies(place, shape, shape, bias):
+    packed = x @ attention_tpu.pack(kernel) + attention_tpu.pack(offset)
+    return _kernel(place, heads, (packed,), bias, table, None)
+  parts = jnp.split(x @ kernel + offset, 3, -1)
+  return attention(*map(split, parts), bias, table).reshape(x.shape)
+
+
+def _expanded(bias):
+  """`bias` with five axes, or None."""
+  return None if bias is None else jnp.expand_dims(
+      bias, range(5 - jnp.ndim(bias)))
+
+
+def _kernel(place, heads, arrays, bias, table, dropout):
+  """The kernel, on every chip for its own rows.
+
+  Args:
+    place: _Place.
+    heads: number of heads.
+    arrays: query, key and value [B, W, T or N, C], or packed.
+    bias, table, dropout: see `attention`.
+  """
+  # Every axis is named, as the gradient would be summed over the others.
+  rows, rate = P(place.mesh.axis_names), dropout.rate if dropout else 0.
+  others = {}
+  if table is not None:
+    others['table'] = table, P()
   if bias is not None:  # [1 or B, 1 or W, 1 or T, N]
-    optional['bias'] = bias[:, :, 0], P() if len(bias) == 1 else rows
+    others['bias'] = bias[:, :, 0], P() if len(bias) == 1 else rows
   if dropout is not None:
-    optional['seeds'] = dropout.seeds, rows
-  optional = {k: v for k, v in optional.items() if v[0] is not None}
+    others['seeds'] = dropout.seeds, rows
 
   def run(arrays, others):
-    return attention_tpu.attention(*arrays, rate=rate, heads=query.shape[-2],
-                                   **others)
-  flat = lambda x: x.reshape(*x.shape[:-2], -1)
+    return attention_tpu.attention(*arrays, heads=heads, rate=rate, **others)
   # Not checked: a kernel does not say over which axes its results vary.
-  out = jax.shard_map(
+  run = jax.shard_map(
       run, mesh=place.mesh, out_specs=rows, check_vma=False,
-      in_specs=((rows,) * 3, {k: s for k, (_, s) in optional.items()}))(
-          tuple(flat(x) for x in (query, key, value)),
-          {k: x for k, (x, _) in optional.items()})
-  return out.reshape(query.shape)
+      in_specs=((rows,) * len(arrays), {k: s for k, (_, s) in others.items()}))
+  return checkpoint_name(
+      run(arrays, {k: x for k, (x, _) in others.items()}), RESULT)

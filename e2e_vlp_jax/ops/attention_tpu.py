@@ -33,25 +33,38 @@ def applies(query, key):
 def kept(position, seed, rate):
   """True with probability 1 - rate, by a hash of position and seed (int32).
 
-  The mixing steps are those of MurmurHash3's finaliser, applied twice.
+  The steps before the last are those of MurmurHash3's finaliser. In unsigned
+  integers these are `cheap_keys.mix`; kernels compute with signed ones.
   """
   shift = jax.lax.shift_right_logical
   constant = lambda n: jnp.int32(n - 2**32 if n >= 2**31 else n)
+  x = position ^ seed
+  x = (x ^ shift(x, jnp.int32(16))) * constant(0x85ebca6b)
+  x = (x ^ shift(x, jnp.int32(13))) * constant(0xc2b2ae35)
+  # Without the factor, seeds would only permute the positions.
+  x = (x ^ shift(x, jnp.int32(16))) * (seed | jnp.int32(1))
+  return shift(x, jnp.int32(8)) >= jnp.int32(round(rate * 2**24))
 
-  def mix(x):
-    x = (x ^ shift(x, jnp.int32(16))) * constant(0x85ebca6b)
-    x = (x ^ shift(x, jnp.int32(13))) * constant(0xc2b2ae35)
-    return x ^ shift(x, jnp.int32(16))
-  bits = mix(mix(position ^ seed) + seed * constant(0x9e3779b9))
-  return shift(bits, jnp.int32(8)) >= jnp.int32(round(rate * 2**24))
+
+def pack(x):
+  """[..., 3 C] of queries, keys, values, side by side -> their packed order.
+
+  In it, the queries, keys and values of each group of heads are neighbours, so
+  that one program reads one block. Projections are made in this order by
+  packing the columns of their weights, not the activations.
+  """
+  groups = x.shape[-1] // (3 * _LANES)
+  return x.reshape(*x.shape[:-1], 3, groups, _LANES).swapaxes(
+      -3, -2).reshape(x.shape)
 
 
-def attention(query, key, value, *, heads, rate=0., bias=None, table=None,
-              seeds=None, interpret=False):
+def attention(query, key=None, value=None, *, heads, rate=0., bias=None,
+              table=None, seeds=None, interpret=False):
   """Softmax attention.
 
   Args:
-    query: [B, W, T, C], C = heads * D.
+    query: [B, W, T, C], C = heads * D; or, without key and value, all three
+      as [B, W, T, 3 C] in the order of `pack`.
     key, value: [B, W, N, C].
     heads: number of heads, side by side in C.
     rate: probability of dropping a weight.
@@ -64,31 +77,59 @@ def attention(query, key, value, *, heads, rate=0., bias=None, table=None,
   Returns:
     [B, W, T, C].
   """
-  return _attention((heads, rate if seeds is not None else 0., interpret),
-                    query, key, value, bias, table, seeds)
+  static = heads, rate if seeds is not None else 0., interpret
+  arrays = ({'packed': query} if key is None else
+            {'query': query, 'key': key, 'value': value})
+  others = {'bias': bias, 'table': table, 'seeds': seeds}
+  return _attention(static, arrays,
+                    {k: x for k, x in others.items() if x is not None})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, query, key, value, bias, table, seeds):
-  inputs = dict(query=query, key=key, value=value, bias=bias, table=table,
-                seeds=seeds)
-  return _call(_forward, static, inputs, ('query',), 2)[0]
+def _attention(static, arrays, others):
+  first = arrays.get('query', arrays.get('packed'))
+  width = first.shape[-1] // (3 if 'packed' in arrays else 1)
+  out = jax.ShapeDtypeStruct((*first.shape[:-1], width), first.dtype)
+  return _call(_forward, static, arrays | others, {'out': out}, 2)['out']
 
 
-def _attention_fwd(static, *inputs):
-  return _attention(static, *inputs), inputs
+def _attention_fwd(static, arrays, others):
+  return _attention(static, arrays, others), (arrays, others)
 
 
 def _attention_bwd(static, inputs, gradient):
-  inputs = dict(zip(('query', 'key', 'value', 'bias', 'table', 'seeds'),
-                    inputs), gradient=gradient)
-  wanted = ('query', 'key', 'value') + (
-      () if inputs['table'] is None else ('table',))
-  dq, dk, dv, *dtable = _call(_backward, static, inputs, wanted, 5)
-  return dq, dk, dv, None, dtable[0] if dtable else None, None
+  arrays, others = inputs
+  wanted = arrays | {k: x for k, x in others.items() if k == 'table'}
+  found = _call(_backward, static,
+                arrays | others | {'gradient': gradient}, wanted, 5)
+  return ({k: found[k] for k in arrays},
+          {k: found.get(k) for k in others})
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _spec(name, x, width, windows):
+  """Which block of x a program reads or writes.
+
+  Args:
+    name: of the input or output.
+    x: array or ShapeDtypeStruct.
+    width: D.
+    windows: W.
+  """
+  if name == 'seeds':
+    return pl.BlockSpec(memory_space=pltpu.SMEM)
+  if name == 'table':
+    return pl.BlockSpec((_LANES // width, *x.shape[1:]),
+                        lambda g, i, j: (g, 0, 0))
+  if name == 'bias':
+    a, b = int(x.shape[0] > 1), int(x.shape[1] > 1 and windows > 1)
+    return pl.BlockSpec((None, None, *x.shape[2:]),
+                        lambda g, i, j: (i * a, j * b, 0, 0))
+  lanes = _LANES * (3 if name == 'packed' else 1)
+  return pl.BlockSpec((None, None, x.shape[2], lanes),
+                      lambda g, i, j: (i, j, 0, g))
 
 
 def _call(kernel, static, inputs, outputs, products):
@@ -97,51 +138,38 @@ def _call(kernel, static, inputs, outputs, products):
   Args:
     kernel: `_forward` or `_backward`.
     static: (heads, rate, interpret).
-    inputs: {name: array or None}.
-    outputs: names of the inputs whose shapes the results have.
+    inputs: {name: array}.
+    outputs: {name: something of the result's shape and dtype}.
     products: number of matrix products of a head, for the count of FLOPs.
+
+  Returns:
+    {name of an output: array}.
   """
   heads, rate, interpret = static
-  b, w, t, c = inputs['query'].shape
-  n = inputs['key'].shape[2]
-  d = c // heads
-  inputs = {k: x for k, x in inputs.items() if x is not None}
-
-  def spec(name, x):
-    if name == 'seeds':
-      return pl.BlockSpec(memory_space=pltpu.SMEM)
-    if name == 'table':
-      return pl.BlockSpec((_LANES // d, t, n), lambda g, i, j: (g, 0, 0))
-    if name == 'bias':
-      rows, windows = x.shape[:2]
-      return pl.BlockSpec(
-          (None, None, *x.shape[2:]),
-          lambda g, i, j: (i if rows > 1 else 0, j if windows > 1 else 0, 0,
-                           0))
-    return pl.BlockSpec((None, None, x.shape[2], _LANES),
-                        lambda g, i, j: (i, j, 0, g))
-  names = list(inputs)
-  specs = {k: spec(k, x) for k, x in inputs.items()}
+  b, w, t, c = inputs.get('query', inputs.get('packed')).shape
+  c //= 3 if 'packed' in inputs else 1
+  n = inputs['key'].shape[2] if 'key' in inputs else t
+  width, names = c // heads, list(inputs)
 
   def body(*refs):
     found = dict(zip(names, refs))
     place = tuple(pl.program_id(axis) for axis in range(3))
-    kernel(lambda k: _Head(k, d, found, heads, rate, place), found,
-           dict(zip(outputs, refs[len(names):])), _LANES // d)
-  shapes = [jax.ShapeDtypeStruct(inputs[k].shape, inputs[k].dtype)
-            for k in outputs]
+    kernel(lambda k: _Head(k, width, found, heads, rate, place), found,
+           dict(zip(outputs, refs[len(names):])), _LANES // width)
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()]
   moved = sum(x.size * x.dtype.itemsize for x in [*inputs.values(), *shapes])
-  return pl.pallas_call(
+  found = pl.pallas_call(
       body, grid=(c // _LANES, b, w), out_shape=shapes,
-      in_specs=[specs[k] for k in names],
-      out_specs=[specs[k] for k in outputs], interpret=interpret,
-      name=f'attention{kernel.__name__}',
+      in_specs=[_spec(k, x, width, w) for k, x in inputs.items()],
+      out_specs=[_spec(k, x, width, w) for k, x in outputs.items()],
+      interpret=interpret, name=f'attention{kernel.__name__}',
       cost_estimate=pl.CostEstimate(
           flops=products * 2 * b * w * t * n * c,
           transcendentals=b * w * t * n * heads, bytes_accessed=moved),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('arbitrary',) * 3, vmem_limit_bytes=_VMEM))(
               *inputs.values())
+  return dict(zip(outputs, found))
 
 
 # --- In the kernels -----------------------------------------------------------
@@ -205,20 +233,27 @@ def _product(x, y, a, b):
                              preferred_element_type=jnp.float32)
 
 
+def _read(refs):
+  """The program's queries, keys and values, [T or N, 128] each."""
+  if 'packed' in refs:
+    return [refs['packed'][:, k * _LANES:(k + 1) * _LANES] for k in range(3)]
+  return [refs[k][...] for k in ('query', 'key', 'value')]
+
+
 def _forward(head_of, refs, outputs, count):
-  query, key, value = (refs[k][...] for k in ('query', 'key', 'value'))
+  query, key, value = _read(refs)
 
   def add(k, out):
     head = head_of(k)
     weights, = head.dropout(head.weights(head.only(query), key))
     return out + _product(weights.astype(value.dtype), head.only(value), 1, 0)
   out = _for_each(count, add, jnp.zeros(query.shape, jnp.float32))
-  outputs['query'][...] = out.astype(query.dtype)
+  outputs['out'][...] = out.astype(query.dtype)
 
 
 def _backward(head_of, refs, outputs, count):
-  query, key, value, gradient = (
-      refs[k][...] for k in ('query', 'key', 'value', 'gradient'))
+  query, key, value = _read(refs)
+  gradient = refs['gradient'][...]
   narrow = lambda x: x.astype(query.dtype)
   if 'table' in outputs:  # Summed over the programs of a group of heads.
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
@@ -241,8 +276,11 @@ def _backward(head_of, refs, outputs, count):
             dv + _product(narrow(dropped), g, 0, 0))
   sums = _for_each(count, add, tuple(
       jnp.zeros(x.shape, jnp.float32) for x in (query, key, value)))
-  for name, x in zip(('query', 'key', 'value'), sums):
-    outputs[name][...] = narrow(x)
+  for k, (name, x) in enumerate(zip(('query', 'key', 'value'), sums)):
+    if name in outputs:
+      outputs[name][...] = narrow(x)
+    else:
+      outputs['packed'][:, k * _LANES:(k + 1) * _LANES] = narrow(x)
 
 
 def _for_each(count, add, start):

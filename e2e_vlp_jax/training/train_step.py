@@ -12,6 +12,7 @@ import optax
 
 from e2e_vlp_jax import objectives as objectives_lib
 from e2e_vlp_jax.ops import attention
+from e2e_vlp_jax.ops import cheap_keys
 from e2e_vlp_jax.training import sharding
 
 
@@ -78,7 +79,8 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng,
   with attention.sharded(mesh, sharding.BATCH_AXES):
     outputs, new_state = model.apply(
         {'params': params, **model_state}, batch, requests, train=True,
-        rngs={'dropout': rng, 'sample': jax.random.fold_in(rng, 1)},
+        rngs={'dropout': cheap_keys.from_key(rng),
+              'sample': jax.random.fold_in(rng, 1)},
         mutable=list(model_state))
   outputs = _constrain_outputs(
       mesh, outputs, model.batchless_outputs,
