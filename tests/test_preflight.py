@@ -195,6 +195,29 @@ ENTRY %main (p: f32[8,4], q: bf16[6]) -> f32[8,4] {
   assert program_lib.memory_traffic(hlo) == 128 + (12 + 128) + 128
 
 
+def test_memory_traffic_of_what_reads_a_part():
+  hlo = '''HloModule jit_step
+
+%looked_up (a: f32[100,4], b: s32[3], c: f32[3,4]) -> f32[3,4] {
+  %a = f32[100,4]{1,0} parameter(0)
+  %b = s32[3]{0} parameter(1)
+  %c = f32[3,4]{1,0} parameter(2)
+  %row = f32[100,4]{1,0} bitcast(%a)
+  %g = f32[3,4]{1,0} gather(%row, %b), offset_dims={1}
+  ROOT %sum = f32[3,4]{1,0} add(%g, %c)
+}
+
+ENTRY %main (t: f32[100,4], i: s32[3]) -> f32[3,4] {
+  %t = f32[100,4]{1,0} parameter(0)
+  %i = s32[3]{0} parameter(1)
+  %s = f32[3,4]{1,0} slice(%t), slice={[0:3], [0:4]}
+  ROOT %out = f32[3,4]{1,0} fusion(%t, %i, %s), kind=kLoop, calls=%looked_up
+}
+'''
+  # The slice reads and writes 48; the fusion reads 48 + 12 + 48, writes 48.
+  assert program_lib.memory_traffic(hlo) == 96 + 156
+
+
 def test_memory_traffic_of_a_sliced_prefetch():
   """TPU programs fetch a large array piece by piece: all pieces are one read.
   """

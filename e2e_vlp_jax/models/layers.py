@@ -22,8 +22,32 @@ Array = jax.Array
 MASKED = -1e9
 REMAT = ('none', 'dots', 'full')
 POOLS = ('cls', 'mean')
-_ACTIVATIONS = {'relu': jax.nn.relu,
-                'gelu': lambda x: jax.nn.gelu(x, approximate=False)}
+
+
+@jax.custom_vjp
+def gelu(x):
+  """The exact GELU, x * P(normal < x), in float32; keeps only x.
+
+  By erf, as in torch. jax.nn's form by erfc chooses between two polynomials,
+  and a TPU makes a pass over x for the choice alone.
+  """
+  y = x.astype(wide(x))
+  return (y * _normal_cdf(y)).astype(x.dtype)
+
+
+def _normal_cdf(x):
+  return .5 * (1 + jax.lax.erf(x * math.sqrt(.5)))
+
+
+def _gelu_bwd(x, gradient):
+  y = x.astype(wide(x))
+  density = jnp.exp(-.5 * y * y) / math.sqrt(2 * math.pi)
+  return ((gradient.astype(y.dtype)
+           * (_normal_cdf(y) + y * density)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
+_ACTIVATIONS = {'relu': jax.nn.relu, 'gelu': gelu}
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -166,8 +190,9 @@ def _drop_fwd(rate, rows, x, seed):
 
 
 def _drop_bwd(rate, rows, seed, gradient):
-  # Otherwise the compiler finds the forward pass's mask and keeps it.
-  seed, gradient = jax.lax.optimization_barrier((seed, gradient))
+  if not rows:
+    # Otherwise the compiler finds the forward pass's mask and keeps it.
+    seed = jax.lax.optimization_barrier(seed)
   return _drop(rate, rows, gradient, seed), None
 
 

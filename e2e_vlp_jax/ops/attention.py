@@ -167,7 +167,10 @@ def self_attention(x, kernel, offset, heads, bias=None, table=None):
   shape = jax.eval_shape(split, x)
   place, bias = _PLACE.get(), _expanded(bias)
   if place is not None and _kernel_applies(place, shape, shape, bias):
-    packed = x @ attention_tpu.pack(kernel) + attention_tpu.pack(offset)
+    # The barrier keeps the compiler from reordering x instead of the weights.
+    kernel, offset = jax.lax.optimization_barrier(
+        (attention_tpu.pack(kernel), attention_tpu.pack(offset)))
+    packed = x @ kernel + offset
     return _kernel(place, heads, (packed,), bias, table, None)
   parts = jnp.split(x @ kernel + offset, 3, -1)
   return attention(*map(split, parts), bias, table).reshape(x.shape)

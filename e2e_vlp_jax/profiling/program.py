@@ -111,6 +111,8 @@ _OPERAND = re.compile(r'%([\w.\-]+)')
 _FREE = re.compile(
     r'parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|'
     r'call|after-all|opt-barrier|partition-id|replica-id|.*-done|.*-update')
+# Operations that read their first operand only in part.
+_READS_A_PART = ('slice', 'dynamic-slice', 'gather')
 _CALLED = re.compile(
     r'\b(body|condition|calls|to_apply|true_computation|false_computation)='
     r'%?([\w.\-]+)|branch_computations=\{([^}]*)\}')
@@ -138,9 +140,11 @@ def memory_traffic(hlo):
 
   Each operation reads its operands and writes its results once; a fusion
   counts as one operation. Arrays that the compiler keeps in on-chip memory (a
-  TPU's VMEM, memory space 1) are free. A prefetch of a slice moves the slice.
-  Any other operation that reads a part of an operand is charged for the whole.
+  TPU's VMEM, memory space 1) are free. What reads a part of an array (a slice,
+  a gather, a prefetch of a slice, a fusion that begins with one) is charged for
+  that part. What writes into a part of an array is charged for the whole.
   """
+  bodies, _ = _computations(hlo)
   sizes, total = {}, 0.
   for line in hlo.splitlines():
     match = _INSTRUCTION.match(line)
@@ -150,19 +154,71 @@ def memory_traffic(hlo):
               match['type']) if 'S(' not in layout)
   for line, times, _ in _executed(hlo, fused=False):
     match = _INSTRUCTION.match(line)
-    if not match or _FREE.fullmatch(match['opcode']):
-      continue
-    moved = sizes[match['name']]
-    if match['opcode'] == 'slice-start':  # ((operand), slice, context)
-      (_, _, source), (kind, dims, target) = _LAYOUT.findall(
-          match['type'])[:2]
-      moved = _bytes(kind, dims) * sum(
-          'S(' not in layout for layout in (source, target))
-    elif not match['opcode'].endswith('-start'):  # Its type has the operands.
-      moved += sum(sizes.get(x, 0) for x in set(
-          _OPERAND.findall(match['rest'].split('), ')[0])))
-    total += times * moved
+    if match and not _FREE.fullmatch(match['opcode']):
+      total += times * _moved(match, sizes, bodies)
   return total
+
+
+def _moved(match, sizes, bodies):
+  """Bytes that one run of an instruction moves.
+
+  Args:
+    match: of _INSTRUCTION.
+    sizes: {name: bytes in main memory}.
+    bodies: from `_computations`.
+  """
+  opcode, result = match['opcode'], sizes[match['name']]
+  if opcode == 'slice-start':  # ((operand), slice, context)
+    (_, _, source), (kind, dims, target) = _LAYOUT.findall(match['type'])[:2]
+    return _bytes(kind, dims) * sum(
+        'S(' not in layout for layout in (source, target))
+  if opcode.endswith('-start'):  # Its type has the operands.
+    return result
+  operands = _OPERAND.findall(match['rest'].split('), ')[0])
+  called = re.search(r'\bcalls=%?([\w.\-]+)', match['rest'])
+  parts = {}
+  if opcode in _READS_A_PART:
+    parts[0] = _size_of(match['type'])
+  elif opcode == 'fusion' and called:
+    parts = _parts_read(bodies.get(called[1], ()))
+  read = {}
+  for i, name in enumerate(operands):
+    size = sizes.get(name, 0)
+    read[name] = max(read.get(name, 0), min(size, parts.get(i, size)))
+  return result + sum(read.values())
+
+
+def _parts_read(lines):
+  """{number of a parameter: bytes} that a fusion reads only in part."""
+  found = [m for m in map(_INSTRUCTION.match, lines) if m]
+  users = {}
+  for m in found:
+    for name in _OPERAND.findall(m['rest'].split('), ')[0]):
+      users.setdefault(name, []).append(m)
+
+  def read(name):
+    """Bytes read of `name`, or None for the whole."""
+    total = 0
+    for m in users.get(name, ()):
+      first = _OPERAND.search(m['rest'])[1] == name
+      if m['opcode'] in _READS_A_PART and first:
+        size = _size_of(m['type'])
+      elif m['opcode'] == 'bitcast':
+        size = read(m['name'])
+      else:
+        size = None
+      if size is None:
+        return None
+      total += size
+    return total
+  parts = {int(m['rest'].split(')')[0]): read(m['name']) for m in found
+           if m['opcode'] == 'parameter'}
+  return {i: size for i, size in parts.items() if size is not None}
+
+
+def _size_of(kind):
+  """Bytes of a type, wherever it is."""
+  return sum(_bytes(*shape) for shape in _SHAPE.findall(kind))
 
 
 def _executed(hlo, fused):
