@@ -69,8 +69,7 @@ def test_the_kernel_computes_the_same(case):
       with_gradients(kernel, *inputs), with_gradients(plain, *inputs))
 
 
-@pytest.mark.parametrize('where', ['plain', 'kernel'])
-def test_windows_are_projected_and_attended_to_in_one(where, monkeypatch):
+def test_windows_are_projected_and_attended_to_in_one(monkeypatch):
   """With packed weights as with those of three projections."""
   heads, width = 8, 256  # two groups of lanes
   query, *_, bias, table, _, _ = drawn((2, 4, 9, 9, heads, 32), (1, 4, 9, 9),
@@ -87,8 +86,7 @@ def test_windows_are_projected_and_attended_to_in_one(where, monkeypatch):
 
   def together(x, kernel, offset, table):
     with attention_lib.sharded(mesh, sharding.BATCH_AXES):
-      return attention_lib.self_attention(x, kernel, offset, heads, bias,
-                                          table)
+      return attention_lib.projected(x, kernel, offset, heads, bias, table)
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 1, 'tensor': 1},
                             jax.devices()[:2])
   inputs = x, kernel, offset, table
@@ -96,10 +94,8 @@ def test_windows_are_projected_and_attended_to_in_one(where, monkeypatch):
   gradients = lambda f: jax.jit(jax.value_and_grad(loss(f), (0, 1, 2, 3)))(
       *inputs)
   expected = gradients(apart)
-  if where == 'kernel':
-    monkeypatch.setattr(attention_lib, '_kernel_applies', lambda *_: True)
-    monkeypatch.setattr(attention_tpu, 'attention', functools.partial(
-        attention_tpu.attention, interpret=True))
+  monkeypatch.setattr(attention_tpu, 'attention', functools.partial(
+      attention_tpu.attention, interpret=True))
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4),
       gradients(together), expected)

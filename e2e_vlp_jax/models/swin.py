@@ -136,29 +136,24 @@ class WindowAttention(nn.Module):
     """[B, windows, n, C], (rows, columns), bias to [windows, H, n, n] -> x."""
     c = x.shape[-1]
     layers.check_heads(self.heads, c, self.path)
-    init = fusion.image_init(self.from_scratch)
-    kernel, offset = _Weights(3 * c, init, name='qkv')(c)
+    dense = functools.partial(nn.Dense, dtype=self.dtype,
+                              kernel_init=fusion.image_init(self.from_scratch))
+    qkv = dense(3 * c, name='qkv')
     rows = np.prod([2 * r - 1 for r in window])
     table = self.param('relative_bias', fusion.IMAGE_INIT,
                        (rows, self.heads))
     position = jnp.moveaxis(table[relative_index(window)], -1, 0)
-    y = attention.self_attention(
-        x.astype(self.dtype), kernel.astype(self.dtype),
-        offset.astype(self.dtype), self.heads, bias,
-        position.astype(layers.wide(x)))
-    return nn.Dense(c, dtype=self.dtype, kernel_init=init, name='out')(y)
-
-
-class _Weights(nn.Module):
-  """The parameters of a dense layer with `features` outputs."""
-  features: int
-  kernel_init: Any
-
-  @nn.compact
-  def __call__(self, inputs):
-    """Number of inputs -> kernel [inputs, features], bias [features]."""
-    return (self.param('kernel', self.kernel_init, (inputs, self.features)),
-            self.param('bias', nn.initializers.zeros, (self.features,)))
+    position = position.astype(layers.wide(x))
+    if attention.projects(x.shape, self.dtype, self.heads, bias):
+      weights = {k: w.astype(self.dtype)
+                 for k, w in self.variables['params']['qkv'].items()}
+      y = attention.projected(x.astype(self.dtype), weights['kernel'],
+                              weights['bias'], self.heads, bias, position)
+    else:
+      split = lambda y: y.reshape(*y.shape[:-1], self.heads, c // self.heads)
+      q, k, v = map(split, jnp.split(qkv(x), 3, -1))
+      y = attention.attention(q, k, v, bias, position).reshape(x.shape)
+    return dense(c, name='out')(y)
 
 
 class Block(nn.Module):

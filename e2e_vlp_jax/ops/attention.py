@@ -151,29 +151,37 @@ def _kernel_applies(place, query, key, bias):
           and attention_tpu.applies(query, key))
 
 
-def self_attention(x, kernel, offset, heads, bias=None, table=None):
-  """Attention of x to itself, by one projection to queries, keys and values.
+def projects(shape, dtype, heads, bias):
+  """Whether `projected` can compute the attention of x to itself.
+
+  Args:
+    shape, dtype: of x [B, W, T, C].
+    heads: number of heads.
+    bias: see `attention`.
+  """
+  place = _PLACE.get()
+  x = jax.ShapeDtypeStruct((*shape[:-1], heads, shape[-1] // heads), dtype)
+  return place is not None and _kernel_applies(place, x, x, _expanded(bias))
+
+
+def projected(x, kernel, offset, heads, bias=None, table=None):
+  """Attention of x to itself; queries, keys and values are not copied apart.
 
   Args:
     x: [B, W, T, C].
-    kernel, offset: [C, 3 C] and [3 C], weights of the projection.
+    kernel, offset: [C, 3 C] and [3 C], weights of one projection to queries,
+      keys and values.
     heads: number of heads.
     bias, table: see `attention`.
 
   Returns:
     [B, W, T, C].
   """
-  split = lambda y: y.reshape(*y.shape[:-1], heads, x.shape[-1] // heads)
-  shape = jax.eval_shape(split, x)
-  place, bias = _PLACE.get(), _expanded(bias)
-  if place is not None and _kernel_applies(place, shape, shape, bias):
-    # The barrier keeps the compiler from reordering x instead of the weights.
-    kernel, offset = jax.lax.optimization_barrier(
-        (attention_tpu.pack(kernel), attention_tpu.pack(offset)))
-    packed = x @ kernel + offset
-    return _kernel(place, heads, (packed,), bias, table, None)
-  parts = jnp.split(x @ kernel + offset, 3, -1)
-  return attention(*map(split, parts), bias, table).reshape(x.shape)
+  # The barrier keeps the compiler from reordering x instead of the weights.
+  kernel, offset = jax.lax.optimization_barrier(
+      (attention_tpu.pack(kernel), attention_tpu.pack(offset)))
+  return _kernel(_PLACE.get(), heads, (x @ kernel + offset,), _expanded(bias),
+                 table, None)
 
 
 def _expanded(bias):

@@ -23,6 +23,9 @@ _PACKAGE = 'e2e_vlp_jax.tasks'
 # Colours of a picture.
 RIGHT, WRONG, TRUTH = '#2fbf5b', '#f0524d', '#ffffff'
 INK, FAINT = '#e8eaed', '#9aa3ad'
+# Without ground truth: one colour per box, distinct on most photographs.
+COLOURS = ('#4cc2ff', '#ffb02e', '#ff6ec7', '#7ee787', '#c49bff', '#ffd84d',
+           '#ff8a5c', '#5ce0d0')
 
 
 def names():

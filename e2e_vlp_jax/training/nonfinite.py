@@ -22,7 +22,8 @@ class NonFinite:
   def __init__(self, workdir, data, limit, in_a_row=0):
     self._path = os.path.join(workdir, 'nonfinite.jsonl')
     self._data, self._limit = data, limit
-    self._in_a_row, self._unseen = in_a_row, None
+    # A run that goes on gets one more try: its learning rate may be lower now.
+    self._in_a_row, self._unseen = min(in_a_row, limit - 1), None
 
   def look(self, t, metrics, wait=False):
     """Inspects the metrics of the previous step while this one runs.

@@ -134,15 +134,19 @@ def spelled(source, tensors, path):
   lacking = [name for name in source.SIGNATURE if name not in out]
   if lacking:
     name = source.__name__.rpartition('.')[2]
-    others = [f for f in formats() if f != name and all(
-        s in map(canonical_of(find(f), tensors), tensors)
-        for s in find(f).SIGNATURE)]
+    others = that_fit(tensors)
     raise errors.UserError(
         f'--input: {path!r} does not hold {name} weights: no tensor '
         f'{lacking[0]!r} among its {len(tensors)} (the first is '
         f'{min(tensors, default="")!r})'
         + (f'; did you mean --format {others[0]}?' if others else ''))
   return out
+
+
+def that_fit(tensors):
+  """Names of the formats whose signature is among these tensors."""
+  return [f for f in formats() if set(find(f).SIGNATURE) <= set(
+      map(canonical_of(find(f), tensors), tensors))]
 
 
 def canonical_of(source, names):

@@ -38,7 +38,8 @@ def choose(source, sets, wanted, path):
     name = _named(wanted, every, path)
   else:
     name = _default([n for n in fitting if n in sets], path)
-    if name is None and any(n in nested for n in fitting):
+    if name is None and any(n in nested for n in fitting) and not any(
+        map(mapping.that_fit, sets.values())):
       raise errors.UserError(
           f'--input: {path!r} has such weights only under a prefix: say '
           + ' or '.join(f'--set {n}' for n in fitting))
