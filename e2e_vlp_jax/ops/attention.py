@@ -91,8 +91,12 @@ def attention(query: Array, key: Array, value: Array,
     return _kernel(place, query.shape[3],
                    (flat(query), flat(key), flat(value)), bias, table,
                    dropout).reshape(query.shape)
-  return checkpoint_name(_plain(query, key, value, bias, table, dropout),
-                         RESULT)
+  if query.shape[1] > 1:
+    out = _plain(query, key, value, bias, table, dropout)
+  else:  # An axis of length 1 makes XLA round some products otherwise.
+    out = _plain(query[:, 0], key[:, 0], value[:, 0],
+                 None if bias is None else bias[:, 0], table, dropout)[:, None]
+  return checkpoint_name(out, RESULT)
 
 
 def _plain(query, key, value, bias, table, dropout):
