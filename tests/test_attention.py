@@ -87,8 +87,9 @@ def test_windows_are_projected_and_attended_to_in_one(where, monkeypatch):
 
   def together(x, kernel, offset, table):
     with attention_lib.sharded(mesh, sharding.BATCH_AXES):
-      return attention_lib.self_attention(x, kernel, offset, heads, bias,
-                                          table)
+      return attention_lib.self_attention(
+          lambda order: x @ order(kernel) + order(offset),
+          jax.ShapeDtypeStruct(x.shape, x.dtype), heads, bias, table)
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 1, 'tensor': 1},
                             jax.devices()[:2])
   inputs = x, kernel, offset, table

@@ -137,28 +137,31 @@ class WindowAttention(nn.Module):
     c = x.shape[-1]
     layers.check_heads(self.heads, c, self.path)
     init = fusion.image_init(self.from_scratch)
-    kernel, offset = _Weights(3 * c, init, name='qkv')(c)
+    qkv = _Projection(3 * c, init, self.dtype, name='qkv')
     rows = np.prod([2 * r - 1 for r in window])
     table = self.param('relative_bias', fusion.IMAGE_INIT,
                        (rows, self.heads))
     position = jnp.moveaxis(table[relative_index(window)], -1, 0)
     y = attention.self_attention(
-        x.astype(self.dtype), kernel.astype(self.dtype),
-        offset.astype(self.dtype), self.heads, bias,
-        position.astype(layers.wide(x)))
+        lambda order: qkv(x, order), jax.ShapeDtypeStruct(x.shape, self.dtype),
+        self.heads, bias, position.astype(layers.wide(x)))
     return nn.Dense(c, dtype=self.dtype, kernel_init=init, name='out')(y)
 
 
-class _Weights(nn.Module):
-  """The parameters of a dense layer with `features` outputs."""
+class _Projection(nn.Module):
+  """A dense layer with `features` outputs, in an order that is chosen."""
   features: int
   kernel_init: Any
+  dtype: Any
 
   @nn.compact
-  def __call__(self, inputs):
-    """Number of inputs -> kernel [inputs, features], bias [features]."""
-    return (self.param('kernel', self.kernel_init, (inputs, self.features)),
-            self.param('bias', nn.initializers.zeros, (self.features,)))
+  def __call__(self, x, order):
+    """[..., C], function that permutes weights' last axis -> [..., features]"""
+    kernel = self.param('kernel', self.kernel_init,
+                        (x.shape[-1], self.features))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    kernel, bias = (order(w.astype(self.dtype)) for w in (kernel, bias))
+    return x.astype(self.dtype) @ kernel + bias
 
 
 class Block(nn.Module):

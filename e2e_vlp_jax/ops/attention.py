@@ -125,29 +125,29 @@ def _kernel_applies(place, query, key, bias):
           and attention_tpu.applies(query, key))
 
 
-def self_attention(x, kernel, offset, heads, bias=None, table=None):
-  """Attention of x to itself, by one projection to queries, keys and values.
+def self_attention(project, shape, heads, bias=None, table=None):
+  """Attention of tokens to themselves, by one projection for all three inputs.
 
   Args:
-    x: [B, W, T, C].
-    kernel, offset: [C, 3 C] and [3 C], weights of the projection.
+    project: function (order) -> queries, keys and values, side by side
+      [B, W, T, 3 C], made with weights whose last axis `order` has permuted.
+    shape: ShapeDtypeStruct [B, W, T, C] of the result.
     heads: number of heads.
     bias, table: see `attention`.
 
   Returns:
     [B, W, T, C].
   """
-  split = lambda y: y.reshape(*y.shape[:-1], heads, x.shape[-1] // heads)
-  shape = jax.eval_shape(split, x)
+  split = lambda y: y.reshape(*y.shape[:-1], heads, y.shape[-1] // heads)
+  one = jax.eval_shape(split, shape)
   place, bias = _PLACE.get(), _expanded(bias)
-  if place is not None and _kernel_applies(place, shape, shape, bias):
-    # The barrier keeps the compiler from reordering x instead of the weights.
-    kernel, offset = jax.lax.optimization_barrier(
-        (attention_tpu.pack(kernel), attention_tpu.pack(offset)))
-    packed = x @ kernel + offset
+  if place is not None and _kernel_applies(place, one, one, bias):
+    # The barrier keeps the compiler from reordering tokens instead of weights.
+    packed = project(lambda weights: jax.lax.optimization_barrier(
+        attention_tpu.pack(weights)))
     return _kernel(place, heads, (packed,), bias, table, None)
-  parts = jnp.split(x @ kernel + offset, 3, -1)
-  return attention(*map(split, parts), bias, table).reshape(x.shape)
+  parts = jnp.split(project(lambda weights: weights), 3, -1)
+  return attention(*map(split, parts), bias, table).reshape(shape.shape)
 
 
 def _expanded(bias):
