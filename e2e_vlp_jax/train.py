@@ -38,8 +38,8 @@ def train(config, workdir, allow_changes=False):
     allow_changes: see `workdir_lib.open_workdir`.
 
   Raises:
-    UserError: config, data, workdir or checkpoints do not fit, another
-      training uses the workdir, or every update is non-finite.
+    UserError: config, data, workdir or checkpoints do not fit, the workdir is
+      in use, or every update is non-finite.
     SystemExit: a signal stopped the run; its state is saved.
   """
   clock = progress.Clock('init')
@@ -47,17 +47,13 @@ def train(config, workdir, allow_changes=False):
     vocabularies, data, assembly = _prepare(config, workdir, allow_changes,
                                             stack)
     mesh = assembly.mesh
-    # --- Restore, or start --------------------------------------------------
+    # --- Restore, or start; evaluation, monitoring ---------------------------
     saver = stack.enter_context(checkpointer.Checkpointer(
         workdir, {'config': workdir_lib.to_dict(config),
                   **vocabularies.to_dict()}, config.checkpoint))
     state = (saver.restore(assembly.state_target())
              or _fresh_state(config, workdir, assembly))
-
-    # --- Evaluation, monitoring ---------------------------------------------
-    from e2e_vlp_jax.evaluation import during_training  # pylint: disable=g-import-not-at-top
-    evaluation = during_training.Evaluation(config, workdir, assembly,
-                                            vocabularies)
+    evaluation = _evaluation(config, workdir, assembly, vocabularies)
     monitor = stack.enter_context(monitor_lib.Monitor(
         workdir, config.total_steps, int(state.step), config.tensorboard))
     monitor.say(_summary(assembly, data, int(state.step)))
@@ -152,6 +148,12 @@ def _fresh_state(config, workdir, assembly):
             assembly.model, loaded, state.params))
     workdir_lib.report_loaded(workdir, config.init_from, report)
   return state
+
+
+def _evaluation(config, workdir, assembly, vocabularies):
+  """The run's `during_training.Evaluation`, which imports TensorFlow."""
+  from e2e_vlp_jax.evaluation import during_training  # pylint: disable=g-import-not-at-top
+  return during_training.Evaluation(config, workdir, assembly, vocabularies)
 
 
 def _summary(assembly, data, first_step):
