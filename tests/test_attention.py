@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from e2e_vlp_jax.models import layers
+from e2e_vlp_jax.models import swin
 from e2e_vlp_jax.ops import attention as attention_lib
 from e2e_vlp_jax.ops import attention_tpu
 from e2e_vlp_jax.ops import cheap_keys
@@ -229,3 +230,29 @@ def test_keys_of_dropout_differ_between_steps_layers_and_splits():
       cheap_keys.from_key(jax.random.fold_in(jax.random.key(0), 0)), 0)
   np.testing.assert_array_equal(*map(jax.random.key_data,
                                      (again, derived[0])))
+
+
+def test_a_window_attention_by_the_kernel(monkeypatch):
+  """The module takes the weights of its projection where the kernel runs."""
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
+                            jax.devices()[:1])
+  x = jax.random.normal(jax.random.key(0), (2, 4, 9, 256))
+  module = swin.WindowAttention(8, jnp.float32, False)
+  variables = module.init(jax.random.key(1), x, (3, 3), None)
+
+  def loss(variables, x):
+    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+      y = module.apply(variables, x, (3, 3), None)
+    return (y * jnp.cos(jnp.arange(256))).sum()
+  expected = jax.value_and_grad(loss)(variables, x)
+  calls, kernel_ = [], attention_tpu.attention
+
+  def interpreted(*args, **kwargs):
+    calls.append(args)
+    return kernel_(*args, **kwargs, interpret=True)
+  monkeypatch.setattr(attention_lib, '_kernel_applies', lambda *_: True)
+  monkeypatch.setattr(attention_tpu, 'attention', interpreted)
+  found = jax.value_and_grad(loss)(variables, x)
+  assert len(calls) == 1 and len(calls[0]) == 1  # queries, keys, values in one
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-4), found, expected)
