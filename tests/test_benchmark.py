@@ -1,4 +1,5 @@
 """benchmark: what it reports, where it says time goes, what it refuses."""
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from e2e_vlp_jax import benchmark
 from e2e_vlp_jax.profiling import by_module
+from tests import commands
 
 TINY = 'configs/e2e_vlp.py:tiny'
 
@@ -129,13 +131,7 @@ def test_benchmark_on_data_of_its_own(tiny_scenes, tmp_path):
 
 
 # --- Bad input --------------------------------------------------------------
-def refused(*argv, capsys):
-  with pytest.raises(SystemExit) as e:
-    benchmark.main(list(argv))
-  assert e.value.code == 2
-  line = capsys.readouterr().err.strip()
-  assert '\n' not in line
-  return line
+refused = functools.partial(commands.refused, benchmark.main)
 
 
 @pytest.mark.parametrize('argv,expected', [

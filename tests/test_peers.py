@@ -12,6 +12,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.peers import process
+from tests import commands
 
 TINY = ['--config', 'configs/e2e_vlp.py:tiny', '--batch-size', '8',
         '--config.model.encoder_layers=1', '--config.model.decoder_layers=1']
@@ -219,13 +220,7 @@ def test_the_rest_of_the_report_comes(stub, tmp_path, capsys):
 
 
 # --- Bad input --------------------------------------------------------------
-def refused(*argv, capsys):
-  with pytest.raises(SystemExit) as e:
-    benchmark.main(list(argv))
-  assert e.value.code == 2
-  line = capsys.readouterr().err.strip()
-  assert '\n' not in line
-  return line
+refused = functools.partial(commands.refused, benchmark.main)
 
 
 def test_a_peer_of_another_architecture(torch_extra, capsys):

@@ -25,8 +25,7 @@ def case(shared, tmp_path, capsys):
   """
   def run(path, *argv, name='coco'):
     source = shared / 'cases' / path
-    if not source.is_dir():
-      pytest.skip(f'no {source}')
+    assert source.is_dir(), source
     data = tmp_path / 'data'
     prepare.main([*([name] if name != 'web' else ['pairs', '--name', 'web']),
                   '--source', str(source), '--data_dir', str(data), *argv])
