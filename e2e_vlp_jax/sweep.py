@@ -18,14 +18,10 @@ run trains in its own folder W/NAME, named after its values.
 metrics of every run, the best by --metric first.
 """
 import functools
-import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-from typing import Any, NamedTuple
 import zlib
 
 import jinja2
@@ -33,28 +29,10 @@ import jinja2
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
-from e2e_vlp_jax.training import workdir as workdir_lib
+from e2e_vlp_jax import runs as runs_lib
 
-TRAIN = ('python', '-m', 'e2e_vlp_jax.train')
 SLURM = os.path.join('launch', 'slurm.sbatch')
 _LONGEST = 120  # characters of a run's name; file systems allow 255 bytes
-
-
-class Run(NamedTuple):
-  """One run of a sweep.
-
-  Attributes:
-    name: name of its folder.
-    overrides: {config key: value} from the sweep.
-    config: config with these values.
-    workdir: path of its folder.
-    arguments: arguments of the command train.
-  """
-  name: str
-  overrides: dict
-  config: Any
-  workdir: str
-  arguments: list
 
 
 def runs_of(spec, common, workdir):
@@ -77,9 +55,9 @@ def runs_of(spec, common, workdir):
       if today(key) in sets:
         raise errors.UserError(f'--config.{key}: the sweep itself sets it, to '
                                f'{sets[today(key)]!r} in run {number}')
-    texts = [(key, _text(value)) for key, value in overrides.items()]
+    texts = [(key, runs_lib.text_of(value)) for key, value in overrides.items()]
     try:
-      config = cli.load_config(spec, [*common, *texts])
+      cli.load_config(spec, [*common, *texts])
     except errors.UserError as e:
       raise errors.UserError(f'get_sweep of {spec}, run {number}: {e}') from e
     name = _name(overrides, sweep)
@@ -87,18 +65,9 @@ def runs_of(spec, common, workdir):
       raise errors.UserError(f'get_sweep of {spec}: runs {seen[name]} and '
                              f'{number} have the same name {name!r}')
     seen[name] = number
-    folder = os.path.join(workdir, name)
-    out.append(Run(name, overrides, config, folder, [
-        '--config', spec, '--workdir', folder,
-        *(f'--config.{key}={text}' for key, text in [*common, *texts])]))
+    out.append(runs_lib.Run(name, os.path.join(workdir, name), spec,
+                            (*common, *texts), overrides))
   return out
-
-
-def _text(value):
-  """A value in the form that the command line accepts."""
-  if isinstance(value, bool):
-    return str(value).lower()
-  return value if isinstance(value, str) else repr(value)
 
 
 def _name(overrides, sweep):
@@ -106,7 +75,7 @@ def _name(overrides, sweep):
   keys = {key for run in sweep for key in run}
   last = lambda key: key.rpartition('.')[2]
   alone = lambda key: sum(last(k) == last(key) for k in keys) == 1
-  name = ','.join(f'{last(k) if alone(k) else k}={_text(v)}'
+  name = ','.join(f'{last(k) if alone(k) else k}={runs_lib.text_of(v)}'
                   for k, v in overrides.items()) or 'base'
   plain = re.sub(r'[^-\w.=,+]+', '_', name, flags=re.ASCII)
   if plain != name or len(plain) > _LONGEST:  # A checksum keeps names unique.
@@ -123,29 +92,13 @@ def table(runs, metric=None):
   """
   rows = []
   for run in runs:
-    step, metrics = 0, {}
-    try:
-      with open(os.path.join(run.workdir, 'metrics.jsonl')) as f:
-        for line in filter(None, map(_read, f)):
-          step = max(step, line.get('step', 0))
-          metrics.update({k: v for k, v in line.items() if v is not None
-                          and (k.startswith('eval/') or k == 'train/loss')})
-    except (FileNotFoundError, NotADirectoryError):
-      pass
+    step, metrics = run.metrics()
     rows.append({'name': run.name, 'overrides': run.overrides,
                  'workdir': run.workdir, 'step': step,
-                 'finished': workdir_lib.finished(run.workdir, run.config),
-                 'metrics': metrics})
+                 'finished': run.finished(), 'metrics': metrics})
   sign = 1 if metric and 'loss' in metric else -1
   return sorted(rows, key=lambda row: sign * row['metrics'][metric]
                 if metric in row['metrics'] else float('inf'))
-
-
-def _read(line):
-  try:
-    return json.loads(line)
-  except ValueError:  # half written
-    return None
 
 
 def write_table(workdir, spec, runs, metric=None):
@@ -154,7 +107,7 @@ def write_table(workdir, spec, runs, metric=None):
   names = sorted({k for row in rows for k in row['metrics']},
                  key=lambda k: (k != metric, k))
   keys = list(dict.fromkeys(k for row in rows for k in row['overrides']))
-  cells = [([row['name'], *(_text(row['overrides'].get(k, '')) for k in keys),
+  cells = [([row['name'], *(runs_lib.text_of(row['overrides'].get(k, '')) for k in keys),
              row['step'] if row['finished'] else f'{row["step"]}, not done',
              *(f'{row["metrics"][k]:.4f}' if k in row['metrics'] else ''
                for k in names)], f'{row["name"]}/report.html') for row in rows]
@@ -188,46 +141,6 @@ def show(rows, metric):
 
 
 # --- The modes --------------------------------------------------------------
-def run_here(runs, after):
-  """Trains the runs one after the other; returns the exit code.
-
-  Args:
-    runs: [Run].
-    after: called after each run.
-  """
-  failed, stopped, children = {}, [], []
-
-  def stop(signum, frame):
-    # Ctrl-C also reaches the training, which saves before it ends. SIGTERM
-    # does not, so we forward it.
-    del frame
-    stopped.append(signum)
-    if signum == signal.SIGTERM and children:
-      children[-1].terminate()
-  before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-  for number, run in enumerate(runs, 1):
-    here = f'[{number}/{len(runs)}] {run.name}'
-    if workdir_lib.finished(run.workdir, run.config):
-      print(f'{here}: already finished', flush=True)
-      continue
-    print(f'{here}: {run.workdir}', flush=True)
-    children.append(subprocess.Popen([sys.executable, *TRAIN[1:],
-                                      *run.arguments]))
-    code = children[-1].wait()
-    after()
-    if stopped:
-      print(f'{here}: stopped; run the same command to continue', flush=True)
-      break
-    if code or not workdir_lib.finished(run.workdir, run.config):
-      failed[run.name] = f'exit code {code}' if code else 'ended too early'
-      print(f'{here}: failed ({failed[run.name]})', flush=True)
-  for signum, handler in before.items():
-    signal.signal(signum, handler)
-  for name, why in failed.items():
-    print(f'failed: {name} ({why})', file=sys.stderr)
-  return 128 + stopped[0] if stopped else 1 if failed else 0
-
-
 def write_slurm(runs, workdir):
   """Writes W/sweep.sbatch; returns the command that submits it."""
   try:
@@ -270,7 +183,7 @@ def main(argv=None):
     code = 0
     if args.mode == 'print':
       for run in runs:
-        print(shlex.join([*TRAIN, *run.arguments]))
+        print(shlex.join([*runs_lib.TRAIN, *run.arguments]))
     elif args.mode == 'slurm':
       print(write_slurm(runs, workdir))
     else:
@@ -278,7 +191,7 @@ def main(argv=None):
       if args.mode == 'local':
         with files.lock(os.path.join(workdir, '.lock'),
                         f'--workdir {workdir}'):
-          code = run_here(runs, collect)
+          code = runs_lib.run_here(runs, lambda *_: collect())
       show(collect(), args.metric)
       print(f'written: {os.path.join(workdir, "sweep.html")}, sweep.json')
   sys.exit(code)

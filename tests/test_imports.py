@@ -15,7 +15,8 @@ PACKAGE = REPO / 'e2e_vlp_jax'
 # Things a person runs. The other files beside them serve everybody.
 ENTRY_POINTS = sorted(f.stem for f in PACKAGE.glob('*.py')
                       if f.stem not in ('__init__', 'checkpoint_files', 'cli',
-                                        'discovery', 'errors', 'files'))
+                                        'discovery', 'errors', 'files',
+                                        'runs'))
 # What a room may import besides itself and `EVERYWHERE`.
 EVERYWHERE = ['checkpoint_files', 'discovery', 'errors', 'files']
 DOORS = {

@@ -13,6 +13,7 @@ import pytest
 from configs import e2e_vlp
 from configs import soho
 from e2e_vlp_jax import cli
+from e2e_vlp_jax import runs as runs_lib
 from e2e_vlp_jax import sweep
 
 NASTY = 'a b;$(touch CANARY)`touch CANARY`\'"\\ $HOME <b>&\nx'
@@ -62,7 +63,7 @@ def place(tmp_path, monkeypatch):
   calls, fake = tmp_path / 'calls', tmp_path / 'fake_train.py'
   repo = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   fake.write_text(TRAIN.format(repo=repo, calls=str(calls)))
-  monkeypatch.setattr(sweep, 'TRAIN', ('python', str(fake)))
+  monkeypatch.setattr(runs_lib, 'TRAIN', ('python', str(fake)))
 
   def write(runs):
     path = tmp_path / 'config.py'
@@ -169,7 +170,7 @@ def test_local_runs(place, tmp_path, capfd):
 def test_of_a_loss_the_smallest_is_best(tmp_path):
   runs = []
   for name, loss in (('a', 2.), ('b', 1.), ('c', None)):
-    runs.append(sweep.Run(name, {}, None, str(tmp_path / name), []))
+    runs.append(runs_lib.Run(name, str(tmp_path / name), 'none.py'))
     (tmp_path / name).mkdir()
     (tmp_path / name / 'metrics.jsonl').write_text(
         json.dumps({'step': 1, 'train/loss': loss}) + '\n')
@@ -181,8 +182,9 @@ def test_stopped_it_stops_the_training_and_starts_no_other(place, tmp_path):
   config = place([{'seed': 99}, {'seed': 1}])
   program = textwrap.dedent(f'''
       import sys
+      from e2e_vlp_jax import runs
       from e2e_vlp_jax import sweep
-      sweep.TRAIN = {sweep.TRAIN!r}
+      runs.TRAIN = {runs_lib.TRAIN!r}
       sweep.main(['--config', {str(config)!r}, '--workdir',
                   {str(tmp_path / 'W')!r}])''')
   process = subprocess.Popen([sys.executable, '-c', program],
