@@ -80,7 +80,7 @@ def parse(p, argv=None):
     raise errors.UserError(
         f'unknown argument {word!r}{errors.nearest(word, known)}')
   spec = getattr(args, 'config', None)
-  if overrides and not spec:
+  if overrides and not (spec or hasattr(args, 'study')):
     raise errors.UserError(f'--config.{overrides[0][0]} without --config')
   args.overrides = overrides
   return args, load_config(spec, overrides) if spec else None
@@ -101,7 +101,7 @@ def load_config(spec, overrides=()):
     UserError: no such file, a bad argument (get_config's ValueError), an
       unknown key (with the nearest one) or a value of another type.
   """
-  config = _call(spec, 'get_config')
+  config = call(spec, 'get_config')
   if not isinstance(config, ml_collections.ConfigDict):
     raise errors.UserError(f'--config {spec}: get_config returned '
                            f'{type(config).__name__}; expected a ConfigDict')
@@ -116,7 +116,7 @@ def load_sweep(spec):
   Raises:
     UserError: no such file or function, a bad argument, or no dicts.
   """
-  runs = _call(spec, 'get_sweep')
+  runs = call(spec, 'get_sweep')
   try:
     runs = list(runs)
   except TypeError:
@@ -128,29 +128,39 @@ def load_sweep(spec):
   return runs
 
 
-def _call(spec, function):
-  """What `function` of the config file 'path.py:ARG' returns for ARG."""
-  path, _, argument = spec.partition(':')
+def call(spec, function, argument='--config', folder='configs'):
+  """What `function` of the file 'path.py:ARG' returns for ARG.
+
+  Args:
+    spec: 'path.py' or 'path.py:ARG'.
+    function: name of the function.
+    argument: of the command line that names the file, for messages.
+    folder: where such files are, for suggestions.
+
+  Raises:
+    UserError: no such file or function, a bad ARG, an error in the file.
+  """
+  path, _, given = spec.partition(':')
   if not (os.path.isfile(path) and path.endswith('.py')):
-    files = {os.path.relpath(f) for d in (os.path.dirname(path), 'configs')
+    files = {os.path.relpath(f) for d in (os.path.dirname(path), folder)
              for f in glob.glob(os.path.join(d, '*.py'))}
-    raise errors.UserError(f'--config: no config file {path!r}'
+    raise errors.UserError(f'{argument}: no config file {path!r}'
                            + errors.nearest(path, sorted(files)))
   module_spec = importlib.util.spec_from_file_location('_config', path)
   module = importlib.util.module_from_spec(module_spec)
-  with _named_errors(spec, path):
+  with _named_errors(f'{argument} {spec}', path):
     module_spec.loader.exec_module(module)
   if not hasattr(module, function):
-    raise errors.UserError(f'--config: {path!r} has no function {function}')
-  with _named_errors(spec, path):
+    raise errors.UserError(f'{argument}: {path!r} has no function {function}')
+  with _named_errors(f'{argument} {spec}', path):
     try:
-      return getattr(module, function)(*[argument] if argument else [])
+      return getattr(module, function)(*[given] if given else [])
     except ValueError as e:
-      raise errors.UserError(f'--config {spec}: {e}') from e
+      raise errors.UserError(f'{argument} {spec}: {e}') from e
 
 
 @contextlib.contextmanager
-def _named_errors(spec, path):
+def _named_errors(what, path):
   """Turns an error of a config file into a line that names its place."""
   try:
     yield
@@ -162,7 +172,7 @@ def _named_errors(spec, path):
     if isinstance(e, SyntaxError):
       lines = [e.lineno]
     raise errors.UserError(
-        f'--config {spec}: ' + (f'line {lines[-1]}: ' if lines else '')
+        f'{what}: ' + (f'line {lines[-1]}: ' if lines else '')
         + f'{type(e).__name__}: {e.msg if isinstance(e, SyntaxError) else e}'
     ) from e
 

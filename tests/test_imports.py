@@ -16,7 +16,7 @@ PACKAGE = REPO / 'e2e_vlp_jax'
 ENTRY_POINTS = sorted(f.stem for f in PACKAGE.glob('*.py')
                       if f.stem not in ('__init__', 'checkpoint_files', 'cli',
                                         'discovery', 'errors', 'files',
-                                        'runs'))
+                                        'runs', 'study'))
 # What a room may import besides itself and `EVERYWHERE`.
 EVERYWHERE = ['checkpoint_files', 'discovery', 'errors', 'files']
 DOORS = {
@@ -103,7 +103,7 @@ def test_data_has_no_model_code():
 
 
 def test_configs_import_ml_collections_only():
-  """And of the package its errors; fine-tuning, what it looks things up in."""
+  """And errors; studies, what they are made of; fine-tuning, what it reads."""
   files = list((REPO / 'configs').rglob('*.py'))
   assert files
   allowed = {'ml_collections', 'configs', *sys.stdlib_module_names}
