@@ -14,6 +14,7 @@ import pytest
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.objectives import detection
 from e2e_vlp_jax.ops import matching
+from e2e_vlp_jax.ops import matching_tpu
 from tests import parity
 from tests.assignment_problems import KINDS, best, problems
 from tests.assignment_problems import cost_of as ours
@@ -72,24 +73,25 @@ def test_no_collectives_inside_the_loop():
     assert word not in text
 
 
-@pytest.mark.parametrize('shape', ((1, 1), (12, 7), (30, 30), (100, 20)),
-                         ids=str)
-def test_the_gpu_kernel_finds_the_same_cost(monkeypatch, shape):
-  """Interpreted, as there may be no GPU; also queries that fill no warp."""
+@pytest.mark.parametrize('platform', ('cuda', 'tpu'))
+@pytest.mark.parametrize('shape', ((1, 1), (12, 7), (30, 30), (100, 20),
+                                   (130, 9)), ids=str)
+def test_the_kernels_find_the_same_cost(monkeypatch, shape, platform):
+  """Interpreted; also queries and problems that fill no vector."""
   draw = np.random.default_rng([SEED, *shape])
   parts = [problems(4, *shape, kind, draw) for kind in KINDS]
   cost, mask = (np.concatenate(x) for x in zip(*parts))
   ran = []
 
-  def as_on_a_gpu(*args, cuda, default):
-    del default
-    ran.append(cuda)
-    return cuda(*args, interpret=True)
-  monkeypatch.setattr(jax.lax, 'platform_dependent', as_on_a_gpu)
+  def as_there(*args, **branches):
+    ran.append(branches[platform])
+    return branches[platform](*args, interpret=True)
+  monkeypatch.setattr(jax.lax, 'platform_dependent', as_there)
   # A new function: jit would reuse the trace of one it knows.
   index, bad = jax.device_get(
       jax.jit(lambda *args: matching._assign(*args))(cost, mask))
-  assert ran == [matching._solve_on_gpu]
+  assert ran == [{'cuda': matching._solve_on_gpu,
+                  'tpu': matching_tpu.solve}[platform]]
   assert not bad.any()
   for c, m, i in zip(cost, mask, index):
     assert len(set(i)) == len(i) and i.min() >= 0 and i.max() < shape[0]
@@ -170,6 +172,46 @@ assert kernel.asm['cubin']
                        env={**os.environ, 'PYTHONPATH': folder,
                             'TRITON_CACHE_DIR': str(tmp_path)})
   assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_one_kernel_on_a_tpu():
+  """Lowered on a machine without: one Mosaic call and no loop."""
+  lower = lambda queries: matching.hungarian.trace(
+      jax.ShapeDtypeStruct((192, queries, 100), np.float32),
+      jax.ShapeDtypeStruct((192, 100), bool)).lower(
+          lowering_platforms=('tpu',)).as_text()
+  text = lower(100)
+  assert text.count('@tpu_custom_call') == 1 and 'stablehlo.while' not in text
+  # Too many queries for the chip's memory: the loops.
+  assert 'stablehlo.while' in lower(4000)
+
+
+ON_A_TPU = """
+import jax, jax.numpy as jnp
+jax.config.update('jax_platforms', 'cpu')
+from e2e_vlp_jax.ops import matching
+from e2e_vlp_jax.profiling import chips
+from e2e_vlp_jax.training import sharding
+mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1},
+                          chips.devices('v5e:2x2')[1])
+rows = jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES))
+make = lambda s, t: jax.ShapeDtypeStruct(s, t, sharding=rows)
+print(matching.hungarian.lower(
+    make((192, 100, 100), jnp.float32), make((192, 100), bool), mesh,
+    sharding.BATCH_AXES).compile().as_text())
+"""
+
+
+def test_the_kernel_compiles_for_a_tpu():
+  pytest.importorskip('libtpu', reason="no libtpu; pip install '.[preflight]'")
+  text = subprocess.run(
+      [sys.executable, '-c', ON_A_TPU], check=True, capture_output=True,
+      text=True, env={
+          **os.environ, 'XLA_FLAGS': '', 'TPU_SKIP_MDS_QUERY': '1',
+          'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_WORKER_HOSTNAMES':
+          'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-16'}).stdout
+  assert text.count('custom_call_target="tpu_custom_call"') == 1
+  assert 'all-reduce' not in text and 'all-gather' not in text
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])

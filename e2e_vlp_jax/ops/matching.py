@@ -9,8 +9,9 @@ work grows with the number of real ones.
 The state of a problem is a few vectors over its queries: the dual of each
 query, the target that it is assigned to and that target's dual. The search adds
 three more. Each step is therefore elementwise, except that it reads one row of
-costs. This suits a batch of problems on a CPU or TPU (`_solve_batch`), and one
-problem in the registers of one warp on a GPU (`_solve_kernel`).
+costs. This suits a batch of problems on a CPU (`_solve_batch`), eight problems
+in the vectors of a TPU (ops/matching_tpu.py), and one problem in the registers
+of one warp on a GPU (`_solve_kernel`).
 """
 import functools
 import logging
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.ops import matching_tpu
 
 _FREE = -1
 _CAPABILITY = 8.  # Compute capability that XLA's Triton needs: Ampere.
@@ -79,6 +81,7 @@ def _assign(cost, mask):
   count = mask.sum(1).astype(jnp.int32)
   owner = jax.lax.platform_dependent(
       rows, count, cuda=_solve_on_gpu if _triton_runs() else _solve_batch,
+      tpu=matching_tpu.solve if _mosaic_runs(m, q) else _solve_batch,
       default=_solve_batch)  # [B, Q]
 
   # Queries in the order of the targets that own them, free ones last.
@@ -89,12 +92,22 @@ def _assign(cost, mask):
   return index, bad
 
 
-def _triton_runs():
-  """Whether the GPUs run Triton; True where none are attached.
+def _wants_loops():
+  """Whether E2E_VLP_MATCHING=xla asks for XLA's loops on every device.
 
-  E2E_VLP_MATCHING=xla is for GPUs or drivers on which the kernel fails.
+  It is for devices or drivers on which a kernel fails.
   """
-  if os.environ.get('E2E_VLP_MATCHING') == 'xla':
+  return os.environ.get('E2E_VLP_MATCHING') == 'xla'
+
+
+def _mosaic_runs(m, q):
+  """Whether TPUs run the kernel for M targets and Q queries."""
+  return matching_tpu.applies(m, q) and not _wants_loops()
+
+
+def _triton_runs():
+  """Whether the GPUs run Triton; True where none are attached."""
+  if _wants_loops():
     return False
   if jax.default_backend() != 'gpu':
     return True
