@@ -167,8 +167,8 @@ class Checkpointer:
       a TrainState, or None if there is no checkpoint.
 
     Raises:
-      UserError: the checkpoint is of another model (first differences), or
-        there are checkpoints and none can be read.
+      UserError: the checkpoint is of another model or has other labels (first
+        differences), or there are checkpoints and none can be read.
     """
     wanted = _items(state)
     steps = sorted(self._manager.all_steps(), reverse=True)
@@ -189,7 +189,8 @@ class Checkpointer:
     folder = os.path.join(self._root, str(step))
     try:
       checkpoint_files.check_items(folder, (*wanted, 'meta'), optional=())
-      checkpoint_files.meta_of(folder)
+      checkpoint.check_names(folder, checkpoint_files.meta_of(folder),
+                             self._meta)
       for name, tree in wanted.items():
         checkpoint.check_tree(folder, name, tree)
       return self._manager.restore(step, args=ocp.args.Composite(
