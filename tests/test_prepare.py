@@ -452,7 +452,8 @@ def test_broken_images_are_skipped_and_named(coco, tmp_path, capsys):
   coco.add(encode(Image.fromarray(picture()), 'PNG')[:90], name='cut.png')
   coco.add(good)
   coco.write()
-  run('coco', '--source', coco.source, '--data_dir', tmp_path / 'out')
+  run('coco', '--source', coco.source, '--data_dir', tmp_path / 'out',
+      '--allow_losses')
   split = records.open_split(str(tmp_path / 'out'), 'coco', 'train')
   assert [split.get(i)['image_id'] for i in range(len(split))] == ['1', '7']
   skipped = report(tmp_path / 'out', 'coco')['splits']['train']['skipped']

@@ -434,7 +434,8 @@ def test_bad_rows_are_counted(tmp_path):
   (tmp_path / 'p.tsv').write_text(
       'image\ttext\na.jpg\tfine\na.jpg\n\ttext\ngone.jpg\ttext\na.jpg\tfine\n'
       '../p.tsv\ttext\n')
-  run('pairs', '--source', tmp_path, '--data_dir', tmp_path)
+  run('pairs', '--source', tmp_path, '--data_dir', tmp_path,
+      '--allow_losses')
   (r,) = read(tmp_path, 'pairs')
   assert r['texts'] == ['fine']
   found = counts(report(tmp_path, 'pairs'))

@@ -120,6 +120,38 @@ def compare(found, wanted, where):
                          + '; '.join(parts))
 
 
+def check_names(folder, held, ours):
+  """UserError if classes, attributes or answers are not those of a run.
+
+  The ids that its parameters have learnt would stand for other names.
+
+  Args:
+    folder: of the run's checkpoint.
+    held, ours: the metas of the checkpoint and of this run, with the
+      vocabularies as `Vocabularies.to_dict` writes them.
+  """
+  for what, path in (('class', ('labels', 'classes')),
+                     ('attribute', ('labels', 'attributes')),
+                     ('answer', ('answers',))):
+    there, here = _names(held, path), _names(ours, path)
+    if there != here:
+      k = next((k for k, (a, b) in enumerate(zip(there, here)) if a != b),
+               min(len(there), len(here)))
+      word = lambda names: repr(names[k]) if k < len(names) else 'none'
+      raise errors.UserError(
+          f'checkpoint {folder}: its {path[0]} are not those of the data: '
+          f'{what} {k} is {word(there)} there, {word(here)} here; is '
+          'data.dir right? A run with other names needs another --workdir; '
+          'init_from takes what fits')
+
+
+def _names(meta, path):
+  """The list of names under `path` in a meta, [] if there is none."""
+  for key in path:
+    meta = meta.get(key) or {}
+  return list(meta)
+
+
 def start_from(path, state, adapt):
   """Copies all that fits of another run's parameters and state into `state`.
 

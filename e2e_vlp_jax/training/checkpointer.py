@@ -1,10 +1,12 @@
 """Saves and restores the checkpoints of one run.
 
 `Checkpointer` writes WORKDIR/checkpoints/<step>/ in the background and keeps
-some of them; training/checkpoint.py describes their contents.
+some of them; training/checkpoint.py describes their contents. The scores of an
+evaluation are part of a step's meta, so that a resumed run knows its best step.
 """
 import contextlib
 import logging
+import math
 import os
 import time
 
@@ -38,14 +40,15 @@ class Checkpointer:
     kept = [preservation_policy.LatestN(options.keep)]
     if options.keep_every:
       kept.append(preservation_policy.EveryNSteps(options.keep_every))
+    self._scores = {}  # of the steps that can be the best
     if options.best:
-      kept.append(preservation_policy.BestN(
-          get_metric_fn=lambda metrics: metrics[options.best], n=1,
-          keep_checkpoints_without_metrics=False))
+      kept.append(_KeepBest(self._best_of))
     self._manager = ocp.CheckpointManager(
         self._root, options=ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(
                 kept), create=True))
+    self._scores = {step: score for step in self._manager.all_steps()
+                    for score in self._stored_score(step)}
     self._saved_at = time.monotonic()
 
   def __enter__(self):
@@ -72,6 +75,11 @@ class Checkpointer:
     return bool(o.every_minutes and look_at_clock) and distributed.agreed(
         time.monotonic() - self._saved_at >= 60 * o.every_minutes)
 
+  def best(self):
+    """(step, score) of the best step that is kept, None if none is scored."""
+    step = self._best_of(self._manager.all_steps())
+    return None if step is None else (step, self._scores[step])
+
   def save(self, step, state, scores=None):
     """Starts an asynchronous save; `scores` rank it for `best`.
 
@@ -87,10 +95,16 @@ class Checkpointer:
       self._manager.check_for_errors()
       if step in self._manager.all_steps():
         return
+      # A step that was set aside may have had a score.
+      self._scores.pop(step, None)
+      meta = dict(self._meta)
+      if scores is not None:
+        meta['scores'] = {k: float(v) for k, v in scores.items()
+                          if math.isfinite(v)}
+        self._scores |= {step: score for score in self._ranking(meta)}
       items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
-      self._manager.save(
-          step, metrics=scores, args=ocp.args.Composite(
-              **items, meta=ocp.args.JsonSave(self._meta)))
+      self._manager.save(step, args=ocp.args.Composite(
+          **items, meta=ocp.args.JsonSave(meta)))
 
   def check(self):
     """UserError if a save in the background has failed."""
@@ -123,6 +137,23 @@ class Checkpointer:
           'are intact; free some space and run the same command again'
       ) from e
 
+  def _ranking(self, meta):
+    """[the score by which `best` ranks a step with this meta], [] without."""
+    scores, best = meta.get('scores', {}), self._options.best
+    return [scores[best]] if best in scores else []
+
+  def _stored_score(self, step):
+    """`_ranking` of a step on disk; [] if its meta cannot be read."""
+    with contextlib.suppress(checkpoint_files.Damaged):  # See `restore`.
+      return self._ranking(checkpoint_files.meta_of(
+          os.path.join(self._root, str(step))))
+    return []
+
+  def _best_of(self, steps):
+    """The best of `steps`, the newest of equals; None if none has a score."""
+    return max((s for s in steps if s in self._scores), default=None,
+               key=lambda s: (self._scores[s], s))
+
   def restore(self, state):
     """The newest readable checkpoint, in the shape and sharding of `state`.
 
@@ -136,8 +167,8 @@ class Checkpointer:
       a TrainState, or None if there is no checkpoint.
 
     Raises:
-      UserError: the checkpoint is of another model (first differences), or
-        there are checkpoints and none can be read.
+      UserError: the checkpoint is of another model or has other labels (first
+        differences), or there are checkpoints and none can be read.
     """
     wanted = _items(state)
     steps = sorted(self._manager.all_steps(), reverse=True)
@@ -158,7 +189,8 @@ class Checkpointer:
     folder = os.path.join(self._root, str(step))
     try:
       checkpoint_files.check_items(folder, (*wanted, 'meta'), optional=())
-      checkpoint_files.meta_of(folder)
+      checkpoint.check_names(folder, checkpoint_files.meta_of(folder),
+                             self._meta)
       for name, tree in wanted.items():
         checkpoint.check_tree(folder, name, tree)
       return self._manager.restore(step, args=ocp.args.Composite(
@@ -185,6 +217,21 @@ class Checkpointer:
       logging.warning('checkpoint %d is set aside as %s', step, aside)
     distributed.wait_for_all(f'set_aside_{step}')
     self._manager.reload()
+
+
+class _KeepBest(preservation_policy.PreservationPolicy):
+  """Keeps the step that `best_of` chooses of those that there are.
+
+  Orbax's own policy knows the metrics of this process's saves only.
+  """
+
+  def __init__(self, best_of):
+    self._best_of = best_of
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    best = self._best_of([c.step for c in checkpoints])
+    return [c.step == best for c in checkpoints]
 
 
 # --- Contents ---------------------------------------------------------------

@@ -90,6 +90,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     options: the values of `OPTIONS`.
     indexes: {split: {column: array [n]}} of the records, in their order.
     reports: {split: {...}}: counts, what was skipped and why, a digest.
+    allow_losses: write a split even if more than half of its images are lost.
     changes: {split: {number of a record: [{what, name, box}]}}: what was
       changed in a record, for the first such records; `box` as the annotations
       had it, x0, y0, x1, y1 in [0, 1] or beyond, or None.
@@ -104,7 +105,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   # TFDS would look here for checksums of downloads; we download nothing.
   code_path = None
 
-  def __init__(self, *, data_dir, source=None, **options):
+  def __init__(self, *, data_dir, source=None, allow_losses=False, **options):
     unknown = [k for k in options if k not in self.OPTIONS]
     if unknown:
       raise errors.UserError(f'{self.name} has no option {unknown[0]!r}'
@@ -117,11 +118,13 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if negative:
       raise errors.UserError(f'{self.name}: {negative[0]} is '
                              f'{options[negative[0]]}; expected 0 or more')
-    self.source = source
+    self.source, self.allow_losses = source, allow_losses
     self.options = {k: options.get(k, v) for k, (v, _) in self.OPTIONS.items()}
     self.name = self.options.get('name', self.name)
     self.indexes, self.reports = {}, collections.defaultdict(_empty_report)
     self.changes, self._events = {}, []
+    # {split: {reason for which images are lost: how many}}
+    self._lost_images = collections.defaultdict(collections.Counter)
     super().__init__(data_dir=data_dir, file_format='array_record')
 
   def sources(self):
@@ -151,6 +154,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     found['count'] += 1
     if lost:
       report['lost'][lost] += 1
+      if lost == 'images':
+        self._lost_images[split][reason] += 1
     if name is not None and len(found['names']) < _NAMED:
       # A name may hold half a character, which nothing can print or write.
       found['names'].append(str(name).encode('utf-8', 'backslashreplace')
@@ -324,7 +329,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Says more than a line among others if a split has lost most of it.
 
     Raises:
-      UserError: no image is left, or none of its boxes.
+      UserError: no image is left, or none of its boxes, or less than half of
+        the images and `allow_losses` is not set.
     """
     report = self.reports[split]
     images, lost = report['images'], report['lost']
@@ -337,9 +343,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       raise errors.UserError(f'{self.name} {split}: none of {lost["boxes"]} '
                              f'boxes can be used{why}')
     if lost['images'] > images:
-      report['warnings'].append(
-          f'only {images} of {images + lost["images"]} images could be used; '
-          'see "skipped" above')
+      self._lost_most(split, images)
     clipped = report['changed'].get(f'box {_CLIPPED}', 0)
     if 2 * clipped > report['boxes']:
       report['warnings'].append(
@@ -349,6 +353,20 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       report['warnings'].append(
           f'all {report["boxes"]} boxes are crowds (iscrowd), which training '
           'leaves out and evaluation ignores')
+
+
+  def _lost_most(self, split, images):
+    """UserError, or a warning, about a split with less than half its images."""
+    report = self.reports[split]
+    (reason_, count), = self._lost_images[split].most_common(1)
+    what = (f'only {images} of {images + report["lost"]["images"]} images can '
+            f'be used; the most frequent reason, {count} times: {reason_}, '
+            f'e.g. {report["skipped"][reason_]["names"][:1]}')
+    if not self.allow_losses:
+      raise errors.UserError(
+          f'{self.name} {split}: {what}; nothing is written; with '
+          '--allow_losses the others are')
+    report['warnings'].append(what)
 
 
 def _empty_report():
