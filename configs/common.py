@@ -125,6 +125,9 @@ def run_defaults():
       keep=2,                    # how many of the newest to keep;
       keep_every=0,              # also keep its multiples (0 = none)
       best='')                   # and the best, such as 'eval/itm/accuracy'
+  # End the run when so many evaluations in a row (at eval_every_steps) did not
+  # improve a metric, such as 'eval/itm/accuracy'; patience 0 = never.
+  config.early_stop = dict(metric='', patience=0)
   # Trace `steps` steps from step `start` on; 0 = only when the file
   # WORKDIR/profile_now is created.
   config.profile = dict(start=0, steps=5)

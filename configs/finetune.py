@@ -147,6 +147,7 @@ def _input(config, how, data, side):
       how.evaluator, source, config.data.pp_eval, *examples)}
   config.samples = dict(count=12, source=source)
   config.checkpoint.best = f'eval/{how.evaluator}/{how.metric}'
+  config.early_stop.metric = config.checkpoint.best
 
 
 def _schedule(config, given, data, recipe):

@@ -12,7 +12,6 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
-from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import checkpointer
@@ -48,15 +47,12 @@ def train(config, workdir, allow_changes=False):
                                             stack)
     mesh = assembly.mesh
     # --- Restore, or start; evaluation, monitoring ---------------------------
-    saver = stack.enter_context(checkpointer.Checkpointer(
-        workdir, {'config': workdir_lib.to_dict(config),
-                  **vocabularies.to_dict()}, config.checkpoint))
-    state = (saver.restore(assembly.state_target())
-             or _fresh_state(config, workdir, assembly))
-    evaluation = _evaluation(config, workdir, assembly, vocabularies)
+    saver, state, evaluation = _start(config, workdir, assembly, vocabularies,
+                                      stack)
     monitor = stack.enter_context(monitor_lib.Monitor(
         workdir, config.total_steps, int(state.step), config.tensorboard))
-    monitor.say(_summary(assembly, data, int(state.step)))
+    monitor.say(assembly.describe(data.num_examples, int(state.step)))
+    early_stop = evaluation.early_stop
     skipped = nonfinite.NonFinite(workdir, data, config.max_bad_steps,
                                   int(state.bad_steps))
 
@@ -64,7 +60,8 @@ def train(config, workdir, allow_changes=False):
     with (stop_signal.StopSignal() as stop,
           profiler_lib.Profiler(workdir, **config.profile) as profiler):
       for number, stage in enumerate(assembly.stages):
-        if int(state.step) >= stage.end or stop.requested:
+        if (int(state.step) >= stage.end or stop.requested
+            or early_stop.reached):
           continue
         state = assembly.begin_stage(number, state)
         run_step = progress.MeteredStep(assembly.step(number), clock, mesh)
@@ -83,18 +80,19 @@ def train(config, workdir, allow_changes=False):
             run_step.restart()
           profiler.after(step, metrics, look_for_file=log)
           stop.look(step)
-          skipped.look(t, metrics, wait=stage_ends or stop.requested)
           scores = None
           if evaluation.due(step) and not stop.requested:
             with run_step.interrupted('evaluation'):
               scores = evaluation.run(state, monitor, final=False)
-          if (saver.due(step, scores, look_at_clock=log) or stop.requested
+          ends = stop.requested or early_stop.reached
+          skipped.look(t, metrics, wait=stage_ends or ends)
+          if (saver.due(step, scores, look_at_clock=log) or ends
               or step == config.total_steps):
             with run_step.interrupted('save'):
-              saver.save(step, state, scores)
+              saver.save(step, state, scores, **early_stop.to_dict())
           elif log:
             saver.check()
-          if stage_ends or stop.requested:
+          if stage_ends or ends:
             break
       clock.enter('save')
       saver.wait()
@@ -103,6 +101,7 @@ def train(config, workdir, allow_changes=False):
     if not stop.requested:
       clock.enter('evaluation')
       scores = evaluation.run(state, monitor, final=True)
+      monitor.say(saver.describe_best())
     monitor.write(int(state.step), clock.fractions())
     if stop.requested:
       monitor.say(f'stopped at step {int(state.step)}; run the same command '
@@ -139,6 +138,24 @@ def _prepare(config, workdir, allow_changes, stack):
       synthetic.synthetic_batch(config.data, batch_size=1, **sizes))
 
 
+def _start(config, workdir, assembly, vocabularies, stack):
+  """Restores the newest checkpoint, or starts.
+
+  Returns:
+    the Checkpointer, which `stack` closes, the TrainState, and the run's
+    `during_training.Evaluation`.
+  """
+  saver = stack.enter_context(checkpointer.Checkpointer(
+      workdir, {'config': workdir_lib.to_dict(config),
+                **vocabularies.to_dict()}, config.checkpoint))
+  state = (saver.restore(assembly.state_target())
+           or _fresh_state(config, workdir, assembly))
+  # It imports TensorFlow.
+  from e2e_vlp_jax.evaluation import during_training  # pylint: disable=g-import-not-at-top
+  return saver, state, during_training.Evaluation(
+      config, workdir, assembly, vocabularies, saver.held)
+
+
 def _fresh_state(config, workdir, assembly):
   """The state of step 0, with the parameters of `init_from` if it is set."""
   state = assembly.init()
@@ -148,24 +165,6 @@ def _fresh_state(config, workdir, assembly):
             assembly.model, loaded, state.params))
     workdir_lib.report_loaded(workdir, config.init_from, report)
   return state
-
-
-def _evaluation(config, workdir, assembly, vocabularies):
-  """The run's `during_training.Evaluation`, which imports TensorFlow."""
-  from e2e_vlp_jax.evaluation import during_training  # pylint: disable=g-import-not-at-top
-  return during_training.Evaluation(config, workdir, assembly, vocabularies)
-
-
-def _summary(assembly, data, first_step):
-  """Model, data and devices in one line."""
-  counts = program.count_parameters(assembly.shapes.params)
-  total = counts.pop('total')
-  parts = ', '.join(f'{k} {v:,}' for k, v in counts.items())
-  mesh = assembly.mesh
-  return (f'{assembly.config.model.name}: {total:,} parameters ({parts}); '
-          f'{data.num_examples:,} examples; '
-          f'{mesh.size} {mesh.devices.flat[0].platform} device(s)'
-          + (f'; resumed at step {first_step}' if first_step else ''))
 
 
 def main(argv=None):

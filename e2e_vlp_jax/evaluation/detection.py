@@ -14,6 +14,7 @@ METRICS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100',
 HEADLINES = {'AP50': 'AP50', 'AP75': 'AP75',
              'attribute_accuracy': 'attributes'}
 NO_CURVE = METRICS[3:]
+GIVES = (*METRICS, 'matched', 'attribute_accuracy', 'attribute_accuracy/*')
 
 
 def coco_metrics(ground_truth, detections):

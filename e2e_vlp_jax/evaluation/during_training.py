@@ -1,7 +1,9 @@
 """Evaluates a run while it trains, and at its end."""
 import jax
 
+from e2e_vlp_jax import errors
 from e2e_vlp_jax.evaluation import evaluators
+from e2e_vlp_jax.training import early_stop
 
 
 class Evaluation:
@@ -12,18 +14,32 @@ class Evaluation:
     workdir: its folder, which gets samples and the report.
     assembly: a `training.assemble.Assembly`.
     vocabularies: the run's `Vocabularies`.
+    held: meta of the checkpoint that is resumed; {} without.
+
+  Attributes:
+    early_stop: an `EarlyStop`, which looks at every evaluation but the last.
 
   Raises:
-    UserError: an evaluator or its data do not fit, or `checkpoint.best` names
-      no metric of theirs.
+    UserError: an evaluator or its data do not fit, or `checkpoint.best` or
+      `early_stop.metric` names no metric of theirs.
   """
 
-  def __init__(self, config, workdir, assembly, vocabularies):
+  def __init__(self, config, workdir, assembly, vocabularies, held):
     self._every, self._last = config.eval_every_steps, config.total_steps
     self._workdir = workdir
     self._evaluators = evaluators.Evaluators(
         config, assembly.model, vocabularies, assembly.mesh)
     self._evaluators.check_metric('checkpoint.best', config.checkpoint.best)
+    self.early_stop = early_stop.EarlyStop(config.early_stop)
+    self.early_stop.restore(held)
+    if config.early_stop.patience:
+      self._evaluators.check_metric('early_stop.metric',
+                                    config.early_stop.metric)
+      if not self._every:
+        raise errors.UserError('early_stop.patience: '
+                               f'{config.early_stop.patience}, but '
+                               'eval_every_steps is 0; expected evaluations '
+                               'during training')
 
   def due(self, step):
     """Whether to evaluate at `step`; the last one has the final evaluation."""
@@ -36,4 +52,8 @@ class Evaluation:
     monitor.evaluated(step, scores, pictures)
     if jax.process_index() == 0:
       evaluators.write(self._workdir, step, scores, pictures)
+    if not final:
+      self.early_stop.look(step, scores)
+    if self.early_stop.reached:
+      monitor.say(f'step {step}: {self.early_stop.why()}')
     return scores

@@ -1,4 +1,6 @@
 """Runs the evaluators of a config's `evals`, during training and after."""
+import fnmatch
+import importlib
 import inspect
 import os
 
@@ -73,6 +75,8 @@ class Evaluators:
   def check_metric(self, key, metric):
     """UserError unless `metric` is '' or measured during training.
 
+    An evaluator that does not say what it measures is asked when it has run.
+
     Args:
       key: config key, for the error message.
       metric: 'eval/<name>/<metric>'.
@@ -86,6 +90,12 @@ class Evaluators:
           f"{key}: {metric!r}; expected 'eval/<name>/<metric>' of an "
           'evaluation during training '
           f'({", ".join(during) or "there is none"})')
+    if metric:
+      given = gives(self._config.evals[parts[1]].type)
+      if given and not any(fnmatch.fnmatchcase(parts[2], g) for g in given):
+        raise errors.UserError(
+            f'{key}: {metric!r}; no metric {parts[2]!r} of the evaluator '
+            f'{parts[1]!r}' + errors.nearest(parts[2], given))
 
   def run(self, variables, final=True, bar=False):
     """Runs all evaluators.
@@ -117,6 +127,12 @@ class Evaluators:
         self.predictor, variables, self._samples,
         self._config.samples.count) if self._samples else []
     return scores, {f'sample_{i:02d}': x for i, x in enumerate(images)}
+
+
+def gives(kind):
+  """Patterns of the metrics that an evaluator gives; () if it does not say."""
+  module = importlib.import_module(f'{_PACKAGE}.{kind}')
+  return getattr(module, 'GIVES', ())
 
 
 def _function(name, options):

@@ -4,6 +4,7 @@ import numpy as np
 from e2e_vlp_jax.evaluation import inputs
 
 HEADLINES = {'accuracy': 'ITM accuracy'}
+GIVES = ('accuracy',)
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,

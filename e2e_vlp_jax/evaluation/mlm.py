@@ -6,6 +6,7 @@ from e2e_vlp_jax.tasks import base
 
 HEADLINES = {'accuracy': 'MLM accuracy', 'image_gain': 'MLM image gain'}
 NO_CURVE = ('image_gain',)
+GIVES = ('accuracy', 'accuracy_blank_image', 'image_gain')
 
 
 class FillIn(base.Task):

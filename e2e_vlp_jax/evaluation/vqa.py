@@ -11,6 +11,7 @@ from e2e_vlp_jax.data import vqa_answers
 from e2e_vlp_jax.evaluation import inputs
 
 HEADLINES = {'accuracy': 'VQA accuracy'}
+GIVES = ('accuracy', 'accuracy/*')
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,

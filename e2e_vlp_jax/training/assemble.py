@@ -7,6 +7,7 @@ the same program.
 import jax
 
 from e2e_vlp_jax import objectives as objectives_lib
+from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.training import optim
 from e2e_vlp_jax.training import stages as stages_lib
 from e2e_vlp_jax.training import sharding
@@ -49,6 +50,16 @@ class Assembly:
     self.shapes = jax.eval_shape(self._init)
     self.shardings = sharding.state_shardings(
         self.shapes, mesh, tuple(config.sharding_rules))
+
+  def describe(self, examples, first_step):
+    """Model, number of training examples and devices in one line."""
+    counts = program.count_parameters(self.shapes.params)
+    total = counts.pop('total')
+    parts = ', '.join(f'{k} {v:,}' for k, v in counts.items())
+    return (f'{self.config.model.name}: {total:,} parameters ({parts}); '
+            f'{examples:,} examples; '
+            f'{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s)'
+            + (f'; resumed at step {first_step}' if first_step else ''))
 
   def schedule(self, stage):
     """Learning rate as a function of the steps since the stage's start."""

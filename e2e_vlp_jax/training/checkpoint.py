@@ -7,6 +7,7 @@ evaluation reads only what it needs. Prediction needs nothing but a checkpoint.
 
 training/checkpointer.py saves and restores the checkpoints of a run.
 """
+import itertools
 import os
 
 import jax
@@ -133,16 +134,15 @@ def check_names(folder, held, ours):
   for what, path in (('class', ('labels', 'classes')),
                      ('attribute', ('labels', 'attributes')),
                      ('answer', ('answers',))):
-    there, here = _names(held, path), _names(ours, path)
-    if there != here:
-      k = next((k for k, (a, b) in enumerate(zip(there, here)) if a != b),
-               min(len(there), len(here)))
-      word = lambda names: repr(names[k]) if k < len(names) else 'none'
-      raise errors.UserError(
-          f'checkpoint {folder}: its {path[0]} are not those of the data: '
-          f'{what} {k} is {word(there)} there, {word(here)} here; is '
-          'data.dir right? A run with other names needs another --workdir; '
-          'init_from takes what fits')
+    pairs = itertools.zip_longest(_names(held, path), _names(ours, path))
+    for k, (there, here) in enumerate(pairs):
+      if there != here:
+        word = lambda name: 'none' if name is None else repr(name)
+        raise errors.UserError(
+            f'checkpoint {folder}: its {path[0]} are not those of the data: '
+            f'{what} {k} is {word(there)} there, {word(here)} here; is '
+            'data.dir right? A run with other names needs another --workdir; '
+            'init_from takes what fits')
 
 
 def _names(meta, path):

@@ -31,10 +31,13 @@ class Checkpointer:
       `every_minutes`, whichever comes first (0 = never); keeps the newest
       `keep`, the multiples of `keep_every` (0 = none), and the one with the
       highest metric `best` ('eval/<name>/<metric>'; '' = none).
+
+  Attributes:
+    held: meta of the checkpoint that `restore` has read; {} before.
   """
 
   def __init__(self, workdir, meta, options):
-    self._meta, self._options = meta, options
+    self._meta, self._options, self.held = meta, options, {}
     self._root = os.path.join(os.path.abspath(workdir),
                               checkpoint_files.CHECKPOINTS)
     kept = [preservation_policy.LatestN(options.keep)]
@@ -47,8 +50,10 @@ class Checkpointer:
         self._root, options=ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(
                 kept), create=True))
-    self._scores = {step: score for step in self._manager.all_steps()
-                    for score in self._stored_score(step)}
+    for step in self._manager.all_steps():
+      with contextlib.suppress(checkpoint_files.Damaged):  # See `restore`.
+        self._rank(step, checkpoint_files.meta_of(
+            os.path.join(self._root, str(step))))
     self._saved_at = time.monotonic()
 
   def __enter__(self):
@@ -80,8 +85,25 @@ class Checkpointer:
     step = self._best_of(self._manager.all_steps())
     return None if step is None else (step, self._scores[step])
 
-  def save(self, step, state, scores=None):
-    """Starts an asynchronous save; `scores` rank it for `best`.
+  def describe_best(self):
+    """Where the best step is, in one line; '' if `best` is not asked for."""
+    if not self._options.best:
+      return ''
+    found = self.best()
+    if not found:
+      return f'checkpoint.best: no step has {self._options.best}'
+    step, score = found
+    return (f'best {self._options.best} during training: {score:.4f} at step '
+            f'{step}, {os.path.join(self._root, str(step))}')
+
+  def save(self, step, state, scores=None, **more):
+    """Starts an asynchronous save.
+
+    Args:
+      step: steps done.
+      state: the TrainState.
+      scores: of an evaluation at this step; they rank it for `best`.
+      **more: further parts of the step's meta, JSON-able.
 
     Raises:
       UserError: this or the previous save failed (a full disk, say).
@@ -97,11 +119,11 @@ class Checkpointer:
         return
       # A step that was set aside may have had a score.
       self._scores.pop(step, None)
-      meta = dict(self._meta)
+      meta = {**self._meta, **more}
       if scores is not None:
         meta['scores'] = {k: float(v) for k, v in scores.items()
                           if math.isfinite(v)}
-        self._scores |= {step: score for score in self._ranking(meta)}
+        self._rank(step, meta)
       items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
       self._manager.save(step, args=ocp.args.Composite(
           **items, meta=ocp.args.JsonSave(meta)))
@@ -137,17 +159,11 @@ class Checkpointer:
           'are intact; free some space and run the same command again'
       ) from e
 
-  def _ranking(self, meta):
-    """[the score by which `best` ranks a step with this meta], [] without."""
-    scores, best = meta.get('scores', {}), self._options.best
-    return [scores[best]] if best in scores else []
-
-  def _stored_score(self, step):
-    """`_ranking` of a step on disk; [] if its meta cannot be read."""
-    with contextlib.suppress(checkpoint_files.Damaged):  # See `restore`.
-      return self._ranking(checkpoint_files.meta_of(
-          os.path.join(self._root, str(step))))
-    return []
+  def _rank(self, step, meta):
+    """Remembers the score of a step with this meta, if it has one."""
+    score = meta.get('scores', {}).get(self._options.best)
+    if score is not None:
+      self._scores[step] = score
 
   def _best_of(self, steps):
     """The best of `steps`, the newest of equals; None if none has a score."""
@@ -176,6 +192,8 @@ class Checkpointer:
       items = self._read(step, wanted)
       # The damage may show on one host only, but all must go back together.
       if distributed.everywhere(items is not None):
+        self.held = checkpoint_files.meta_of(
+            os.path.join(self._root, str(step)))
         return _state(step, items, state)
       self._set_aside(step)
     if steps:

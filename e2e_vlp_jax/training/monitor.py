@@ -112,8 +112,8 @@ class Monitor:
       self.say(f'step {step} {name}: {"  ".join(found)}')
 
   def say(self, text):
-    """Prints a line above the bar."""
-    if self._first:
+    """Prints a line above the bar, unless it is empty."""
+    if self._first and text:
       self._bar.write(text)
 
   def _goodput(self, steps, step_seconds):

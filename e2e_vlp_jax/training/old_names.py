@@ -53,8 +53,10 @@ _GROUP = {'lr': 'lr_multiplier', 'wd': 'weight_decay'}
 _WEIGHTS = {'images': 'by_rows', 'texts': 'by_texts'}
 
 # New keys, with the value that keeps the old behaviour. They are added to a
-# config that has their group.
-ADDED = {'model.heads': {}, 'data.unit': 'image'}
+# config that has their group; those of a run to a config with `total_steps`.
+ADDED = {'model.heads': {}, 'data.unit': 'image', 'early_stop.metric': '',
+         'early_stop.patience': 0}
+_OF_RUNS = ('early_stop.',)
 
 # Every key that an old config could have; * stands for anything.
 _OLD_KEYS = '''
@@ -133,7 +135,8 @@ def modernise(config, where='config'):
   _drop_unread(found)
   for key, x in ADDED.items():
     group = key.rpartition('.')[0] + '.'
-    if (any(k.startswith(group) for k in found)
+    if ((any(k.startswith(group) for k in found)
+         or group in _OF_RUNS and 'total_steps' in found)
         and not any(k == key or k.startswith(key + '.') for k in found)):
       found[key] = x
   return _nest(found)

@@ -13,12 +13,15 @@ from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax.training import distributed
+from e2e_vlp_jax.training import early_stop
+from e2e_vlp_jax.training import extension
 from e2e_vlp_jax.training import old_names
 
 # Keys that may change when a run is resumed: they affect output, hardware or
 # speed, not the trained parameters.
 FREE_KEYS = ('log_every_steps', 'eval_every_steps', 'eval_batch_size',
-             'max_bad_steps', 'checkpoint', 'mesh', 'evals', 'samples',
+             'max_bad_steps', 'checkpoint', 'early_stop', 'mesh', 'evals',
+             'samples',
              'tensorboard', 'data.dir', 'data.threads', 'data.pp_eval',
              'profile')
 
@@ -102,18 +105,23 @@ def differences(old, new, free=()):
 
 
 def finished(workdir, config):
-  """Whether `workdir` contains the finished run of `config`."""
+  """Whether `workdir` contains the finished run of `config`.
+
+  It is finished at its last step, or where its `early_stop` has ended it.
+  """
   try:
     with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as f:
       held = old_names.modernise(json.load(f))
   except (OSError, ValueError, errors.UserError):
     return False
-  last = os.path.join(workdir, checkpoint_files.CHECKPOINTS,
-                      str(config.total_steps))
+  stop = early_stop.EarlyStop(config.early_stop)
   try:
+    last = checkpoint_files.step_folder(workdir)
     checkpoint_files.check_items(last, optional=())
-    checkpoint_files.meta_of(last)
+    stop.restore(meta := checkpoint_files.meta_of(last))
   except errors.UserError:  # absent, or damaged
+    return False
+  if meta['step'] < config.total_steps and not stop.reached:
     return False
   new = old_names.modernise(to_dict(config))
   return not differences(held, new, FREE_KEYS)
@@ -122,7 +130,8 @@ def finished(workdir, config):
 def open_workdir(workdir, config, allow_changes=False):
   """Creates a run's folder, or checks that it holds the same run.
 
-  Writes config.json.
+  Writes config.json. A run may be made longer (`total_steps`); it is said what
+  its learning rate does then.
 
   Args:
     workdir: a path that every host sees.
@@ -141,7 +150,12 @@ def open_workdir(workdir, config, allow_changes=False):
              if os.path.exists(f)]
   if written and os.path.exists(path):
     # The stored config lacks what its schedule does not read.
-    _compare(workdir, _read(path), old_names.modernise(new), allow_changes)
+    held = _read(path)
+    before = held.get('total_steps', config.total_steps)
+    held['total_steps'] = max(before, config.total_steps)
+    _compare(workdir, held, old_names.modernise(new), allow_changes)
+    if before < config.total_steps and jax.process_index() == 0:
+      print(extension.describe(config, before), flush=True)
   if jax.process_index() == 0:
     _create(workdir)
     files.write_json(path, new)
