@@ -99,10 +99,10 @@ class Predictor:
     Args:
       variables: {'params': ..., **model_state}.
       images: list or other iterable of N images: a path, encoded bytes, or
-        uint8 [H, W, 3].
+        uint8 [H, W, 3]. For a task that takes two, N tuples of 1 or 2 images.
       task: name of a task, such as 'detect'.
       texts: for tasks that take texts: a list of strings that is used for
-        every image, or a list of N lists of strings.
+        every request, or a list of N lists of strings.
       **options: options of the task.
 
     Returns:
@@ -118,13 +118,14 @@ class Predictor:
     options = task.full_options(options)
     if isinstance(images, (str, bytes, np.ndarray)):
       raise errors.UserError('images: one image; expected a list of images')
-    texts = task.check_texts(texts, len(images := list(images)))
+    images = task.check_images(images)
+    texts = task.check_texts(texts, len(images))
     rows = 1 if len(images) == 1 else _ROWS
     if self._mesh is not None:
       rows = -(-rows // self._mesh.size) * self._mesh.size
     most = max(map(len, texts), default=0)
-    examples = (inputs.example(self, image, own, most)
-                for image, own in zip(images, texts))
+    examples = (inputs.example(self, shown, own, most, task.images)
+                for shown, own in zip(images, texts))
     results = {}
     for numbers, batch in inputs.in_batches(examples, rows):
       results |= zip(numbers, self.results(
