@@ -40,10 +40,12 @@ class Predictor:
     vocabularies: a `data.vocabularies.Vocabularies`.
     mesh: if given, batches are split over its data axes. Every host then passes
       its own rows and gets the results of all rows.
+    path: of the checkpoint, for error messages.
   """
 
-  def __init__(self, model, config, vocabularies, mesh=None):
-    self.model, self.config = model, config
+  def __init__(self, model, config, vocabularies, mesh=None,
+               path='CHECKPOINT'):
+    self.model, self.config, self._path = model, config, path
     self.vocabularies = vocabularies
     self.tokenizer, self.labels = vocabularies.tokenizer, vocabularies.labels
     self._mesh = mesh
@@ -61,7 +63,7 @@ class Predictor:
     vocabularies = vocabularies_lib.Vocabularies.from_dict(meta)
     model = models.build(config, **vocabularies.sizes)
     variables = jax.device_put({'params': params, **model_state})
-    return cls(model, config, vocabularies), variables
+    return cls(model, config, vocabularies, path=path), variables
 
   # --- Tasks ------------------------------------------------------------------
 
@@ -78,10 +80,18 @@ class Predictor:
     task = self._load(name)
     lacking = task.lacks(self.model)
     if lacking:
+      # A head that the config does not add belongs to another kind of model.
+      how = task.finetuning
       raise errors.UserError(
           f'this checkpoint has no {" or ".join(lacking)} head, which task '
-          f'{name!r} needs; its tasks: {", ".join(self.task_names())}')
+          f'{name!r} needs; its tasks: {", ".join(self.task_names())}'
+          + (self._to_train(task) if how and how.head else ''))
     return task
+
+  def _to_train(self, task):
+    """'; train it with: COMMAND', or '' where there is no such command."""
+    command = task.train_command(self._path)
+    return f'; train it with: {command}' if command else ''
 
   def _load(self, name):
     if name not in self._tasks:
@@ -182,7 +192,7 @@ class Predictor:
       heads = sorted({h for hs in task.requests.values() for h in hs})
       raise NotTrained(
           f'this checkpoint was trained without its {" or ".join(heads)} '
-          f'head, which {task.name!r} needs') from e
+          f'head, which {task.name!r} needs' + self._to_train(task)) from e
 
   def encode_images(self, variables, batch):
     """Features of images, on the device, for `score_pairs`."""

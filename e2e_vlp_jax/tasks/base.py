@@ -57,6 +57,19 @@ def load(name, key='task'):
   return task
 
 
+def place_image(pp, ops):
+  """The image's ops of a pp string, up to the one that places it, then `ops`.
+
+  Args:
+    pp: pp string.
+    ops: pp string of what follows.
+  """
+  found = pp.split('|')
+  last, = [i for i, op in enumerate(found)
+           if op.partition('(')[0] in ('fit', 'squash')]
+  return '|'.join([*found[:last + 1], ops])
+
+
 def _missing(cls):
   """Names of the methods that a task class must override and does not."""
   own = lambda method: getattr(cls, method) is not getattr(Task, method)
@@ -94,6 +107,19 @@ class Finetuning:
   splits: Mapping[str, Tuple[str, str]]
   head: Optional[Mapping[str, Any]] = None
   answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def evaluation(self, datasets, pp):
+    """The task's evaluator, as an entry of `config.evals`.
+
+    Args:
+      datasets: names of the datasets that the model was trained on. The first
+        one that the task knows is evaluated, or else the task's own default.
+      pp: `data.pp_eval`.
+    """
+    name = next((n for n in datasets if n in self.splits), self.data)
+    return dict(type=self.evaluator, unit=self.unit, max_examples=0,
+                examples_during_training=0, pp=place_image(pp, self.eval_ops),
+                source=dict(name=name, split=self.splits[name][1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +279,20 @@ class Task:
     """Heads that the task needs and the model does not offer, sorted."""
     return sorted({head for view, heads in self.requests.items()
                    for head in heads if not model.offers(view, head)})
+
+  def train_command(self, checkpoint):
+    """The command that trains the task's head, from a checkpoint.
+
+    Args:
+      checkpoint: its path.
+
+    Returns:
+      'python -m ...', or '' if no command of ours can train it.
+    """
+    if self.finetuning is None:
+      return ''
+    return (f'python -m e2e_vlp_jax.train --config configs/finetune.py:'
+            f'{self.name},from={checkpoint} --workdir W')
 
   def full_options(self, options):
     """`options` and the defaults of the others.
