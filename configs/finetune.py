@@ -88,7 +88,7 @@ def _start(how, options):
   data = options.get('data') or (
       'scenes' if scenes and 'scenes' in how.splits else how.data)
   names = common.dataset_names(data)
-  own = set(names) - set(common.SHIPPED)
+  own = set(names) - {*common.SHIPPED, *how.splits}
   for name in names:
     if name not in how.splits and name not in own:
       raise ValueError(f'data: {name!r} is not a dataset of this task'
@@ -114,9 +114,10 @@ def _recipe(task, system, data):
   """{dotted key: value} of configs/recipes/<task>.py, {} without one."""
   if task not in discovery.names('configs.recipes', 'RECIPES'):
     return {}
-  module = importlib.import_module(f'configs.recipes.{task}')
+  recipes = importlib.import_module(f'configs.recipes.{task}').RECIPES
   kind = 'scenes' if data == 'scenes' else 'published'
-  return dict(module.RECIPES.get((system, kind), {}))
+  # A dataset may have a recipe of its own.
+  return dict(recipes.get((system, data), recipes.get((system, kind), {})))
 
 
 def _input(config, how, data, side):
@@ -134,13 +135,9 @@ def _input(config, how, data, side):
     config.data.sentences = 1    # the unit's own text
   if side:
     _system(config.model.name).resize(config, side)
-  # Keep the ops up to the one that places the image on the canvas.
-  ops = config.data.pp_eval.split('|')
-  last, = [i for i, op in enumerate(ops)
-           if op.partition('(')[0] in ('fit', 'squash')]
-  image = '|'.join(ops[:last + 1])
-  config.data.pp_train = f'{image}|{how.train_ops}'
-  config.data.pp_eval = f'{image}|{how.eval_ops}'
+  see = config.data.pp_eval
+  config.data.pp_train = base.place_image(see, how.train_ops)
+  config.data.pp_eval = base.place_image(see, how.eval_ops)
   source = dict(name=names[0], split=splits[names[0]][1])
   examples = (1000, 128) if data == 'scenes' else (0, 1000)
   config.evals = {how.evaluator: common.evaluator(

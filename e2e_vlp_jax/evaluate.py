@@ -8,7 +8,9 @@
 
 The evaluators are those of --config, or else of the checkpoint's own config.
 --tasks selects some of them, by the names or types of evaluators or by names of
-tasks (`python -m e2e_vlp_jax.predict --help` lists those).
+tasks (`python -m e2e_vlp_jax.predict --help` lists those). A task that the
+config does not evaluate is evaluated on its held-out split of the dataset that
+the model was trained on, or else of the task's default dataset.
 """
 import logging
 import os
@@ -22,6 +24,7 @@ from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import evaluators as evaluators_lib
+from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.evaluation import variables as variables_lib
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import checkpoint
@@ -51,17 +54,21 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
     raise errors.UserError(
         f'data.dir: no folder {config.data.dir!r}; name the folder of the '
         'prepared data with --data_dir DIR')
-  select(config, tasks, limit)
+  added = select(config, tasks, limit)
   # The parameters belong to the checkpoint's own vocabularies.
   vocabularies = vocabularies_lib.Vocabularies.from_dict(meta)
   model = models.build(config, **vocabularies.sizes)
+  # A head that is not there is more to the point than data that are not there.
+  predictor = predictor_lib.Predictor(model, config, vocabularies, path=path)
+  for name in added:
+    predictor.task(name)
   variables = {'params': params, **model_state}
   variables_lib.check(
       model, config, vocabularies.sizes, variables, path,
       workdir_lib.differences(stored['model'],
                               workdir_lib.to_dict(config.model)))
   evaluators = evaluators_lib.Evaluators(config, model, vocabularies,
-                                         sharding.make_mesh(config.mesh))
+                                         sharding.make_mesh(config.mesh), path)
   # Check now, since an evaluation takes minutes.
   files.check_folder('--workdir', workdir)
   scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0)
@@ -77,10 +84,15 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
 def select(config, tasks=None, limit=None):
   """Keeps only the requested evaluators in `config.evals`.
 
+  Adds those of requested tasks that have none there.
+
   Args:
     config: whole config; changed in place.
     tasks: names of evaluators, of their types, or of tasks; None = all.
     limit: maximum number of examples of each evaluator, and of pictures.
+
+  Returns:
+    names of the tasks whose evaluators were added.
 
   Raises:
     UserError: a name that is none of these, or that selects nothing here.
@@ -95,11 +107,21 @@ def select(config, tasks=None, limit=None):
         found.add(name)
   known = sorted({*evaluators_lib.names(), *base.names(), *here})
   wanted = set(here) if tasks is None else set()
+  added = []
   for task in tasks or ():
     if task not in known:
       raise errors.UserError(f'--tasks: no evaluator or task {task!r}'
                              + errors.nearest(task, known))
     found = {name for name, own in here.items() if task in own}
+    if not found and task in base.names() and (
+        how := base.load(task).finetuning):
+      found = {how.evaluator}
+      added.append(task)
+      with config.unlocked():
+        config.evals[how.evaluator] = how.evaluation(
+            [source['name'] for source in config.data.train],
+            config.data.pp_eval)
+      here[how.evaluator] = {how.evaluator, task}
     if not found:
       raise errors.UserError(
           f'--tasks: the config has no evaluator for {task!r}; it has '
@@ -114,6 +136,7 @@ def select(config, tasks=None, limit=None):
       config.evals[name].max_examples = min(own or limit, limit)
   if limit:
     config.samples.count = min(config.samples.count, limit)
+  return added
 
 
 def main(argv=None):

@@ -6,7 +6,8 @@
 Needs only a checkpoint, which contains its config, tokenizer and labels, and no
 TensorFlow. Without --json the JSON goes to standard output. Boxes are x0, y0,
 x1, y1 in pixels of the upright image. With several --image the JSON is a list,
-and each image gets its own picture: out_0.png, out_1.png, ... A text that is
+and each image gets its own picture: out_0.png, out_1.png, ... A task that takes
+two images reads them in pairs: left, right, left, right, ... A text that is
 longer than the model reads is named on standard error, and under `cut_texts` in
 the JSON: its tokens, how many the model reads, and the part that it reads.
 
@@ -35,8 +36,9 @@ def predict(args):
   options = {k: getattr(args, k) for k in _options()
              if getattr(args, k) is not None}
   task.full_options(options)
-  task.check_texts(args.text, len(args.image))
-  images = [photographs.decode_image(path) for path in args.image]
+  groups = task.group_images(args.image)
+  task.check_texts(args.text, len(groups))
+  images = [tuple(map(photographs.decode_image, paths)) for paths in groups]
   outputs = _picture_names(args.picture, len(images))
   for name, path in [('json', args.json), *(('picture', p) for p in outputs)]:
     _check_writable(name, path)
@@ -58,8 +60,8 @@ def predict(args):
       f.write(written + '\n')
   else:
     print(written)
-  for image, result, path in zip(images, results, outputs):
-    pictures.draw(image, [result]).save(path)
+  for shown, result, path in zip(images, results, outputs):
+    pictures.draw(shown, [result]).save(path)
   return found
 
 

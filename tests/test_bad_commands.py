@@ -34,6 +34,18 @@ TABLE = [
      "no image file '{folder}'"),
     ([*PREDICT, 'detekt'], "--task: no task 'detekt'; did you mean 'detect'?"),
     ([*PREDICT, 'embed', '--text', 'a'], 'this checkpoint has no itc head'),
+    # The task's head is trained by a command, which the line says.
+    ([*PREDICT, 'answer', '--text', 'a ?'],
+     "this checkpoint has no answer head, which task 'answer' needs; its tasks: "
+     'caption, detect, match; train it with: python -m e2e_vlp_jax.train '
+     '--config configs/finetune.py:answer,from={run} --workdir W'),
+    ([*EVALUATE, '--tasks', 'answer'],
+     'train it with: python -m e2e_vlp_jax.train --config '
+     'configs/finetune.py:answer,from={run} --workdir W'),
+    ([*EVALUATE, '--tasks', 'embed'],
+     "the config has no evaluator for 'embed'; it has captioning"),
+    ([*PREDICT, 'detect', '--image', '{photo}', '--text', 'a'],
+     "task 'detect' takes no text"),
     ([*PREDICT, 'match'], "task 'match' needs a text (--text)"),
     ([*PREDICT, 'match', '--text', ' '], "task 'match' needs a text"),
     ([*PREDICT, 'caption', '--text', 'a'], "task 'caption' takes no text"),

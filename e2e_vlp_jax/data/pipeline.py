@@ -169,6 +169,13 @@ class Pipeline:
     """
     return self._sources.unit(example_id)
 
+  def images(self, example_id):
+    """The encoded images that the row shows: one, or with its second two."""
+    record, item = self.unit(example_id)
+    second = (self._sources.second_image(example_id, record, item)
+              if self._two_images else None)
+    return [record['image']] + ([second['image']] if second else [])
+
   def name(self, example_id):
     """'dataset/split record n', for messages; with a unit, also its item."""
     return self._sources.name(example_id)

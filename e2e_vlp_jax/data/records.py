@@ -32,17 +32,19 @@ _LISTS = {
     'questions': {'question': '', 'answers': (), 'kind': '', 'id': -1},
     'refexps': {'text': '', 'bbox': _NO_BOX},
     'statements': {'second_image': b'', 'second_record': -1, 'statement': '',
-                   'label': False},
+                   'label': False, 'has_label': True, 'identifier': '',
+                   'group': ''},
     'entailment': {'text': '', 'label': ''}}
 # Fields that a builder may leave out of an item. Folders prepared by earlier
 # versions lack them as well.
 OPTIONAL = {field: {name: _LISTS[field][name] for name in names}
             for field, names in (
                 ('questions', ('id',)),
-                ('statements', ('second_image', 'second_record')))}
+                ('statements', ('second_image', 'second_record', 'has_label',
+                                'identifier', 'group')))}
 _JOINED = ('attributes', 'answers')
 _IMAGES = ('image', 'second_image')
-_BOOLS = ('is_crowd', 'has_attributes')
+_BOOLS = ('is_crowd', 'has_attributes', 'has_label')
 
 
 class Split:

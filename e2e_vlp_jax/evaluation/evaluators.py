@@ -17,8 +17,8 @@ from e2e_vlp_jax.evaluation import report
 from e2e_vlp_jax.training import sharding
 
 _PACKAGE = 'e2e_vlp_jax.evaluation'
-_KEYS = ('type', 'source', 'pp', 'max_examples', 'examples_during_training',
-         'options')
+_KEYS = ('type', 'source', 'pp', 'unit', 'max_examples',
+         'examples_during_training', 'options')
 # Arguments of every `evaluate`; any further ones are the evaluator's options.
 _COMMON = ('predictor', 'variables', 'pipeline', 'max_examples', 'progress')
 
@@ -32,43 +32,52 @@ class Evaluators:
   """The evaluators of a config, ready to run on any parameters.
 
   `config.evals.<name>`: type (file of the evaluator), source (name, split),
-  pp, max_examples (0 = all), examples_during_training (how many at
-  eval_every_steps; 0 = none), options (of the evaluator; may be left out).
+  pp, unit (by default `data.unit`), max_examples (0 = all),
+  examples_during_training (how many at eval_every_steps; 0 = none), options (of
+  the evaluator; may be left out).
 
   Args:
     config: whole config.
     model: from `models.build`.
     vocabularies: a `data.vocabularies.Vocabularies`.
-    mesh: see Predictor.
+    mesh, path: see Predictor.
 
   Raises:
     UserError: an unknown evaluator, key or option, or missing data.
   """
 
-  def __init__(self, config, model, vocabularies, mesh=None):
+  def __init__(self, config, model, vocabularies, mesh=None,
+               path='CHECKPOINT'):
     if mesh is not None:
       sharding.check_batch_size(config.eval_batch_size, mesh,
                                 key='eval_batch_size')
     self._config, self._mesh = config, mesh
     self._vocabularies = vocabularies
     self.predictor = predictor_lib.Predictor(model, config, vocabularies,
-                                             mesh=mesh)
+                                             mesh=mesh, path=path)
     self._functions, self._pipelines = {}, {}
     for name, options in config.evals.items():
       self._functions[name] = _function(name, options)
       # Opened now, so that a missing split fails before training.
-      self._pipelines[name] = self._open(options.source, options.pp)
+      self._pipelines[name] = self._open(options.source, options.pp,
+                                         options.get('unit'))
     self._samples = None
     if config.samples.count:
       self._samples = self._open(config.samples.source, config.data.pp_eval)
       self.predictor.task_names()  # Likewise a task that is not complete.
 
-  def _open(self, source, pp):
+  def _open(self, source, pp, unit=None):
     config = self._config
+    data = config.data
+    if unit and unit != data.get('unit', 'image'):
+      data = data.copy_and_resolve_references()
+      data.unit = unit
+      if unit != 'image':
+        data.sentences = 1  # the unit's own text
     rows = None if self._mesh is None else sharding.host_rows(
         self._mesh, config.eval_batch_size)
     return pipeline_lib.Pipeline(
-        config.data, sources=(dict(source, weight=1.),), pp=pp,
+        data, sources=(dict(source, weight=1.),), pp=pp,
         seed=config.seed, batch_size=config.eval_batch_size, train=False,
         rows=rows, vocabularies=self._vocabularies)
 

@@ -30,24 +30,34 @@ def fit(image, buckets, pp='decode|fit'):
   return canvas, plan['image_mask']
 
 
-def example(predictor, image, texts=(), count=0):
+def example(predictor, images, texts=(), count=0, most=1):
   """Makes a row of a batch as the pipeline does, with `data.pp_eval`.
 
   Args:
     predictor: a Predictor.
-    image: path, encoded bytes, or uint8 [H, W, 3], upright.
+    images: an image (path, encoded bytes, or uint8 [H, W, 3], upright), or a
+      list or tuple of 1 or 2 of them.
     texts: list of strings.
     count: S, to which the texts are padded; 0 = no keys of texts.
+    most: images of a row; with 2, a missing second one is masked.
 
   Returns:
-    dict: image, image_mask, image_size and, if count, text and text_mask.
+    dict: image, image_mask, image_size; if most is 2, second_image and
+    second_image_mask, in the bucket of the first; if count, text and
+    text_mask.
   """
-  if not isinstance(image, np.ndarray):
-    image = photographs.decode_image(image)
+  if not isinstance(images, (list, tuple)):
+    images = (images,)
+  first, *rest = (i if isinstance(i, np.ndarray) else
+                  photographs.decode_image(i) for i in images)
   data = predictor.config.data
-  canvas, mask = fit(image, data.buckets, data.pp_eval)
+  canvas, mask = fit(first, data.buckets, data.pp_eval)
   out = {'image': canvas, 'image_mask': mask,
-         'image_size': np.array(image.shape[:2], np.int32)}
+         'image_size': np.array(first.shape[:2], np.int32)}
+  if most == 2:
+    out['second_image'], out['second_image_mask'] = (
+        fit(rest[0], [mask.shape], data.pp_eval) if rest else
+        (np.zeros_like(canvas), np.zeros_like(mask)))
   if count:
     out['text'], out['text_mask'] = tokenize(predictor, texts, count)
   return out

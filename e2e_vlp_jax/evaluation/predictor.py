@@ -40,10 +40,12 @@ class Predictor:
     vocabularies: a `data.vocabularies.Vocabularies`.
     mesh: if given, batches are split over its data axes. Every host then passes
       its own rows and gets the results of all rows.
+    path: of the checkpoint, for error messages.
   """
 
-  def __init__(self, model, config, vocabularies, mesh=None):
-    self.model, self.config = model, config
+  def __init__(self, model, config, vocabularies, mesh=None,
+               path='CHECKPOINT'):
+    self.model, self.config, self._path = model, config, path
     self.vocabularies = vocabularies
     self.tokenizer, self.labels = vocabularies.tokenizer, vocabularies.labels
     self._mesh = mesh
@@ -61,7 +63,7 @@ class Predictor:
     vocabularies = vocabularies_lib.Vocabularies.from_dict(meta)
     model = models.build(config, **vocabularies.sizes)
     variables = jax.device_put({'params': params, **model_state})
-    return cls(model, config, vocabularies), variables
+    return cls(model, config, vocabularies, path=path), variables
 
   # --- Tasks ------------------------------------------------------------------
 
@@ -78,10 +80,18 @@ class Predictor:
     task = self._load(name)
     lacking = task.lacks(self.model)
     if lacking:
+      # A head that the config does not add belongs to another kind of model.
+      how = task.finetuning
       raise errors.UserError(
           f'this checkpoint has no {" or ".join(lacking)} head, which task '
-          f'{name!r} needs; its tasks: {", ".join(self.task_names())}')
+          f'{name!r} needs; its tasks: {", ".join(self.task_names())}'
+          + (self._to_train(task) if how and how.head else ''))
     return task
+
+  def _to_train(self, task):
+    """'; train it with: COMMAND', or '' where there is no such command."""
+    command = task.train_command(self._path)
+    return f'; train it with: {command}' if command else ''
 
   def _load(self, name):
     if name not in self._tasks:
@@ -99,10 +109,10 @@ class Predictor:
     Args:
       variables: {'params': ..., **model_state}.
       images: list or other iterable of N images: a path, encoded bytes, or
-        uint8 [H, W, 3].
+        uint8 [H, W, 3]. For a task that takes two, N tuples of 1 or 2 images.
       task: name of a task, such as 'detect'.
       texts: for tasks that take texts: a list of strings that is used for
-        every image, or a list of N lists of strings.
+        every request, or a list of N lists of strings.
       **options: options of the task.
 
     Returns:
@@ -118,13 +128,14 @@ class Predictor:
     options = task.full_options(options)
     if isinstance(images, (str, bytes, np.ndarray)):
       raise errors.UserError('images: one image; expected a list of images')
-    texts = task.check_texts(texts, len(images := list(images)))
+    images = task.check_images(images)
+    texts = task.check_texts(texts, len(images))
     rows = 1 if len(images) == 1 else _ROWS
     if self._mesh is not None:
       rows = -(-rows // self._mesh.size) * self._mesh.size
     most = max(map(len, texts), default=0)
-    examples = (inputs.example(self, image, own, most)
-                for image, own in zip(images, texts))
+    examples = (inputs.example(self, shown, own, most, task.images)
+                for shown, own in zip(images, texts))
     results = {}
     for numbers, batch in inputs.in_batches(examples, rows):
       results |= zip(numbers, self.results(
@@ -181,7 +192,7 @@ class Predictor:
       heads = sorted({h for hs in task.requests.values() for h in hs})
       raise NotTrained(
           f'this checkpoint was trained without its {" or ".join(heads)} '
-          f'head, which {task.name!r} needs') from e
+          f'head, which {task.name!r} needs' + self._to_train(task)) from e
 
   def encode_images(self, variables, batch):
     """Features of images, on the device, for `score_pairs`."""

@@ -26,6 +26,8 @@ def check(model, config, sizes, found, path, changes):
   if 'text' not in dict(pp.bind(data.pp_train)):
     data.pp_train += '|text'  # Views that the run did not train read texts.
   batch = synthetic.synthetic_batch(data, batch_size=1, **sizes)
+  # Nor need its rows show two images, which other views read.
+  batch = {f'second_{k}': batch[k] for k in ('image', 'image_mask')} | batch
   shapes = jax.eval_shape(
       lambda b: model.init(jax.random.key(0), b, model.views), batch)
   want, found = _shapes(shapes), _shapes(found)

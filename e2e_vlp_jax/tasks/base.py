@@ -57,6 +57,19 @@ def load(name, key='task'):
   return task
 
 
+def place_image(pp, ops):
+  """The image's ops of a pp string, up to the one that places it, then `ops`.
+
+  Args:
+    pp: pp string.
+    ops: pp string of what follows.
+  """
+  found = pp.split('|')
+  last, = [i for i, op in enumerate(found)
+           if op.partition('(')[0] in ('fit', 'squash')]
+  return '|'.join([*found[:last + 1], ops])
+
+
 def _missing(cls):
   """Names of the methods that a task class must override and does not."""
   own = lambda method: getattr(cls, method) is not getattr(Task, method)
@@ -94,6 +107,19 @@ class Finetuning:
   splits: Mapping[str, Tuple[str, str]]
   head: Optional[Mapping[str, Any]] = None
   answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def evaluation(self, datasets, pp):
+    """The task's evaluator, as an entry of `config.evals`.
+
+    Args:
+      datasets: names of the datasets that the model was trained on. The first
+        one that the task knows is evaluated, or else the task's own default.
+      pp: `data.pp_eval`.
+    """
+    name = next((n for n in datasets if n in self.splits), self.data)
+    return dict(type=self.evaluator, unit=self.unit, max_examples=0,
+                examples_during_training=0, pp=place_image(pp, self.eval_ops),
+                source=dict(name=name, split=self.splits[name][1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +253,8 @@ class Task:
     summary: one line for --help.
     requests: {view: (head, ...)} that the model must offer and runs.
     keys: keys of the batch that `compute` reads, if the batch has them.
+    images: how many images a request may have: with 2, a second one is under
+      `second_image` in the batch, and masked where a request has only one.
     takes_text: whether texts may be given.
     needs_text: whether texts must be given.
     options: {name: Option}.
@@ -236,6 +264,7 @@ class Task:
   summary = ''
   requests: Mapping[str, Sequence[str]] = {}
   keys: Sequence[str] = ('image', 'image_mask')
+  images = 1
   takes_text = needs_text = False
   options: Mapping[str, Option] = {}
   in_samples = True
@@ -251,6 +280,20 @@ class Task:
     return sorted({head for view, heads in self.requests.items()
                    for head in heads if not model.offers(view, head)})
 
+  def train_command(self, checkpoint):
+    """The command that trains the task's head, from a checkpoint.
+
+    Args:
+      checkpoint: its path.
+
+    Returns:
+      'python -m ...', or '' if no command of ours can train it.
+    """
+    if self.finetuning is None:
+      return ''
+    return (f'python -m e2e_vlp_jax.train --config configs/finetune.py:'
+            f'{self.name},from={checkpoint} --workdir W')
+
   def full_options(self, options):
     """`options` and the defaults of the others.
 
@@ -264,6 +307,40 @@ class Task:
             + (errors.nearest(name, self.options) if self.options else ''))
       self.options[name].check(name, value)
     return {k: options.get(k, o.default) for k, o in self.options.items()}
+
+  def check_images(self, images):
+    """Each request's images as a tuple.
+
+    Args:
+      images: for each request an image, or a list or tuple of 1 to
+        `self.images` images; an image is anything else.
+
+    Raises:
+      UserError: a request with too many images, or with none.
+    """
+    found = [tuple(i) if isinstance(i, (list, tuple)) else (i,)
+             for i in images]
+    for own in found:
+      if not 1 <= len(own) <= self.images:
+        raise errors.UserError(
+            f'images: {len(own)} for one result; task {self.name!r} takes '
+            + ('one' if self.images == 1 else f'1 to {self.images}'))
+    return found
+
+  def group_images(self, images):
+    """A flat list of images, such as a command's, as one tuple a request.
+
+    Up to `self.images` images are one request.
+
+    Raises:
+      UserError: more images than that, and no multiple of it.
+    """
+    n = min(self.images, len(images))
+    if len(images) % n:
+      raise errors.UserError(
+          f'--image: {len(images)} images; task {self.name!r} takes '
+          f'{n} of them for each result, so give 1 or a multiple of {n}')
+    return [tuple(images[i:i + n]) for i in range(0, len(images), n)]
 
   def check_texts(self, texts, count):
     """The texts as one list of strings for each of `count` images.
@@ -328,7 +405,8 @@ class Task:
     """Texts for sample pictures.
 
     Args:
-      records: list of B records, None for rows of padding.
+      records: list of B records, None for rows of padding. `item` in a record
+        is the number of the row's item in the list of `config.data.unit`.
 
     Returns:
       list of B lists of strings, all of the same length.

@@ -59,7 +59,12 @@ def features():
       # `second_image`. With neither (-1 and empty), about this image only.
       'statements': sequence({
           'second_image': _BYTES(), 'second_record': np.int64,
-          'statement': _TEXT(), 'label': np.bool_}),
+          'statement': _TEXT(),
+          'label': np.bool_,            # whether it is true,
+          'has_label': np.bool_,        # unless that is not known
+          'identifier': _TEXT(),        # the dataset's own, or ''
+          'group': _TEXT()}),           # equal where one sentence is said of
+                                        # several images, for consistency
       'entailment': sequence({'text': _TEXT(), 'label': _TEXT()}),
       'scene_json': _TEXT(),            # the scene graph of a drawn image
       # Whether the objects of this dataset have attribute labels at all. If
