@@ -19,8 +19,8 @@ def parse_argument(arg, sizes, published, **more):
   """'r50,data=coco,side=512' -> ('r50', 'coco', {'side': 512}).
 
   Args:
-    arg: 'SIZE[,key=value...]' with the keys data, side and those of `more`;
-      None or '' = the first size.
+    arg: 'SIZE[,key=value...]' with the keys data, side, exclude (prepared
+      splits, joined by '+') and those of `more`; None or '' = the first size.
     sizes: names of the sizes, 'tiny' first. The default of `data` is scenes
       for tiny, coco for the other sizes.
     published: datasets for which data=published stands.
@@ -32,7 +32,10 @@ def parse_argument(arg, sizes, published, **more):
   size, *pairs = (arg or sizes[0]).split(',')
   if size not in sizes:
     raise ValueError(f'no size {size!r}' + errors.nearest(size, sizes))
-  options = parse_options(pairs, {'data': str, 'side': int, **more})
+  options = parse_options(pairs, {'data': str, 'side': int, 'exclude': str,
+                                  **more})
+  options['exclude'] = tuple(filter(None, options.get('exclude', ''
+                                                      ).split('+')))
   data = options.pop('data', 'scenes' if size == 'tiny' else 'coco')
   if data == 'published':
     data = published
@@ -176,6 +179,9 @@ def data(names, *, tokenizer, labels, buckets, max_text, max_boxes, sentences,
       tokenizer=tokenizer, labels=labels, buckets=buckets, max_text=max_text,
       sentences=sentences, max_boxes=max_boxes,
       max_attributes=4,          # per box
+      # Prepared splits, such as ('karpathy/test',), whose photographs, by
+      # their official ids, no training batch shows.
+      exclude=(),
       threads=0,                 # of the input pipeline; 0 = as many as cores
       max_bad_records=100,       # unreadable records to skip before it ends
       pp_train=pp_train, pp_eval=pp_eval)

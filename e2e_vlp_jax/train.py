@@ -164,7 +164,8 @@ def _summary(assembly, data, first_step):
   mesh = assembly.mesh
   return (f'{assembly.config.model.name}: {total:,} parameters ({parts}); '
           f'{data.num_examples:,} examples; '
-          f'{mesh.size} {mesh.devices.flat[0].platform} device(s)'
+          + (f'{data.left_out}; ' if data.left_out else '')
+          + f'{mesh.size} {mesh.devices.flat[0].platform} device(s)'
           + (f'; resumed at step {first_step}' if first_step else ''))
 
 
