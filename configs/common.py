@@ -10,9 +10,9 @@ from ml_collections.config_dict import placeholder
 from e2e_vlp_jax import errors
 
 # Datasets whose objects have names of a shipped label space. All others bring
-# their own names, except the published corpora, which have no objects.
+# their own names, except those that have no objects.
 SHIPPED = ('scenes', 'coco', 'visual_genome', 'nlvr1', 'vqav2')
-_NO_OBJECTS = ('sbu', 'cc3m')
+_NO_OBJECTS = ('sbu', 'cc3m', 'karpathy', 'flickr30k')
 
 
 def parse_argument(arg, sizes, published, **more):
