@@ -10,17 +10,17 @@ from ml_collections.config_dict import placeholder
 from e2e_vlp_jax import errors
 
 # Datasets whose objects have names of a shipped label space. All others bring
-# their own names, except the published corpora, which have no objects.
+# their own names, except those that have no objects.
 SHIPPED = ('scenes', 'coco', 'visual_genome', 'nlvr1', 'vqav2')
-_NO_OBJECTS = ('sbu', 'cc3m')
+_NO_OBJECTS = ('sbu', 'cc3m', 'karpathy', 'flickr30k')
 
 
 def parse_argument(arg, sizes, published, **more):
   """'r50,data=coco,side=512' -> ('r50', 'coco', {'side': 512}).
 
   Args:
-    arg: 'SIZE[,key=value...]' with the keys data, side and those of `more`;
-      None or '' = the first size.
+    arg: 'SIZE[,key=value...]' with the keys data, side, exclude (prepared
+      splits, joined by '+') and those of `more`; None or '' = the first size.
     sizes: names of the sizes, 'tiny' first. The default of `data` is scenes
       for tiny, coco for the other sizes.
     published: datasets for which data=published stands.
@@ -32,7 +32,10 @@ def parse_argument(arg, sizes, published, **more):
   size, *pairs = (arg or sizes[0]).split(',')
   if size not in sizes:
     raise ValueError(f'no size {size!r}' + errors.nearest(size, sizes))
-  options = parse_options(pairs, {'data': str, 'side': int, **more})
+  options = parse_options(pairs, {'data': str, 'side': int, 'exclude': str,
+                                  **more})
+  options['exclude'] = tuple(filter(None, options.get('exclude', ''
+                                                      ).split('+')))
   data = options.pop('data', 'scenes' if size == 'tiny' else 'coco')
   if data == 'published':
     data = published
@@ -179,6 +182,9 @@ def data(names, *, tokenizer, labels, buckets, max_text, max_boxes, sentences,
       tokenizer=tokenizer, labels=labels, buckets=buckets, max_text=max_text,
       sentences=sentences, max_boxes=max_boxes,
       max_attributes=4,          # per box
+      # Prepared splits, such as ('karpathy/test',), whose photographs, by
+      # their official ids, no training batch shows.
+      exclude=(),
       threads=0,                 # of the input pipeline; 0 = as many as cores
       max_bad_records=100,       # unreadable records to skip before it ends
       pp_train=pp_train, pp_eval=pp_eval)

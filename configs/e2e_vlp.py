@@ -71,6 +71,7 @@ def get_config(arg=None):
     config.model.num_queries = max(16, config.data.max_boxes)
   if size == 'detr':
     _detr(config)
+  config.data.exclude = options['exclude']
   return config
 
 

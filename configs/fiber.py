@@ -54,6 +54,7 @@ def get_config(arg=None):
     _tiny(config)
   else:
     _base(config)
+  config.data.exclude = options['exclude']
   return config
 
 

@@ -129,6 +129,7 @@ def _input(config, how, data, side):
       dict(name=name, split=splits[name][0],
            weight='by_rows' if names[1:] else 1.) for name in names)
   config.data.dir = 'data'
+  config.data.exclude = ()
   config.data.unit = how.unit
   config.data.answers = how.answers.get(data, '')
   if how.unit != 'image':

@@ -54,6 +54,7 @@ def get_config(arg=None):
   _data(config, data, options.get(
       'side', (96 if tiny else 256) if data == 'scenes'
       else 192 if tiny else 600), tiny)
+  config.data.exclude = options['exclude']
   return config
 
 

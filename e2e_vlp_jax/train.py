@@ -51,7 +51,7 @@ def train(config, workdir, allow_changes=False):
                                       stack)
     monitor = stack.enter_context(monitor_lib.Monitor(
         workdir, config.total_steps, int(state.step), config.tensorboard))
-    monitor.say(assembly.describe(data.num_examples, int(state.step)))
+    monitor.say(assembly.describe(data, int(state.step)))
     early_stop = evaluation.early_stop
     skipped = nonfinite.NonFinite(workdir, data, config.max_bad_steps,
                                   int(state.bad_steps))

@@ -44,8 +44,9 @@ class Pipeline:
   Args:
     data_config: `config.data`: dir, buckets, sentences, max_text, max_boxes,
       max_attributes; optional unit ('image'; see `units`), threads (0
-      = as many as cores) and max_bad_records (100; more unreadable
-      records end the run).
+      = as many as cores), max_bad_records (100; more unreadable records end
+      the run) and exclude (splits whose photographs no training batch shows,
+      such as 'karpathy/test').
     vocabularies: a `vocabularies.Vocabularies`.
     sources: list of {name, split, weight}; the weight is the source's share of
       a training batch and need not be normalised. 'by_rows' stands for the
@@ -62,6 +63,7 @@ class Pipeline:
   Attributes:
     num_examples: units in all sources.
     num_batches: batches of an evaluation; None in training.
+    left_out: what `exclude` leaves out, in words; '' without it.
     bad_records: names of the unreadable records met so far.
 
   Raises:
@@ -84,9 +86,11 @@ class Pipeline:
     self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
 
     self._unit = units.find(data_config.get('unit', 'image'))
-    self._sources = sources_lib.Sources(data_config['dir'], sources,
-                                        self._unit)
+    self._sources = sources_lib.Sources(
+        data_config['dir'], sources, self._unit,
+        data_config.get('exclude', ()) if train else ())
     self.num_examples = self._sources.num_examples
+    self.left_out = self._sources.left_out
     members = self._sources.members(self._buckets)
     weights = self._sources.weights(data_config['sentences'])
     batches = (order.TrainOrder(members, weights, batch_size, seed) if train

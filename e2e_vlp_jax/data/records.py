@@ -53,8 +53,9 @@ class Split:
   Attributes:
     name: the dataset's name.
     split: the split's name.
-    index: dict of int32 arrays [n]: height, width, and the lengths of the
-      record's lists: num_texts, num_objects, num_questions, ...
+    index: dict of arrays [n]: int32 height, width, and the lengths of the
+      record's lists: num_texts, num_objects, num_questions, ...; str
+      photo_ids, see `photos`.
     info: the TFDS DatasetInfo.
   """
 

@@ -5,6 +5,7 @@ order, then those of the next.
 """
 import numpy as np
 
+from e2e_vlp_jax.data import photos
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.errors import UserError, nearest
 
@@ -18,16 +19,19 @@ class Sources:
     data_dir: folder of the prepared datasets.
     sources: list of {name, split, weight}.
     unit: a `units.Unit`.
+    exclude: splits ('karpathy/test') whose photographs are left out.
 
   Attributes:
-    num_examples: units of all sources.
+    num_examples: units of all sources, those left out included.
+    left_out: how many images are left out, in words; '' if none is to be.
     has_boxes: for each source, whether any of its records has objects.
 
   Raises:
-    UserError: no source, or one that is not prepared or has no units.
+    UserError: no source, or one that is not prepared or has no units; or
+      `exclude` names no such split, or leaves nothing of a source.
   """
 
-  def __init__(self, data_dir, sources, unit):
+  def __init__(self, data_dir, sources, unit, exclude=()):
     if not sources:
       raise UserError('data: no sources; expected a list of dict(name=..., '
                       'split=..., weight=...)')
@@ -42,6 +46,7 @@ class Sources:
     self.num_examples = int(self._offsets[-1])
     self.has_boxes = [bool(np.any(s.index['num_objects']))
                       for s in self._splits]
+    self._kept, self.left_out = photos.kept(data_dir, self._splits, exclude)
 
   def _number(self, name, split):
     """The number of the first unit of each record, and of all units."""
@@ -65,11 +70,11 @@ class Sources:
     """
     shapes = np.log([h / w for h, w in buckets])
     members = []
-    for split, first in zip(self._splits, self._first_units):
+    for split, first, kept in zip(self._splits, self._first_units, self._kept):
       ratio = np.log(np.maximum(split.index['height'], 1)
                      / np.maximum(split.index['width'], 1))
       bucket = np.argmin(np.abs(ratio[:, None] - shapes), -1)
-      bucket = np.repeat(bucket, np.diff(first))
+      bucket = np.repeat(np.where(kept, bucket, -1), np.diff(first))
       members.append([np.flatnonzero(bucket == b)
                       for b in range(len(buckets))])
     return members
@@ -84,19 +89,20 @@ class Sources:
       UserError: an unknown word, negative numbers, or all 0.
     """
     found = [self._weight(*x, sentences) for x in zip(
-        self._wanted, self._names, self._splits, self._first_units)]
+        self._wanted, self._names, self._splits, self._first_units,
+        self._kept)]
     if min(found) < 0 or not sum(found) > 0:
       raise UserError(f'data: the weights of the sources are {found}; '
                       'expected numbers >= 0, not all 0')
     return found
 
-  def _weight(self, weight, name, split, first, sentences):
+  def _weight(self, weight, name, split, first, kept, sentences):
     if not isinstance(weight, str):
       return weight
     if weight == 'by_texts' and not self._unit.field:
-      return int((-(-split.index['num_texts'] // sentences)).sum())
+      return int((-(-split.index['num_texts'] // sentences))[kept].sum())
     if weight in ('by_rows', 'by_texts'):  # A unit of a list has one text.
-      return int(first[-1])
+      return int(np.diff(first)[kept].sum())
     if weight in _RENAMED:
       raise UserError(f'data: weight {weight!r} of {name} is called '
                       f'{_RENAMED[weight]!r} now')

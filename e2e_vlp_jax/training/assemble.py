@@ -51,14 +51,15 @@ class Assembly:
     self.shardings = sharding.state_shardings(
         self.shapes, mesh, tuple(config.sharding_rules))
 
-  def describe(self, examples, first_step):
-    """Model, number of training examples and devices in one line."""
+  def describe(self, data, first_step):
+    """Model, training examples (of a Pipeline) and devices in one line."""
     counts = program.count_parameters(self.shapes.params)
     total = counts.pop('total')
     parts = ', '.join(f'{k} {v:,}' for k, v in counts.items())
     return (f'{self.config.model.name}: {total:,} parameters ({parts}); '
-            f'{examples:,} examples; '
-            f'{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s)'
+            f'{data.num_examples:,} examples; '
+            + (f'{data.left_out}; ' if data.left_out else '')
+            + f'{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s)'
             + (f'; resumed at step {first_step}' if first_step else ''))
 
   def schedule(self, stage):

@@ -15,6 +15,7 @@ import tqdm
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import boxes
 from e2e_vlp_jax.data import label_space
+from e2e_vlp_jax.data import photos
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import units
 from e2e_vlp_jax.data.datasets import values
@@ -76,7 +77,9 @@ def features():
 def record(**fields):
   """A full record; fields that are not given are empty.
 
-  Items may leave out the fields of `records.OPTIONAL`.
+  Items may leave out the fields of `records.OPTIONAL`. `photo_ids`, names of
+  the photograph in other collections ('coco:139'), go into the split's index
+  only.
   """
   full = dict(texts=[], objects=[], phrases=[], questions=[], refexps=[],
               statements=[], entailment=[], scene_json='',
@@ -105,6 +108,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   OPTIONS = {}
   # The shipped label space that has the names of the dataset's objects.
   LABELS = ''
+  # The collection whose official ids the records' image_id are, such as
+  # 'coco'; by it `data.exclude` knows a photograph again. '': no such ids.
+  PHOTOS = ''
   # True where `prepare` needs --source, a folder of official files.
   NEEDS_SOURCE = False
   # TFDS would look here for checksums of downloads; we download nothing.
@@ -296,6 +302,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     progress = tqdm.tqdm(total=most, desc=f'{self.name} {split}', unit='image')
     for k, example in enumerate(read_records()):
       progress.update(k + 1 - progress.n)
+      photo_ids = example.pop('photo_ids', ())
+      if self.PHOTOS:
+        photo_ids = f'{self.PHOTOS}:{example["image_id"]}', *photo_ids
+      index[photos.COLUMN].append(' '.join(photo_ids))
       totals += collections.Counter(
           images=1, texts=len(example['texts']),
           boxes=len(example['objects']),
@@ -319,8 +329,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         {k: totals[k] for k in ('images', 'texts', 'boxes', 'crowds')},
         records_sha256=digest.hexdigest())
     self._check_losses(split, most)
-    self.indexes[split] = {k: np.asarray(v, np.int32)
-                           for k, v in index.items()}
+    self.indexes[split] = {
+        k: np.asarray(v, str if k == photos.COLUMN else np.int32)
+        for k, v in index.items()}
 
   def _keep_events(self, split, number, image):
     """Adds what was changed in the record with these bytes to `changes`."""

@@ -26,6 +26,7 @@ class Builder(coco_json.CocoRecords):
   """Finds the files of the official layout."""
   name = 'coco'
   LABELS = 'coco'
+  PHOTOS = 'coco'
   NEEDS_SOURCE = True
   OPTIONS = {
       'limit': (0, 'images to keep per split, the first by id; 0 keeps all'),

@@ -11,6 +11,7 @@ that cannot be read is left out and counted.
 import collections
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import photos
 from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax.data.datasets import values
 
@@ -19,8 +20,8 @@ class CocoJson:
   """The entries of a split, from one file or several, joined by image.
 
   Attributes:
-    images: dicts with id, file_name, height and width, sorted by id. The sizes
-      are None where the files give none.
+    images: dicts with id, file_name, height, width and flickr_url, sorted by
+      id. The last three are None where the files give none.
     labels: {category id: name}, in the order of the files.
     objects: {image id: [(k, annotation)]}, k its position in the file.
     captions: {image id: [text]}.
@@ -76,6 +77,7 @@ class CocoJson:
         size = entry.get(key)
         image[key] = None if size is None else values.integer(
             size, f'{where}.{key}', 1)
+      image['flickr_url'] = entry.get('flickr_url')
       before = images.setdefault(i, image)
       if before['file_name'] != image['file_name']:
         raise errors.UserError(
@@ -155,7 +157,8 @@ class CocoRecords(base.RecordBuilder):
       self.note_image(split, stored)
       yield base.record(
           image=stored.data, image_id=str(image['id']), height=stored.height,
-          width=stored.width, texts=captions, objects=objects)
+          width=stored.width, texts=captions, objects=objects,
+          photo_ids=photos.in_flickr(image['flickr_url']))
       written += 1
       if written == limit:
         return

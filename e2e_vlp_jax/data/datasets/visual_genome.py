@@ -20,8 +20,9 @@ lacks are left out, and the report counts and lists them.
 All images are training images, as in SOHO and FIBER, unless --splits names the
 folder of bottom-up attention's train.txt, val.txt and test.txt (data/genome
 there), or --num_validation holds out some (our choice: spread evenly over the
-ids). Some 51,000 of the images are also in COCO. --exclude_coco leaves out
-those on which a model will be evaluated, such as the images of
+ids). Some 51,000 of the images are also in COCO; image_data.json says which.
+`config.data.exclude` leaves those on which a model will be evaluated out of
+training; --exclude_coco does not even store them, such as the images of
 instances_val2017.json. The splits of bottom-up attention already agree with
 COCO's Karpathy splits.
 
@@ -54,6 +55,7 @@ _ADJECTIVES = frozenset(
 class Builder(base.RecordBuilder):
   """Joins the annotations of the files by image."""
   name = 'visual_genome'
+  PHOTOS = 'visual_genome'
   NEEDS_SOURCE = True
   OPTIONS = {
       'limit': (0, 'images to keep per split, the first by id; 0 keeps all'),
@@ -173,7 +175,9 @@ class Builder(base.RecordBuilder):
           image=stored.data, image_id=str(i), height=stored.height,
           width=stored.width, texts=texts, phrases=phrases,
           objects=self._image_objects(split, i, stored, size, unknown),
-          has_attributes=bool(self._described))
+          has_attributes=bool(self._described), photo_ids=[
+              f'{k}:{n}' for k in ('coco', 'flickr')
+              if (n := _whole(image.get(f'{k}_id'))) is not None])
       written += 1
       if written == limit:
         break

@@ -46,6 +46,7 @@ _FOLDERS = ('', 'vqa', 'annotations')
 class Builder(base.RecordBuilder):
   """Joins questions, answers and images by their ids."""
   name = 'vqav2'
+  PHOTOS = 'coco'
   NEEDS_SOURCE = True
   OPTIONS = {
       'splits': ('', 'which of train,validation,test,test_dev; default: the '
