@@ -9,8 +9,10 @@ texts and boxes, what was skipped and why, and checksums. A second run finds the
 data and stops. After an interruption it starts over. One process at a time
 prepares a dataset in a folder; another ends and says which.
 
-A split that loses all of its boxes is an error. One that loses more than half
-of its images is written, with a warning on standard error as the last line.
+A split that loses all of its boxes, or more than half of its images, is an
+error that names the most frequent reason, and nothing is written. With
+--allow_losses the images that are left are written, and a warning on standard
+error is the last line.
 
 --show N draws N records with their boxes, labels and texts on one page, and
 what was changed or left out. Of a dataset that is prepared already it needs
@@ -63,7 +65,7 @@ def main(argv=None):
   if args.show < 0:
     raise errors.UserError(f'--show {args.show}: expected a number of records')
   options = {k: getattr(args, k) for k in builder.OPTIONS}
-  prepare(builder, args.data_dir, args.source, options)
+  prepare(builder, args.data_dir, args.source, options, args.allow_losses)
   if args.show:
     _show(args, options.get('name', builder.name))
 
@@ -74,6 +76,9 @@ def _parser(names):
   p.add_argument('dataset', metavar='NAME', help=', '.join(names))
   p.add_argument('--data_dir', required=True, help='where to write')
   p.add_argument('--source', help='folder of the official files')
+  p.add_argument('--allow_losses', action='store_true',
+                 help='write a split even if less than half of its images can '
+                 'be used')
   p.add_argument('--show', type=int, metavar='N', default=0,
                  help='draw N records on one page')
   p.add_argument('--show_to', metavar='PNG',
@@ -111,7 +116,7 @@ def _names():
   return discovery.names(_DATASETS, 'Builder')
 
 
-def prepare(builder_class, data_dir, source, options):
+def prepare(builder_class, data_dir, source, options, allow_losses=False):
   """Writes one dataset unless it exists already; returns its report.
 
   Args:
@@ -119,6 +124,7 @@ def prepare(builder_class, data_dir, source, options):
     data_dir: where to write.
     source: folder of the official files, or None.
     options: the values of the builder's OPTIONS.
+    allow_losses: see `datasets.base.RecordBuilder`.
 
   Raises:
     UserError: the files cannot be used, another process is at it, or the
@@ -143,7 +149,8 @@ def prepare(builder_class, data_dir, source, options):
     report = _earlier_report(folder, wanted)
     if not report:
       _remove_leftovers(folder, data_dir)
-      builder = builder_class(data_dir=data_dir, source=source, **options)
+      builder = builder_class(data_dir=data_dir, source=source,
+                              allow_losses=allow_losses, **options)
       report = _write(builder, folder, wanted)
   return report
 

@@ -337,7 +337,12 @@ def test_images_of_no_split_are_not_lost_in_silence(tmp_path, capsys):
   put_pictures(tmp_path / 's' / 'images' / 'train', 2)
   put_pictures(tmp_path / 's' / 'images' / 'bus', 3)
   put(tmp_path / 's' / 'labels' / 'train' / '0.txt', f'1 {ROW}')
-  own(tmp_path / 's', tmp_path / 'd', '--validation_share', 0)
+  where = tmp_path / 's', tmp_path / 'd', '--validation_share', 0
+  with pytest.raises(errors.UserError, match='only 2 of 5 images .*3 times: '
+                     "image: not in a folder of a split's name"):
+    own(*where)
+  assert not records.is_prepared(str(tmp_path / 'd'), 'mine')
+  own(*where, '--allow_losses')
   assert len(read(tmp_path / 'd')) == 2
   said = capsys.readouterr()
   assert "skipped 3: image: not in a folder of a split's name" in said.out

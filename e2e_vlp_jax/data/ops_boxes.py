@@ -56,7 +56,7 @@ def boxes(context, drop_unknown=False, crowds=0):
     has_boxes = example['has_boxes']
     return {
         **example, **(crowd_keys(example) if crowds else {}),
-        'boxes': _padded(corners[keep], m), 'box_labels': box_labels,
+        'boxes': padded(corners[keep], m), 'box_labels': box_labels,
         'box_attributes': attributes, 'box_mask': np.arange(m) < len(keep),
         'task_mask/detection': has_boxes,
         'task_mask/attributes': has_boxes and example['has_attributes'],
@@ -66,7 +66,7 @@ def boxes(context, drop_unknown=False, crowds=0):
     corners = in_window(example, [o['bbox'] for o in example['objects']
                                   if o['is_crowd']])
     keep = _largest(corners, crowds)
-    return {'crowd_boxes': _padded(corners[keep], crowds),
+    return {'crowd_boxes': padded(corners[keep], crowds),
             'crowd_mask': np.arange(crowds) < len(keep)}
   return apply
 
@@ -110,7 +110,7 @@ def _largest(corners, most, allowed=True):
   return keep
 
 
-def _padded(corners, most):
+def padded(corners, most):
   """(x0, y0, x1, y1) [n, 4] -> (cx, cy, w, h) float32 [most, 4]."""
   x0, y0, x1, y1 = corners.T
   out = np.zeros((most, 4), np.float32)

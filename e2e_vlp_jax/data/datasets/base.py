@@ -32,8 +32,9 @@ UPRIGHT = {'upright': (
 def features():
   """The features of a record. Boxes are (ymin, xmin, ymax, xmax) in [0, 1].
 
-  Lists inside lists (an object's attributes, a question's answers) are stored
-  as one string, joined by '|'; `data.records` reads them as lists.
+  Lists inside lists (an object's attributes, a question's answers, the spans of
+  a phrase) are stored as one string, joined by '|'; `data.records` reads them
+  as lists.
   """
   sequence = tfds.features.Sequence
   return tfds.features.FeaturesDict({
@@ -49,11 +50,20 @@ def features():
           'is_crowd': np.bool_,
           'area': np.float32,           # pixels
           'id': np.int64}),
-      'phrases': sequence({'bbox': _BOX(), 'text': _TEXT()}),
+      # A phrase with several boxes is several items.
+      'phrases': sequence({
+          'bbox': _BOX(), 'text': _TEXT(),
+          'text_number': np.int64,      # of `texts` in which it stands, or -1
+          'spans': _TEXT(),             # its characters there
+          'id': np.int64,               # of the entity, or -1
+          'kind': _TEXT()}),            # such as people, clothing, scene
       'questions': sequence({
           'question': _TEXT(), 'answers': _TEXT(), 'kind': _TEXT(),
           'id': np.int64}),             # the dataset's own id, or -1
-      'refexps': sequence({'text': _TEXT(), 'bbox': _BOX()}),
+      'refexps': sequence({
+          'text': _TEXT(), 'bbox': _BOX(),
+          'spans': _TEXT(),             # the words that name the object
+          'id': np.int64}),             # the dataset's own id, or -1
       # About this image (the left one) and another, which is either
       # `second_record`, the number of its record in this split, or the picture
       # `second_image`. With neither (-1 and empty), about this image only.
@@ -90,6 +100,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     options: the values of `OPTIONS`.
     indexes: {split: {column: array [n]}} of the records, in their order.
     reports: {split: {...}}: counts, what was skipped and why, a digest.
+    allow_losses: write a split even if more than half of its images are lost.
     changes: {split: {number of a record: [{what, name, box}]}}: what was
       changed in a record, for the first such records; `box` as the annotations
       had it, x0, y0, x1, y1 in [0, 1] or beyond, or None.
@@ -104,7 +115,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   # TFDS would look here for checksums of downloads; we download nothing.
   code_path = None
 
-  def __init__(self, *, data_dir, source=None, **options):
+  def __init__(self, *, data_dir, source=None, allow_losses=False, **options):
     unknown = [k for k in options if k not in self.OPTIONS]
     if unknown:
       raise errors.UserError(f'{self.name} has no option {unknown[0]!r}'
@@ -117,11 +128,13 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if negative:
       raise errors.UserError(f'{self.name}: {negative[0]} is '
                              f'{options[negative[0]]}; expected 0 or more')
-    self.source = source
+    self.source, self.allow_losses = source, allow_losses
     self.options = {k: options.get(k, v) for k, (v, _) in self.OPTIONS.items()}
     self.name = self.options.get('name', self.name)
     self.indexes, self.reports = {}, collections.defaultdict(_empty_report)
     self.changes, self._events = {}, []
+    # {split: {reason for which images are lost: how many}}
+    self._lost_images = collections.defaultdict(collections.Counter)
     super().__init__(data_dir=data_dir, file_format='array_record')
 
   def sources(self):
@@ -151,6 +164,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     found['count'] += 1
     if lost:
       report['lost'][lost] += 1
+      if lost == 'images':
+        self._lost_images[split][reason] += 1
     if name is not None and len(found['names']) < _NAMED:
       # A name may hold half a character, which nothing can print or write.
       found['names'].append(str(name).encode('utf-8', 'backslashreplace')
@@ -324,7 +339,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Says more than a line among others if a split has lost most of it.
 
     Raises:
-      UserError: no image is left, or none of its boxes.
+      UserError: no image is left, or none of its boxes, or less than half of
+        the images and `allow_losses` is not set.
     """
     report = self.reports[split]
     images, lost = report['images'], report['lost']
@@ -337,9 +353,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       raise errors.UserError(f'{self.name} {split}: none of {lost["boxes"]} '
                              f'boxes can be used{why}')
     if lost['images'] > images:
-      report['warnings'].append(
-          f'only {images} of {images + lost["images"]} images could be used; '
-          'see "skipped" above')
+      self._lost_most(split, images)
     clipped = report['changed'].get(f'box {_CLIPPED}', 0)
     if 2 * clipped > report['boxes']:
       report['warnings'].append(
@@ -349,6 +363,20 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       report['warnings'].append(
           f'all {report["boxes"]} boxes are crowds (iscrowd), which training '
           'leaves out and evaluation ignores')
+
+
+  def _lost_most(self, split, images):
+    """UserError, or a warning, about a split with less than half its images."""
+    report = self.reports[split]
+    (reason_, count), = self._lost_images[split].most_common(1)
+    what = (f'only {images} of {images + report["lost"]["images"]} images can '
+            f'be used; the most frequent reason, {count} times: {reason_}, '
+            f'e.g. {report["skipped"][reason_]["names"][:1]}')
+    if not self.allow_losses:
+      raise errors.UserError(
+          f'{self.name} {split}: {what}; nothing is written; with '
+          '--allow_losses the others are')
+    report['warnings'].append(what)
 
 
 def _empty_report():
@@ -405,5 +433,8 @@ def _flat(example):
   example = {**example, **{
       field: [{**defaults, **item} for item in example[field]]
       for field, defaults in records.OPTIONAL.items()}}
+  for field in ('phrases', 'refexps'):
+    example[field] = [{**item, 'spans': records.write_spans(item['spans'])}
+                      for item in example[field]]
   return {**example, 'objects': join(example['objects'], 'attributes'),
           'questions': join(example['questions'], 'answers')}
