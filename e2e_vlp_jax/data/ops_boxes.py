@@ -45,7 +45,7 @@ def boxes(context, drop_unknown=False, crowds=0):
     labels = np.array(ids(context.labels.class_id,
                           [o['label'] for o in objects]), int)
     corners = in_window(example, [o['bbox'] for o in objects])
-    keep = _largest(corners, m, labels >= 0)
+    keep = largest(corners, m, labels >= 0)
     box_labels = np.zeros(m, np.int32)
     box_labels[:len(keep)] = labels[keep]
     attributes = np.full((m, k), -1, np.int32)
@@ -65,7 +65,7 @@ def boxes(context, drop_unknown=False, crowds=0):
   def crowd_keys(example):
     corners = in_window(example, [o['bbox'] for o in example['objects']
                                   if o['is_crowd']])
-    keep = _largest(corners, crowds)
+    keep = largest(corners, crowds)
     return {'crowd_boxes': padded(corners[keep], crowds),
             'crowd_mask': np.arange(crowds) < len(keep)}
   return apply
@@ -99,7 +99,7 @@ def in_window(example, stored):
   return corners
 
 
-def _largest(corners, most, allowed=True):
+def largest(corners, most, allowed=True):
   """Indices of the largest boxes with an area, in their order."""
   x0, y0, x1, y1 = corners.T
   area = (y1 - y0) * (x1 - x0)
