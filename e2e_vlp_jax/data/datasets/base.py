@@ -99,7 +99,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   Attributes:
     options: the values of `OPTIONS`.
     indexes: {split: {column: array [n]}} of the records, in their order.
-    reports: {split: {...}}: counts, what was skipped and why, a digest.
+    reports: {split: {...}}: counts, what was skipped and why, a digest. Where
+      phrases and expressions have boxes of their own, `phrases` and
+      `expressions` count them.
     allow_losses: write a split even if more than half of its images are lost.
     changes: {split: {number of a record: [{what, name, box}]}}: what was
       changed in a record, for the first such records; `box` as the annotations
@@ -349,7 +351,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if not images:
       raise errors.UserError(
           f'{self.name} {split}: none of {most} images can be used{why}')
-    if lost['boxes'] and not report['boxes']:
+    kept = sum(report.get(k, 0) for k in ('boxes', 'phrases', 'expressions'))
+    if lost['boxes'] and not kept:
       raise errors.UserError(f'{self.name} {split}: none of {lost["boxes"]} '
                              f'boxes can be used{why}')
     if lost['images'] > images:
