@@ -53,9 +53,7 @@ class Builder(grounded.GroundedRecords):
         self._classes) else None
 
   def sources(self):
-    images = [f.strip() for f in self.options['images'].split(',')
-              if f.strip()] or ['']
-    files = image_files.ImageFiles(self.source, images)
+    files = image_files.ImageFiles(self.source, self._image_folders())
     names = (odvg.label_map(os.path.join(self.source,
                                          self.options['label_map']))
              if self.options['label_map'] else None)
@@ -74,6 +72,19 @@ class Builder(grounded.GroundedRecords):
                     functools.partial(self.grounded_records, split, some,
                                       files, most, known))
             for split, some in found.items()}
+
+  def _image_folders(self):
+    """Those named, or --source and the folders and zips two levels down."""
+    if not os.path.isdir(self.source):
+      raise errors.UserError(f'--source: no folder {self.source!r}')
+    named = [f.strip() for f in self.options['images'].split(',') if f.strip()]
+    if named:
+      return named
+    found = ['']
+    for folder in ('', *_in(self.source, '')):  # Links are followed.
+      if os.path.isdir(os.path.join(self.source, folder)):
+        found += _in(self.source, folder)
+    return list(dict.fromkeys(found))
 
   def _files(self):
     """Paths of the annotation files."""
@@ -106,6 +117,14 @@ class Builder(grounded.GroundedRecords):
           'choose the files with --annotations (`prepare own` reads boxes of '
           'classes in COCO JSON)')
     return mdetr_json.read(path, content)
+
+
+def _in(source, folder):
+  """Folders and zip files, without .zip, in a folder of the source."""
+  there = [os.path.join(folder, n)
+           for n in sorted(os.listdir(os.path.join(source, folder)))]
+  return ([n for n in there if os.path.isdir(os.path.join(source, n))]
+          + [n[:-4] for n in there if n.endswith('.zip')])
 
 
 def _split(path):
