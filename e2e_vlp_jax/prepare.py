@@ -223,8 +223,10 @@ def _print(report, folder):
   for split, r in report['splits'].items():
     crowds = (f', of which {r["crowds"]} crowds, which training leaves out'
               if r['crowds'] else '')
+    more = ''.join(f', {r[k]} {k} with boxes'
+                   for k in ('phrases', 'expressions') if r.get(k))
     _say(f'{report["name"]} {split}: {r["images"]} images, {r["texts"]} '
-         f'texts, {r["boxes"]} boxes{crowds}; records sha256 '
+         f'texts, {r["boxes"]} boxes{crowds}{more}; records sha256 '
          f'{r["records_sha256"][:16]}')
     for reason, s in r['skipped'].items():
       some = ', '.join(s['names'][:5]) + (', ...' if s['count'] > 5 else '')

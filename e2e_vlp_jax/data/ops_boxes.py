@@ -45,7 +45,7 @@ def boxes(context, drop_unknown=False, crowds=0):
     labels = np.array(ids(context.labels.class_id,
                           [o['label'] for o in objects]), int)
     corners = in_window(example, [o['bbox'] for o in objects])
-    keep = _largest(corners, m, labels >= 0)
+    keep = largest(corners, m, labels >= 0)
     box_labels = np.zeros(m, np.int32)
     box_labels[:len(keep)] = labels[keep]
     attributes = np.full((m, k), -1, np.int32)
@@ -56,7 +56,7 @@ def boxes(context, drop_unknown=False, crowds=0):
     has_boxes = example['has_boxes']
     return {
         **example, **(crowd_keys(example) if crowds else {}),
-        'boxes': _padded(corners[keep], m), 'box_labels': box_labels,
+        'boxes': padded(corners[keep], m), 'box_labels': box_labels,
         'box_attributes': attributes, 'box_mask': np.arange(m) < len(keep),
         'task_mask/detection': has_boxes,
         'task_mask/attributes': has_boxes and example['has_attributes'],
@@ -65,8 +65,8 @@ def boxes(context, drop_unknown=False, crowds=0):
   def crowd_keys(example):
     corners = in_window(example, [o['bbox'] for o in example['objects']
                                   if o['is_crowd']])
-    keep = _largest(corners, crowds)
-    return {'crowd_boxes': _padded(corners[keep], crowds),
+    keep = largest(corners, crowds)
+    return {'crowd_boxes': padded(corners[keep], crowds),
             'crowd_mask': np.arange(crowds) < len(keep)}
   return apply
 
@@ -99,7 +99,7 @@ def in_window(example, stored):
   return corners
 
 
-def _largest(corners, most, allowed=True):
+def largest(corners, most, allowed=True):
   """Indices of the largest boxes with an area, in their order."""
   x0, y0, x1, y1 = corners.T
   area = (y1 - y0) * (x1 - x0)
@@ -110,7 +110,7 @@ def _largest(corners, most, allowed=True):
   return keep
 
 
-def _padded(corners, most):
+def padded(corners, most):
   """(x0, y0, x1, y1) [n, 4] -> (cx, cy, w, h) float32 [most, 4]."""
   x0, y0, x1, y1 = corners.T
   out = np.zeros((most, 4), np.float32)

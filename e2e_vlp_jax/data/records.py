@@ -28,9 +28,10 @@ _NO_BOX = np.zeros(4, np.float32)
 _LISTS = {
     'objects': {'bbox': _NO_BOX, 'label': '', 'attributes': (),
                 'is_crowd': False, 'area': 0., 'id': -1},
-    'phrases': {'bbox': _NO_BOX, 'text': ''},
+    'phrases': {'bbox': _NO_BOX, 'text': '', 'text_number': -1, 'spans': (),
+                'id': -1, 'kind': ''},
     'questions': {'question': '', 'answers': (), 'kind': '', 'id': -1},
-    'refexps': {'text': '', 'bbox': _NO_BOX},
+    'refexps': {'text': '', 'bbox': _NO_BOX, 'spans': (), 'id': -1},
     'statements': {'second_image': b'', 'second_record': -1, 'statement': '',
                    'label': False, 'has_label': True, 'identifier': '',
                    'group': ''},
@@ -39,7 +40,9 @@ _LISTS = {
 # versions lack them as well.
 OPTIONAL = {field: {name: _LISTS[field][name] for name in names}
             for field, names in (
+                ('phrases', ('text_number', 'spans', 'id', 'kind')),
                 ('questions', ('id',)),
+                ('refexps', ('spans', 'id')),
                 ('statements', ('second_image', 'second_record', 'has_label',
                                 'identifier', 'group')))}
 _JOINED = ('attributes', 'answers')
@@ -72,7 +75,8 @@ class Split:
     """Record i: a dict with the fields of `datasets.base.features`.
 
     The image is left encoded; strings are str; repeated fields are lists of
-    dicts; boxes are float32 [4]; attributes and answers are lists of str.
+    dicts; boxes are float32 [4]; attributes and answers are lists of str;
+    spans are lists of (first character, character after the last).
     """
     return _parse(self._source[int(i)])
 
@@ -224,7 +228,9 @@ def _parse(serialized):
   record['texts'] = _plain('texts', found.get('texts', ()))
   for key, names in _LISTS.items():
     columns = [found.get(f'{key}/{n}', ()) for n in names]
-    count = max(map(len, columns))
+    # A box is four numbers.
+    count = max(len(c) // (4 if n == 'bbox' else 1)
+                for c, n in zip(columns, names))
     if not count:
       record[key] = []
       continue
@@ -233,6 +239,16 @@ def _parse(serialized):
                for c, n in zip(columns, names)]
     record[key] = [dict(zip(names, row)) for row in zip(*columns, strict=True)]
   return record
+
+
+def write_spans(spans):
+  """[(first, after the last), ...] as it is stored: '0:5|9:12'."""
+  return '|'.join(f'{first:d}:{end:d}' for first, end in spans)
+
+
+def read_spans(text):
+  """The opposite of `write_spans`."""
+  return [tuple(map(int, span.split(':'))) for span in text.split('|') if span]
 
 
 def _plain(key, values):
@@ -245,6 +261,8 @@ def _plain(key, values):
   if not values or not isinstance(values[0], bytes) or name in _IMAGES:
     return values
   values = [v.decode() for v in values]
+  if name == 'spans':
+    return [read_spans(v) for v in values]
   if name in _JOINED:
     return [v.split('|') if v else [] for v in values]
   return values

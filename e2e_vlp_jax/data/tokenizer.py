@@ -80,6 +80,22 @@ class Tokenizer:
       ids = ids[:max_length - 1] + [self.sep_id]
     return ids
 
+  def token_spans(self, text, max_length=None):
+    """The characters of each token that `encode` makes of a text.
+
+    Returns:
+      [(first character, character after the last)], without the space before a
+      word; (-1, -1) for the special tokens at both ends.
+    """
+    found = []
+    for first, end in self._token_spans(text):
+      while first < end and text[first].isspace():
+        first += 1
+      found.append((first, end))
+    if max_length:
+      found = found[:max_length - 2]
+    return [(-1, -1), *found, (-1, -1)]
+
   def decode(self, ids):
     """Text of `ids` without special tokens, with normal spacing."""
     skip = set(self.special_ids)
@@ -120,6 +136,9 @@ class _WordPiece(Tokenizer):
 
   def _encode(self, text):
     return self._t.encode(text).ids
+
+  def _token_spans(self, text):
+    return self._t.encode(text).offsets
 
   def _decode(self, ids):
     return self._t.decode(ids)
@@ -168,6 +187,9 @@ class _Bpe(Tokenizer):
   def _encode(self, text):
     return self._t.encode(text).ids
 
+  def _token_spans(self, text):
+    return self._t.encode(text).offsets
+
   def _decode(self, ids):
     return self._t.decode(ids)
 
@@ -194,11 +216,16 @@ class _SentencePiece(Tokenizer):
       raise UserError('tokenizer.path: not a SentencePiece .model') from e
     super().__init__({'model': data['model']}, [
         self._t.id_to_piece(i) for i in range(self._t.get_piece_size())])
+    self._not_text = {self.pad_id, self.cls_id, self.sep_id, self.mask_id}
 
   def _encode(self, text):
     # A SentencePiece model may parse special tokens from text; drop them.
-    skip = {self.pad_id, self.cls_id, self.sep_id, self.mask_id}
-    return [i for i in self._t.encode(text) if i not in skip]
+    return [i for i in self._t.encode(text) if i not in self._not_text]
+
+  def _token_spans(self, text):
+    return [(p.begin, p.end)
+            for p in self._t.encode(text, out_type='immutable_proto').pieces
+            if p.id not in self._not_text]
 
   def _decode(self, ids):
     return self._t.decode(ids)

@@ -2,7 +2,8 @@
 
 It shows a wrong box format, mixed-up classes or lost captions before a run is
 started. Boxes have one colour a class, crowds are dashed; what `prepare` has
-changed or left out is orange.
+changed or left out is orange. Captions whose phrases have boxes are printed with
+the phrases in the colours of their boxes.
 """
 import collections
 import dataclasses
@@ -17,6 +18,7 @@ from e2e_vlp_jax.data import boxes as boxes_lib
 from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.evaluation import drawing
+from e2e_vlp_jax.evaluation import phrase_rows
 from e2e_vlp_jax.tasks import base
 
 NAME = 'records.png'
@@ -28,9 +30,7 @@ _CHANGED, _MARGIN = '#ffa13d', '#3a4149'
 _OUT = .3     # how far beyond the image a box is drawn, in images
 # Lists of a record besides texts and objects, and how an item is written.
 _LISTS = {
-    'phrases': lambda i: f'phrase: {i["text"]}',
     'questions': lambda i: f'{i["question"]} {" | ".join(i["answers"])}',
-    'refexps': lambda i: f'refers: {i["text"]}',
     'statements': lambda i: f'{i["statement"]} ({i["label"]})',
     'entailment': lambda i: f'{i["text"]} ({i["label"]})'}
 
@@ -94,12 +94,21 @@ def _chosen(total, changed, wanted):
 def _cell(title, record, changes, classes):
   """The image of a record with its boxes, and all else in rows below it."""
   boxes, legend = _objects(record, classes)
+  grounded, captions, expressions = phrase_rows.of_record(record)
+  if grounded and not boxes:
+    legend = []
+  boxes += [dataclasses.replace(b, tag='') if boxes else b for b in grounded]
   photo = _photo(record, _given(changes) + boxes)
   rows = [[(title, base.INK), (f'id {record["image_id"]}, '
                                f'{record["width"]}x{record["height"]}',
                                base.FAINT)]]
   rows += legend
-  rows += _some([[(f'“{t}”', base.INK)] for t in _cut(record['texts'])])
+  plain = [t for k, t in enumerate(record['texts']) if k not in captions]
+  rows += _some(list(captions.values()))
+  rows += _some([[(f'“{t}”', base.INK)] for t in _cut(plain)])
+  rows += _some([[(f'phrase: {p["text"]}', base.FAINT)]
+                 for p in record['phrases'] if p['text_number'] < 0])
+  rows += _some(expressions)
   for field, write in _LISTS.items():
     rows += _some([[(t, base.FAINT)] for t in _cut(map(write, record[field]))])
   rows += _some([[(c['what'] + f' ({c["name"]})' * bool(c['name']), _CHANGED)]
@@ -180,6 +189,7 @@ def _title(name, report, space):
   """Rows about the whole dataset."""
   rows = [[(f'{name}:', base.INK), ('; '.join(
       f'{split} {r["images"]} images, {r["boxes"]} boxes, {r["texts"]} texts'
+      + ''.join(f', {r[k]} {k}' for k in ('phrases', 'expressions') if r.get(k))
       for split, r in report['splits'].items()), base.INK)]]
   if space and space.classes:
     some = ', '.join(space.classes[:40])

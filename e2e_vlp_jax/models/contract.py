@@ -40,6 +40,14 @@ computes outputs from a named state of a view.
 - `detect(image, text=None, train)`: image features -> `pred_logits`,
   `pred_boxes`, `aux_outputs`, ..., as DETR names them.
 
+**Boxes for a text**, for models that offer the view `grounded`, which depends
+on the image and P texts:
+- `detect(image, text, train)`: image features and text features [B, P] ->
+  at least `pred_boxes` [B, P, Q, 4] (cx, cy, w, h relative to the image).
+- the head `boxes` gives the same, of each decoder layer before the last
+  (`aux_boxes` [B, P, layers - 1, Q, 4]) as well; heads of the config read the
+  state `queries` [B, P, Q, D].
+
 **Training and checkpoints**
 - `keeps_past_examples`: whether losses also see examples of earlier batches.
 - `batchless_outputs`: names of outputs without a row per example; all others

@@ -180,7 +180,9 @@ class Decoder(nn.Module):
     Args:
       memory, memory_pos: [B, N, D].
       memory_mask: [B, N] True where valid.
-      memory_xy: [B, N, 2] cell centers relative to the unpadded image.
+      memory_xy: [B, N', 2] cell centers relative to the unpadded image, of the
+        first N' tokens of the memory. The others (a text) are near to every
+        query.
       text: [B, S, L, D] embedded caption tokens, or None.
       text_mask: [B, S, L].
       detect: run the object queries.
@@ -217,7 +219,8 @@ class Decoder(nn.Module):
       cross_bias = key_bias
       if near is not None:
         cross_bias = key_bias + jnp.pad(
-            near, ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0)))
+            near, ((0, 0), (0, 0), (0, tokens.shape[1]),
+                   (0, memory.shape[1] - near.shape[-1])))
       x = getattr(self, f'layer{i}')(x, pos, self_bias, memory, memory_pos,
                                      cross_bias, train)
       if detect:

@@ -23,6 +23,7 @@ class Model(contract.BaseModel):
   HEADS = {'grid_classes': contract.Head(('grid',), 'grid_outputs'),
            'detection': contract.Head(('queries',), 'detection_outputs'),
            'captioning': contract.Head(('caption',), 'caption_outputs'),
+           'boxes': contract.Head(('queries',), 'box_outputs'),
            'mlm': contract.Head(('text',), 'mlm_outputs'),
            'itm': contract.Head(('pooled',), 'itm_outputs')}
 
@@ -46,7 +47,9 @@ class Model(contract.BaseModel):
         'joint': view(inputs=('image', 'text'), heads=heads,
                       **contract.FUSED_VIEW),
         'joint_masked': view(inputs=('image', 'masked_text'), heads=heads,
-                             **contract.FUSED_VIEW)}
+                             **contract.FUSED_VIEW),
+        'grounded': view('grounded_states', ('image', 'text'), ('boxes',),
+                         ('queries',))}
 
   @property
   def pieces(self):
@@ -160,7 +163,38 @@ class Model(contract.BaseModel):
     found = {'every_layer': queries, 'boxes': boxes, 'caption': caption}
     return {**found, 'queries': queries[-1]} if detect else found
 
+  def grounded_states(self, pieces, view, want):
+    """The object queries after reading the image with each text."""
+    del view, want
+    return self._ground(pieces['image'], pieces['text'], pieces.train)
+
+  def _ground(self, image, text, train=False):
+    """The decoder over what the encoder makes of [grid ; text] (MDETR).
+
+    Returns:
+      {'queries': [B, P, Q, D] of the last layer, 'boxes': [B, P, layers, Q,
+      4]}.
+    """
+    fused = self.fuse(image, text, train, ('text', 'image'))
+    b, p, l, d = fused.text.shape
+    flat = lambda x: x.reshape(b * p, *x.shape[2:])
+    tile = lambda x: jnp.repeat(x, p, axis=0)
+    queries, boxes, _ = self.decoder(
+        jnp.concatenate([flat(fused.image), flat(fused.text)], 1),
+        jnp.concatenate([tile(image['pos']),
+                         jnp.zeros((b * p, l, d), image['pos'].dtype)], 1),
+        jnp.concatenate([tile(image['mask']), flat(text['mask'])], 1),
+        tile(image['xy']), train=train)
+    apart = lambda x: x.reshape(b, p, *x.shape[1:])
+    return {'queries': apart(queries[-1]),
+            'boxes': apart(jnp.moveaxis(boxes, 0, 1))}
+
   # --- Heads ------------------------------------------------------------------
+
+  def box_outputs(self, states):
+    """The queries' boxes, after the last layer and after each one before."""
+    boxes = states['boxes']
+    return {'pred_boxes': boxes[:, :, -1], 'aux_boxes': boxes[:, :, :-1]}
 
   def grid_outputs(self, states):
     return {**self.cells_head(states['grid']), 'grid_xy': states['xy'],
@@ -191,8 +225,9 @@ class Model(contract.BaseModel):
   # --- Detection and captions from image features -----------------------------
 
   def detect(self, image, text=None, train=False):
-    """Objects of the image, which do not depend on a text."""
-    del text
+    """Objects of the image or, with P texts, the queries' boxes for each."""
+    if text is not None:
+      return self.box_outputs(self._ground(image, text, train))
     return self.detection_outputs(self._decode(image, None, True, train))
 
   def decode_start(self, image, length=None):

@@ -235,13 +235,27 @@ def _id(look_up, name):
 
 def iou(a, b):
   """IoU of boxes [N, 4] and [M, 4] (x0, y0, x1, y1): [N, M], float64."""
-  a, b = (np.asarray(x, float).reshape(-1, 4) for x in (a, b))
-  corner = np.maximum(a[:, None, :2], b[None, :, :2])
-  overlap = np.clip(np.minimum(a[:, None, 2:], b[None, :, 2:]) - corner, 0,
-                    None).prod(-1)
-  area = lambda x: (x[:, 2:] - x[:, :2]).prod(-1)
-  union = area(a)[:, None] + area(b)[None] - overlap
+  overlap, union, _ = _areas(a, b)
   return overlap / np.maximum(union, 1e-9)
+
+
+def generalised_iou(a, b):
+  """GIoU (Rezatofighi et al., CVPR 2019); see `iou`."""
+  overlap, union, hull = _areas(a, b)
+  return (overlap / np.maximum(union, 1e-9)
+          - (hull - union) / np.maximum(hull, 1e-9))
+
+
+def _areas(a, b):
+  """Areas of intersection, union and enclosing box, each [N, M]."""
+  a, b = (np.asarray(x, float).reshape(-1, 4) for x in (a, b))
+  a, b = a[:, None], b[None]
+  between = lambda low, high: np.clip(high - low, 0, None).prod(-1)
+  area = lambda x: (x[..., 2:] - x[..., :2]).prod(-1)
+  overlap = between(np.maximum(a[..., :2], b[..., :2]),
+                    np.minimum(a[..., 2:], b[..., 2:]))
+  return overlap, area(a) + area(b) - overlap, between(
+      np.minimum(a[..., :2], b[..., :2]), np.maximum(a[..., 2:], b[..., 2:]))
 
 
 def match_boxes(boxes, scores, truth):

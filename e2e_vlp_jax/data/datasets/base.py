@@ -33,8 +33,9 @@ UPRIGHT = {'upright': (
 def features():
   """The features of a record. Boxes are (ymin, xmin, ymax, xmax) in [0, 1].
 
-  Lists inside lists (an object's attributes, a question's answers) are stored
-  as one string, joined by '|'; `data.records` reads them as lists.
+  Lists inside lists (an object's attributes, a question's answers, the spans of
+  a phrase) are stored as one string, joined by '|'; `data.records` reads them
+  as lists.
   """
   sequence = tfds.features.Sequence
   return tfds.features.FeaturesDict({
@@ -50,11 +51,20 @@ def features():
           'is_crowd': np.bool_,
           'area': np.float32,           # pixels
           'id': np.int64}),
-      'phrases': sequence({'bbox': _BOX(), 'text': _TEXT()}),
+      # A phrase with several boxes is several items.
+      'phrases': sequence({
+          'bbox': _BOX(), 'text': _TEXT(),
+          'text_number': np.int64,      # of `texts` in which it stands, or -1
+          'spans': _TEXT(),             # its characters there
+          'id': np.int64,               # of the entity, or -1
+          'kind': _TEXT()}),            # such as people, clothing, scene
       'questions': sequence({
           'question': _TEXT(), 'answers': _TEXT(), 'kind': _TEXT(),
           'id': np.int64}),             # the dataset's own id, or -1
-      'refexps': sequence({'text': _TEXT(), 'bbox': _BOX()}),
+      'refexps': sequence({
+          'text': _TEXT(), 'bbox': _BOX(),
+          'spans': _TEXT(),             # the words that name the object
+          'id': np.int64}),             # the dataset's own id, or -1
       # About this image (the left one) and another, which is either
       # `second_record`, the number of its record in this split, or the picture
       # `second_image`. With neither (-1 and empty), about this image only.
@@ -97,7 +107,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   Attributes:
     options: the values of `OPTIONS`.
     indexes: {split: {column: array [n]}} of the records, in their order.
-    reports: {split: {...}}: counts, what was skipped and why, a digest.
+    reports: {split: {...}}: counts, what was skipped and why, a digest. Where
+      phrases and expressions have boxes of their own, `phrases` and
+      `expressions` count them.
     allow_losses: write a split even if more than half of its images are lost.
     changes: {split: {number of a record: [{what, name, box}]}}: what was
       changed in a record, for the first such records; `box` as the annotations
@@ -355,7 +367,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if not images:
       raise errors.UserError(
           f'{self.name} {split}: none of {most} images can be used{why}')
-    if lost['boxes'] and not report['boxes']:
+    kept = sum(report.get(k, 0) for k in ('boxes', 'phrases', 'expressions'))
+    if lost['boxes'] and not kept:
       raise errors.UserError(f'{self.name} {split}: none of {lost["boxes"]} '
                              f'boxes can be used{why}')
     if lost['images'] > images:
@@ -439,5 +452,8 @@ def _flat(example):
   example = {**example, **{
       field: [{**defaults, **item} for item in example[field]]
       for field, defaults in records.OPTIONAL.items()}}
+  for field in ('phrases', 'refexps'):
+    example[field] = [{**item, 'spans': records.write_spans(item['spans'])}
+                      for item in example[field]]
   return {**example, 'objects': join(example['objects'], 'attributes'),
           'questions': join(example['questions'], 'answers')}

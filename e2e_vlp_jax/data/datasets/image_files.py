@@ -55,6 +55,10 @@ class ImageFiles:
           f'no images in {source!r}: expected '
           + ' or '.join(f'{f}/ or {f}.zip' for f in folders))
 
+  def has(self, name):
+    """Whether a file has exactly this name."""
+    return any(place.has(name) for place in self._places)
+
   def read(self, name):
     """(the bytes of a file, whether it was found under a similar name).
 
