@@ -208,6 +208,9 @@ class Pipeline:
     """Sets the function of the pp string and what the pipeline needs of it."""
     self._labels = vocabularies.labels
     ops = dict(pp_lib.bind(pp))
+    # Without text, what texts say of left and right does not matter.
+    self._reads_text = any(key.name == 'text' for op in ops
+                           for key in pp_lib.OPS[op].keys)
     self._swaps_text = 'itm' in ops
     self._shows_item = 'text' in ops and ops['text']['field'] is not None
     self._two_images = 'second_image' in ops
@@ -312,6 +315,8 @@ class Pipeline:
 
   def _texts(self, record):
     """The texts that a row of this record may show."""
+    if not self._reads_text:
+      return []
     if self._shows_item:
       return [self._unit.text_of(record, record['item'])]
     return record['texts']
