@@ -159,6 +159,12 @@ def check_two_images(case):
                   for k in ('image', 'image_mask')})['pair']['reason_logits']
       for which in ('', 'second_'))
   assert np.abs(first - second).max() > 1e-4  # The second image matters.
+  # A statement about one image has an empty second one.
+  empty = {'second_image_mask': jnp.zeros_like(case.batch['image_mask'])}
+  alone = case.run(**empty)['pair']['reason_logits']
+  assert np.isfinite(alone).all()
+  close(alone, case.run(**empty, second_image=case.batch['image'])['pair'][
+      'reason_logits'])
 
   def pooled(m, batch):
     text = m.encode_text(batch['text'], batch['text_mask'])

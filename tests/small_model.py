@@ -38,6 +38,7 @@ def build(config, requests=None):
   model = models.build(config, **vocabularies.sizes)
   batch = synthetic.synthetic_batch(config.data, batch_size=1,
                                     **vocabularies.sizes)
+  batch = {f'second_{k}': batch[k] for k in ('image', 'image_mask')} | batch
   shapes = jax.eval_shape(lambda b: model.init(
       jax.random.key(0), b, requests or model.views), batch)
   # Compiling `init` would take longer than all the rest.

@@ -6,17 +6,17 @@ SPLIT/images.zip. NLVR shows each example in six permutations of its three
 boxes; we read the first.
 
 Objects and their attributes come from `structured_rep` and are exact. Every
-sentence becomes a statement about one image (`second_image` is empty).
-Sentences that are labelled true also become texts of the image. Use the label
-space `joint`.
+sentence becomes a statement about one image, without a second one. Sentences
+that are labelled true also become texts of the image. Use the label space
+`joint`.
 """
 import functools
-import json
 import os
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax.data.datasets import image_files
+from e2e_vlp_jax.data.datasets import json_lines
 from e2e_vlp_jax.data.datasets import values
 
 _SPLITS = ('train', 'dev', 'test')
@@ -43,7 +43,9 @@ class Builder(base.RecordBuilder):
     found = {}
     for split in _SPLITS:
       if os.path.exists(self._file(split)):
-        rows = _load(self._file(split))[:self.options['limit'] or None]
+        rows = json_lines.load(
+            self._file(split), _row, 'identifier',
+            'an NLVR example')[:self.options['limit'] or None]
         files = image_files.ImageFiles(self.source, [f'{split}/images'])
         found[split] = len(rows), functools.partial(self._records, split,
                                                     rows, files)
@@ -71,8 +73,9 @@ class Builder(base.RecordBuilder):
           height=stored.height, width=stored.width,
           texts=[sentence] if true and sentence else [],
           objects=_objects(row['structured_rep'], k),
-          statements=[dict(second_image=b'', statement=sentence, label=true)]
-          if sentence else [],
+          statements=[dict(
+              statement=sentence, label=true, identifier=row['identifier'],
+              group=row['identifier'].partition('-')[0])] if sentence else [],
           has_attributes=True)
 
 
@@ -91,27 +94,6 @@ def _objects(slots, k):
           is_crowd=False, area=float(size * size),
           id=k * 100 + len(objects) + 1))
   return objects
-
-
-def _load(path):
-  """The rows of a file of JSON lines, checked."""
-  rows, n = {}, 0
-  try:
-    with open(path, encoding='utf-8-sig') as f:
-      for line in f:
-        n += 1
-        if line.strip():
-          row = _row(json.loads(line))
-          if rows.setdefault(row['identifier'], row) != row:
-            raise ValueError(f'another example has the same identifier '
-                             f'{row["identifier"]!r}')
-  except (OSError, ValueError, KeyError, TypeError, AttributeError,
-          RecursionError, errors.UserError) as e:
-    raise errors.UserError(
-        f'{path}:{n}: not an NLVR example: {type(e).__name__} {e}') from e
-  if not rows:
-    raise errors.UserError(f'{path} is empty')
-  return list(rows.values())
 
 
 def _row(row):
