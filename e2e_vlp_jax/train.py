@@ -169,7 +169,7 @@ def _summary(assembly, data, first_step):
 
 
 def main(argv=None):
-  with errors.exit_on_user_error():
+  with errors.exit_on_user_error(distributed.leave):
     parser = cli.parser(__doc__, config='required', workdir=True)
     parser.add_argument('--allow-changes', action='store_true',
                         help='continue a run whose config has changed')
