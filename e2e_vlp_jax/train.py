@@ -168,7 +168,7 @@ def _fresh_state(config, workdir, assembly):
 
 
 def main(argv=None):
-  with errors.exit_on_user_error():
+  with errors.exit_on_user_error(distributed.leave):
     parser = cli.parser(__doc__, config='required', workdir=True)
     parser.add_argument('--allow-changes', action='store_true',
                         help='continue a run whose config has changed')

@@ -180,6 +180,25 @@ def test_several_slices_put_data_on_the_slow_network():
     sharding.arrange([1, 8, 1], chips)
 
 
+def test_fsdp_may_span_nodes_of_gpus():
+  """Also where 'data' divides over no nodes; a node's GPUs are neighbours."""
+  class Gpu:
+    platform = device_kind = 'gpu'
+
+    def __init__(self, number, node):
+      self.id, self.process_index, self.slice_index = number, node, node
+
+  gpus = [Gpu(i, i // 4) for i in range(8)]
+  for sizes in ([1, 8, 1], [1, 2, 4], [1, 1, 8]):
+    mesh = sharding.arrange(sizes, gpus[::-1])
+    assert mesh.shape == tuple(sizes)
+    assert [g.id for g in mesh.flat] == list(range(8))
+  mesh = sharding.arrange([2, 4, 1], gpus)  # Gradients alone leave a node.
+  assert [{g.slice_index for g in part.flat} for part in mesh] == [{0}, {1}]
+  with pytest.raises(errors.UserError, match='does not fit 8 devices'):
+    sharding.make_mesh(dict(data=3, fsdp=1, tensor=1), gpus)
+
+
 @pytest.mark.parametrize('rule, message', [
     ((r'project/kernel', ('fsdp', 'tensr')), "did you mean 'tensor'"),
     ((r'project/kernel', ('fsdp', None, 'data')), 'fewer dimensions'),

@@ -17,6 +17,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import storage_errors
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import distributed
 
@@ -106,7 +107,8 @@ class Checkpointer:
       **more: further parts of the step's meta, JSON-able.
 
     Raises:
-      UserError: this or the previous save failed (a full disk, say).
+      UserError: this or the previous save failed: a full disk, say.
+      TryAgain: the same, and it may pass: a time-out, say.
     """
     self._saved_at = time.monotonic()
     best = self._options.best
@@ -129,35 +131,31 @@ class Checkpointer:
           **items, meta=ocp.args.JsonSave(meta)))
 
   def check(self):
-    """UserError if a save in the background has failed."""
+    """Raises what `save` does if a save in the background has failed."""
     with self._file_errors():
       self._manager.check_for_errors()
 
   def wait(self):
-    """Blocks until every save is on disk. UserError if one failed."""
+    """Blocks until every save is on disk; raises what `save` does."""
     with self._file_errors():
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
 
   @contextlib.contextmanager
   def _file_errors(self):
-    """Turns errors of the file system into a UserError."""
+    """Says in one line which error of the file system it was."""
     try:
       yield
-    except errors.UserError:
+    except (errors.UserError, errors.TryAgain):
       raise
     except Exception as e:  # Orbax and tensorstore raise many classes.
-      text = ' '.join(str(e).split())
-      known = [t for t in ('No space left on device', 'File too large',
-                           'Disk quota exceeded', 'Read-only file system',
-                           'Permission denied') if t.lower() in text.lower()]
-      if not known and not isinstance(e, OSError):
+      found = storage_errors.of(
+          e, f'checkpoint: cannot save in {self._root!r}',
+          '; earlier checkpoints are intact; mend it and run the same command '
+          'again')
+      if found is None:
         raise
-      raise errors.UserError(
-          f'checkpoint: cannot save in {self._root!r}: '
-          f'{known[0] if known else text[:200]}; earlier checkpoints '
-          'are intact; free some space and run the same command again'
-      ) from e
+      raise found from e
 
   def _rank(self, step, meta):
     """Remembers the score of a step with this meta, if it has one."""

@@ -31,8 +31,6 @@ from e2e_vlp_jax import errors
 
 _VARIABLES = ('E2E_VLP_COORDINATOR', 'E2E_VLP_PROCESSES', 'E2E_VLP_PROCESS')
 _NAME_BYTES = 64  # longest host name that processes send each other
-# EX_TEMPFAIL of sysexits.h. The launchers start the run again.
-EXIT_TRY_AGAIN = 75
 
 
 def join():
@@ -78,7 +76,7 @@ def join():
           f'{options.get("num_processes", "?")} waited {timeout} s at '
           f'{address}; {_who_joined(options)}', file=sys.stderr, flush=True)
     # jax is blocked in C++ and would abort with a dump.
-    os._exit(EXIT_TRY_AGAIN)
+    os._exit(errors.EXIT_TRY_AGAIN)
   watch = threading.Timer(timeout, give_up)
   watch.daemon = True
   start = time.perf_counter()
@@ -105,6 +103,21 @@ def _leave(kind, error, trace):
   sys.__excepthook__(kind, error, trace)
   sys.stderr.flush()
   os._exit(130 if kind is KeyboardInterrupt else 1)
+
+
+def leave(code):
+  """Ends this process; one that is to start again does not wait for the others.
+
+  A mistake is found by all processes, a failing disk perhaps by one alone.
+
+  Args:
+    code: exit code.
+  """
+  if code == errors.EXIT_TRY_AGAIN and jax.distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def _who_joined(options):

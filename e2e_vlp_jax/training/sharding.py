@@ -48,19 +48,29 @@ def arrange(sizes, devices):
   """Devices in the shape (data, fsdp, tensor), neighbours side by side.
 
   With several TPU slices the outer part of 'data' runs over the slices, so
-  that only the sum of the gradients crosses the slow network (DCN).
+  that only the sum of the gradients crosses the slow network (DCN). To jax,
+  GPUs that share an NVLink are a slice, too: as a rule the GPUs of a node.
+  Their 'fsdp' and 'tensor' may span nodes, whose network is fast.
+
+  Raises:
+    UserError: 'fsdp' or 'tensor' would span several TPU slices.
   """
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  data, *inner = sizes
   if slices == 1:
     return mesh_utils.create_device_mesh(sizes, devices,
                                          allow_split_physical_axes=True)
-  data, *inner = sizes
-  if data % slices:
+  if data % slices == 0:
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inner), (slices, 1, 1), devices,
+        allow_split_physical_axes=True)
+  if devices[0].platform == 'tpu':
     raise errors.UserError(f'mesh.data: {data} does not divide over {slices} '
                            'slices; fsdp and tensor stay within a slice')
-  return mesh_utils.create_hybrid_device_mesh(
-      (data // slices, *inner), (slices, 1, 1), devices,
-      allow_split_physical_axes=True)
+  order = lambda d: (d.slice_index, d.process_index, d.id)
+  ordered = np.empty(len(devices), object)
+  ordered[:] = sorted(devices, key=order)
+  return ordered.reshape(sizes)
 
 
 def check_batch_size(batch_size, mesh, accumulate=1, key='batch_size'):
