@@ -111,12 +111,16 @@ def _system(name):
 
 
 def _recipe(task, system, data):
-  """{dotted key: value} of configs/recipes/<task>.py, {} without one."""
+  """{dotted key: value} of configs/recipes/<task>.py, {} without one.
+
+  A recipe is of a dataset; 'published' is of all but scenes that have none.
+  """
   if task not in discovery.names('configs.recipes', 'RECIPES'):
     return {}
   module = importlib.import_module(f'configs.recipes.{task}')
   kind = 'scenes' if data == 'scenes' else 'published'
-  return dict(module.RECIPES.get((system, kind), {}))
+  return dict(module.RECIPES.get(
+      (system, data), module.RECIPES.get((system, kind), {})))
 
 
 def _input(config, how, data, side):
