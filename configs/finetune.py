@@ -111,12 +111,14 @@ def _system(name):
 
 
 def _recipe(task, system, data):
-  """{dotted key: value} of configs/recipes/<task>.py, {} without one."""
+  """{dotted key: value} of configs/recipes/<task>.py, {} without one.
+
+  A recipe is of a dataset; 'published' is of all but scenes that have none.
+  """
   if task not in discovery.names('configs.recipes', 'RECIPES'):
     return {}
   recipes = importlib.import_module(f'configs.recipes.{task}').RECIPES
   kind = 'scenes' if data == 'scenes' else 'published'
-  # A dataset may have a recipe of its own.
   return dict(recipes.get((system, data), recipes.get((system, kind), {})))
 
 

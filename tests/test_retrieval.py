@@ -11,6 +11,8 @@ from e2e_vlp_jax.evaluation import inputs
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.evaluation import retrieval
 from e2e_vlp_jax.tasks import base
+from tests import small_model
+from tests import test_contract
 from tests import test_evaluators
 
 PP = 'decode|fit|text'
@@ -75,7 +77,7 @@ class Table(predictor_lib.Predictor):
     super().__init__(built[0].model, config, built[0].vocabularies)
     views = {'joint': ('itm',), 'image_only': ('itc',), 'text_only': ('itc',)}
     self.model = Heads(views if itc else {'joint': ('itm',)})
-    self.calls = []
+    self.calls, self.encoded, self.texts = [], [], []
 
   def _of(self, kind, key, size):
     seed = [SEED, kind, *np.ravel(key).tolist()]
@@ -93,25 +95,38 @@ class Table(predictor_lib.Predictor):
     x = self._of(2, [example_id + 1, *ids], 2)
     return np.round(x * 2).astype(np.float32) / 2  # with ties
 
-  def run(self, variables, batch, task, **options):
-    assert task.name == 'embed'
-    return {'images': np.array([self.image_vector(i)
-                                for i in batch['example_id']]),
-            'texts': np.array([[self.text_vector(t) for t in row]
-                               for row in batch['text']])}
+  def encode_images(self, variables, batch, embed=False, features=True):
+    self.encoded += [i for i in batch['example_id'].tolist() if i >= 0]
+    return (batch['example_id'] if features else None, np.array(
+        [self.image_vector(i) for i in batch['example_id']])
+            if embed else None)
 
-  def encode_images(self, variables, batch):
-    return batch['example_id']
+  def encode_texts(self, variables, ids, mask, embed=False, features=True):
+    assert (mask == (ids != 0)).all() and not self.texts
+    self.texts += ids.tolist()
+    return ids if features else None, np.array(
+        [self.text_vector(t) for t in ids]) if embed else None
 
-  def score_pairs(self, variables, images, ids, mask):
-    self.calls.append(ids.shape)
-    assert (mask == (ids != 0)).all()
-    return np.array([[self.logits(i, t) for t in row]
-                     for i, row in zip(images, ids)])
+  def score_pairs(self, variables, images, texts, index):
+    self.calls.append(index.shape)
+    return np.array([[self.logits(i, texts[k]) for k in row]
+                     for i, row in zip(images, index)])
 
 
-def expected(table, pipeline, ids, texts, top_k, score='odds', weight=0.):
-  """The evaluator's result, pair by pair."""
+def mean(found):
+  """The mean of the six recalls of the last ranking."""
+  last = '_itm' if 'TR1_itm' in found else ''
+  return np.mean([found[f'{way}R{k}{last}'] for way in 'TI'
+                  for k in (1, 5, 10)])
+
+
+def expected(*args, **kwargs):
+  found = ranked(*args, **kwargs)
+  return {**found, 'mean': mean(found)}
+
+
+def ranked(table, pipeline, ids, texts, top_k, score='odds', weight=0.):
+  """The evaluator's result, pair by pair, without the mean."""
   written = [pipeline.record(i)['texts'][:texts] for i in ids]
   owner = np.repeat(np.arange(len(ids)), [len(w) for w in written])
   tokens = [inputs.tokenize(table, [t], 1)[0][0] for w in written for t in w]
@@ -158,6 +173,10 @@ def test_against_a_derivation_by_hand(config, built, itc, texts, top_k, score,
   # One shape, so one compilation; and no more work than asked for.
   assert len(set(table.calls)) == (1 if scored else 0)
   assert ('TR1_itm' in got) == bool(itc and top_k)
+  # Each image and each text is encoded once, whatever the protocol.
+  assert sorted(table.encoded) == list(range(16))
+  assert len(table.texts) == sum(
+      len(pipeline.record(i)['texts'][:texts]) for i in range(16))
 
 
 def test_fewer_images(config, built):
@@ -193,9 +212,9 @@ def test_two_hosts_agree_with_one(config, built):
       found = [self.everybodys(batch[k]) for k in keys]
       return found[0] if len(keys) == 1 else found
 
-    def run(self, variables, batch, task, **options):
-      return {k: self.everybodys(v) for k, v in super().run(
-          variables, batch, task).items()}
+    def encode_images(self, *args):
+      own, vectors = super().encode_images(*args)
+      return own, self.everybodys(vectors)
 
     def score_pairs(self, *args):
       return self.everybodys(super().score_pairs(*args))
@@ -229,11 +248,14 @@ def test_a_model_without_itc_scores_all_pairs(config, built):
       [pipeline.record(i)['texts'][0] for i in batch['example_id']], 8)
   every = {**batch, 'text': np.stack([ids] * 8), 'text_mask':
            np.stack([mask] * 8)}
+  images, _ = predictor.encode_images(variables, batch)
+  words, _ = predictor.encode_texts(variables, ids, mask)
   logits = predictor.score_pairs(
-      variables, predictor.encode_images(variables, batch), every['text'],
-      every['text_mask']).astype(float)
+      variables, images, words,
+      np.tile(np.arange(8, dtype=np.int32), (8, 1))).astype(float)
   scores = logits[..., 1] - logits[..., 0]
-  assert got == pytest.approx(by_hand(scores, scores, np.arange(8)))
+  wanted = by_hand(scores, scores, np.arange(8))
+  assert got == pytest.approx({**wanted, 'mean': mean(wanted)})
   assert np.ptp(scores) > .01
   matched = predictor.run(variables, every, base.load('match'))['scores']
   np.testing.assert_allclose(matched, 1 / (1 + np.exp(-scores)), rtol=1e-5)
@@ -241,6 +263,9 @@ def test_a_model_without_itc_scores_all_pairs(config, built):
 
 @pytest.mark.parametrize('options, expected_', [
     (dict(score='probability'), "score='probability'"),
+    (dict(protocol='duel'), "protocol='duel'.*did you mean 'dual'"),
+    (dict(protocol='dual'), "needs the head 'itc'.*choices: exhaustive"),
+    (dict(folds=0), 'folds=0; expected at least 1'),
     (dict(max_pairs=40), 'all 16 x 16 pairs.*max_examples=6')])
 def test_refusals(config, built, options, expected_):
   table = Table(built, config, itc=False)
@@ -270,3 +295,141 @@ def test_options_of_the_config(config, built, options, expected_):
                      match=r'evals.retrieval.texts.*evals.retrieval.options'):
     evaluators.Evaluators(config, built[0].model,
                           built[0].vocabularies)
+
+
+# --- Protocols and folds ----------------------------------------------------
+def matrices(table, pipeline, ids, texts):
+  """(ITC's logits, ITM's odds, owner) of images and their texts."""
+  written = [pipeline.record(i)['texts'][:texts] for i in ids]
+  owner = np.repeat(np.arange(len(ids)), [len(w) for w in written])
+  tokens = [inputs.tokenize(table, [t], 1)[0][0] for w in written for t in w]
+  logits = np.array([[table.logits(i, t) for t in tokens] for i in ids], float)
+  near = (np.array([table.image_vector(i) for i in ids])
+          @ np.array([table.text_vector(t) for t in tokens]).T)
+  return near, logits[..., 1] - logits[..., 0], owner
+
+
+@pytest.mark.parametrize('protocol', ['exhaustive', 'dual', 'reranked'])
+@pytest.mark.parametrize('folds', [1, 4, 5])
+def test_protocols_in_folds(config, built, protocol, folds):
+  """Each fold equals a plain count among its own images and texts alone."""
+  table = Table(built, config)
+  pipeline = test_evaluators.open_pipeline(config, table, PP, 6)
+  got = retrieval.evaluate(table, {}, pipeline, protocol=protocol, texts=2,
+                           folds=folds, top_k=2)
+  parts = [range(16)] + (np.array_split(np.arange(16), folds)
+                         if folds > 1 else [])
+  found = []
+  for ids in parts:
+    near, odds, owner = matrices(table, pipeline, ids, 2)
+    if protocol == 'exhaustive':
+      found.append(by_hand(odds, odds, owner))
+    else:
+      found.append(by_hand(near, near, owner))
+    if protocol == 'reranked':
+      found[-1] = ranked(table, pipeline, ids, 2, 2)
+  whole, *rest = found
+  wanted = {**whole, 'mean': mean(whole)}
+  if rest:
+    wanted |= {f'{k}_folds': np.mean([f[k] for f in rest]) for k in whole}
+  assert got == pytest.approx(wanted)
+  assert bool(table.calls) == (protocol != 'dual')
+
+
+def test_all_pairs_of_a_model_with_itc_are_limited(config, built):
+  table = Table(built, config)
+  pipeline = test_evaluators.open_pipeline(config, table, PP, 8)
+  with pytest.raises(errors.UserError, match='all 16 x 16 pairs'):
+    retrieval.evaluate(table, {}, pipeline, protocol='exhaustive', texts=1,
+                       max_pairs=255)
+
+
+@pytest.mark.parametrize('ties', [False, True])
+def test_candidates(ties):
+  """Against sorting, the first of equal ones first; in several blocks."""
+  rng = np.random.default_rng(SEED)
+  x = rng.normal(size=(1100, 9)).astype(np.float32)
+  if ties:
+    x = np.round(x)
+  for k in (1, 4, 8, 9, 20):
+    found = retrieval._best(x, k)  # pylint: disable=protected-access
+    for row, marks in zip(x[::100].tolist(), found[::100]):
+      best = sorted(range(9), key=lambda j: (-row[j], j))[:k]  # pylint: disable=cell-var-from-loop
+      assert np.flatnonzero(marks).tolist() == sorted(best)
+
+
+# --- What is encoded --------------------------------------------------------
+@pytest.mark.parametrize('system, protocol', [
+    ('e2e_vlp', 'exhaustive'), ('soho', 'exhaustive'), ('fiber', 'reranked'),
+    ('fiber', 'exhaustive')])
+def test_each_image_and_text_is_encoded_once(tiny_scenes, monkeypatch, system,
+                                             protocol):
+  """A real model: nothing is encoded when pairs are scored."""
+  predictor, variables = models_of(system, tiny_scenes)
+  pipeline = pipeline_lib.Pipeline(
+      predictor.config.data, vocabularies=predictor.vocabularies,
+      sources=[dict(name='scenes', split='test', weight=1.)], pp=PP, seed=0,
+      batch_size=8, train=False)
+  rows = {'image': 0, 'text': 0}
+  traced = []
+  model = type(predictor.model)
+  encode = predictor._encode  # pylint: disable=protected-access
+
+  def counted(variables, batch, side, *args):
+    rows[side] += batch[f'{side}_mask'].shape[0] * (
+        batch['text'].shape[1] if side == 'text' else 1)
+    return encode(variables, batch, side, *args)
+  monkeypatch.setattr(predictor, '_encode', counted)
+  for name in ('encode_image', 'encode_text'):
+    monkeypatch.setattr(model, name, lambda self, *args, _was=getattr(
+        model, name), _name=name: (traced.append(_name),
+                                   _was(self, *args))[1])
+  got = retrieval.evaluate(predictor, variables, pipeline, texts=2, top_k=3,
+                           protocol=protocol, max_pairs=512)
+  assert rows == {'image': 16, 'text': 32}
+  # The two programs that encode; that which scores pairs encodes nothing.
+  assert len(traced) <= 2 and traced.count('encode_text') == 1
+  assert ('TR1_itm' in got) == (protocol == 'reranked')
+
+  # The same scores as views give that encode everything anew.
+  if protocol == 'exhaustive':
+    batch = pipeline.batch(0)
+    ids = batch['example_id'].tolist()
+    texts = [pipeline.record(i)['texts'][0] for i in ids]
+    ids, mask = inputs.tokenize(predictor, texts, 8)
+    images, _ = predictor.encode_images(variables, batch)
+    words, _ = predictor.encode_texts(variables, ids, mask)
+    found = predictor.score_pairs(variables, images, words, np.tile(
+        np.arange(8, dtype=np.int32), (8, 1)))
+    every = predictor.run(variables, {
+        **batch, 'text': np.stack([ids] * 8),
+        'text_mask': np.stack([mask] * 8)}, base.load('match'))['scores']
+    np.testing.assert_allclose(
+        1 / (1 + np.exp(found[..., 0] - found[..., 1])), every, rtol=2e-4,
+        atol=1e-6)
+
+
+def test_vectors_are_those_of_embed(tiny_scenes):
+  """Images and texts apart give what the task gives for both together."""
+  predictor, variables = models_of('fiber', tiny_scenes)
+  pipeline = pipeline_lib.Pipeline(
+      predictor.config.data, vocabularies=predictor.vocabularies,
+      sources=[dict(name='scenes', split='test', weight=1.)], pp=PP, seed=0,
+      batch_size=8, train=False)
+  batch = pipeline.batch(0)
+  found = predictor.run(variables, batch, base.load('embed'))
+  _, images = predictor.encode_images(variables, batch, True, False)
+  np.testing.assert_allclose(images, found['images'], rtol=1e-4, atol=1e-5)
+  b, s, l = batch['text'].shape
+  _, texts = predictor.encode_texts(
+      variables, batch['text'].reshape(b * s, l),
+      batch['text_mask'].reshape(b * s, l), True, False)
+  np.testing.assert_allclose(texts.reshape(b, s, -1), found['texts'],
+                             rtol=1e-4, atol=1e-5)
+
+
+def models_of(system, data_dir):
+  """(predictor, variables) of a small model with random parameters."""
+  config = test_contract.small_config(system)
+  config.data.dir, config.eval_batch_size = str(data_dir), 8
+  return small_model.build(config)

@@ -151,37 +151,60 @@ def cider(candidates, references, frequencies=None):
   Returns:
     Array [N].
   """
-  counts = [[_ngrams(r) for r in refs] for refs in references]
-  documents, images = frequencies or document_frequencies(references)
-  log_images = math.log(images)
-  rarity = {g: log_images - math.log(n) for g, n in documents.items()}
+  scorer = Cider(*(frequencies or document_frequencies(references)))
+  return np.array([scorer.scores([c], refs)[0]
+                   for c, refs in zip(candidates, references)])
 
-  def weigh(grams):
-    vector = {g: n * rarity.get(g, log_images) for g, n in grams.items()}
+
+class Cider:
+  """CIDEr of single images, by given document frequencies.
+
+  Args:
+    documents: {n-gram: number of images whose references have it}. One that is
+      not in it counts like one that a single image has.
+    images: number of those images.
+  """
+
+  def __init__(self, documents, images):
+    self._documents, self._log_images = documents, math.log(images)
+
+  def scores(self, candidates, references):
+    """[CIDEr of each candidate] for one image.
+
+    Args:
+      candidates: list of token lists.
+      references: list of token lists.
+    """
+    known = [(len(r), *self._weigh(_ngrams(r))) for r in references]
+    return [10 * sum(self._similarity(c, *self._weigh(_ngrams(c)), *r)
+                     for r in known) / ORDERS / len(known)
+            for c in candidates]
+
+  def _weigh(self, grams):
+    """({n-gram: TF-IDF}, norms of each order)."""
+    vector = {g: n * self._rarity(g) for g, n in grams.items()}
     norms = [0.0] * ORDERS
     for ngram, weight in vector.items():
       norms[len(ngram) - 1] += weight**2
     return vector, [math.sqrt(n) for n in norms]
 
-  scores = []
-  for candidate, refs, grams in zip(candidates, references, counts):
-    vector, norms = weigh(_ngrams(candidate))
-    total = 0.0
-    for ref, ref_grams in zip(refs, grams):
-      ref_vector, ref_norms = weigh(ref_grams)
-      dots = [0.0] * ORDERS
-      for ngram in vector.keys() & ref_vector.keys():
-        # Clipped, so that repeating a word does not pay.
-        dots[len(ngram) - 1] += (
-            min(vector[ngram], ref_vector[ngram]) * ref_vector[ngram])
-      # The original's length is the number of bigrams.
-      delta = max(len(candidate) - 1, 0) - max(len(ref) - 1, 0)
-      closeness = math.exp(-delta**2 / (2 * _CIDER_SIGMA**2))
-      total += closeness * sum(
-          d / (a * b) if a and b else d
-          for d, a, b in zip(dots, norms, ref_norms))
-    scores.append(10 * total / ORDERS / len(refs))
-  return np.array(scores)
+  def _rarity(self, ngram):
+    count = self._documents.get(ngram)
+    return self._log_images - math.log(count) if count else self._log_images
+
+  def _similarity(self, candidate, vector, norms, ref_length, ref_vector,
+                  ref_norms):
+    """Sum over the orders of the cosines with a reference."""
+    dots = [0.0] * ORDERS
+    for ngram in vector.keys() & ref_vector.keys():
+      # Clipped, so that repeating a word does not pay.
+      dots[len(ngram) - 1] += (
+          min(vector[ngram], ref_vector[ngram]) * ref_vector[ngram])
+    # The original's length is the number of bigrams.
+    delta = max(len(candidate) - 1, 0) - max(ref_length - 1, 0)
+    closeness = math.exp(-delta**2 / (2 * _CIDER_SIGMA**2))
+    return closeness * sum(d / (a * b) if a and b else d
+                           for d, a, b in zip(dots, norms, ref_norms))
 
 
 def meteor(candidates, references):

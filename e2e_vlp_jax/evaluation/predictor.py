@@ -19,6 +19,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import inputs
+from e2e_vlp_jax.models import contract
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import sharding
@@ -194,29 +195,110 @@ class Predictor:
           f'this checkpoint was trained without its {" or ".join(heads)} '
           f'head, which {task.name!r} needs' + self._to_train(task)) from e
 
-  def encode_images(self, variables, batch):
-    """Features of images, on the device, for `score_pairs`."""
-    def encode(variables, batch):
-      return self.model.apply(variables, batch, method='encode_image')
-    return self._program('encode_images', encode)(variables, self._place(
-        {k: batch[k] for k in ('image', 'image_mask')}))
+  # --- Images and texts that are encoded once, and fused in pairs ------------
 
-  def score_pairs(self, variables, images, ids, mask):
+  def encode_images(self, variables, batch, embed=False, features=True):
+    """Encodes the images of a batch, each once.
+
+    Args:
+      variables: {'params': ..., **model_state}.
+      batch: at least image and image_mask of this host's rows.
+      embed: whether to also return vectors, of a model with an ITC head.
+      features: whether to return features.
+
+    Returns:
+      (features on the device, for `score_pairs`; float32 [B, E] vectors of all
+      hosts' rows, whose products with those of texts are ITC's logits), None
+      for what is not wanted.
+
+    Raises:
+      NotTrained: the checkpoint was trained without an ITC head.
+    """
+    batch = self._place({k: batch[k] for k in ('image', 'image_mask')})
+    kept, vectors = self._encode(variables, batch, 'image', embed, features)
+    return kept, vectors and sharding.to_host(vectors)['image']
+
+  def encode_texts(self, variables, ids, mask, embed=False, features=True,
+                   at_once=16):
+    """Encodes M texts, each once.
+
+    Args:
+      variables: {'params': ..., **model_state}.
+      ids, mask: [M, L] tokens, the same on all hosts.
+      embed, features: see `encode_images`.
+      at_once: number of texts in each row of a batch.
+
+    Returns:
+      (features with leading axis M, on every device; float32 [M, E] vectors),
+      None for what is not wanted.
+    """
+    rows = self.config.eval_batch_size
+    own = (np.arange(rows) if self._mesh is None else
+           sharding.host_rows(self._mesh, rows))
+    at_once = min(at_once, -(-len(ids) // rows))
+    size, parts = rows * at_once, []
+    for start in range(0, len(ids), size):
+      # The last batch is filled up: another size would compile again.
+      at = np.minimum(np.arange(start, start + size), len(ids) - 1)
+      at = at.reshape(rows, at_once)[own]
+      found = self._encode(variables, self._place(
+          {'text': ids[at], 'text_mask': mask[at]}), 'text', embed, features)
+      parts.append(jax.tree.map(
+          lambda x: x.reshape(size, *x.shape[2:])[:len(ids) - start],  # pylint: disable=cell-var-from-loop
+          sharding.to_host(found)))
+    kept, vectors = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    everywhere = {} if self._mesh is None else {
+        'device': sharding.replicated(self._mesh)}
+    return (jax.device_put(kept, **everywhere),
+            vectors and vectors['text'])
+
+  def _encode(self, variables, batch, side, embed, features):
+    """(features or None, {side: vectors} or None) of images or texts."""
+    view = f'{side}_only'
+
+    def encode(variables, batch):
+      def run(model):
+        pieces = contract.Pieces(model, batch, {view: ('itc',)}, False)
+        vectors = None
+        if embed:
+          found = model.outputs_of(view, pieces)
+          vectors = found[f'{side}_embedding'].astype(jnp.float32)
+          if side == 'image':
+            vectors *= found['itc_scale']
+        return (pieces[side] if features else None,
+                {side: vectors} if embed else None)
+      return self.model.apply(variables, method=run)
+    try:
+      return self._program(('encode', side, embed, features), encode)(
+          variables, batch)
+    except flax.errors.ScopeParamNotFoundError as e:
+      raise NotTrained(
+          'this checkpoint was trained without an itc head, by which images '
+          'and texts are embedded') from e
+
+  def score_pairs(self, variables, images, texts, index):
     """ITM's logits of images with texts: float32 [B, P, 2], all hosts' rows.
 
     Args:
       variables: {'params': ..., **model_state}.
-      images: from `encode_images`, of B images.
-      ids, mask: tokens [B, P, L] of this host's rows: P texts for each image.
+      images: features of B images, from `encode_images`.
+      texts: features of M texts, from `encode_texts`.
+      index: int32 [B, P] of this host's rows: P of the texts for each image.
+
+    Raises:
+      NotTrained: the checkpoint was trained without an ITM head.
     """
-    def score(variables, images, text):
+    def score(variables, images, texts, batch):
       def pairs(model):
-        words = model.encode_text(text['text'], text['text_mask'])
+        words = jax.tree.map(lambda x: x[batch['index']], texts)
         return model.pairs(images, words, ('itm',))['itm_logits']
       return self.model.apply(variables, method=pairs).astype(jnp.float32)
-    text = self._place({'text': ids, 'text_mask': mask})
-    return sharding.to_host(
-        self._program('score_pairs', score)(variables, images, text))
+    try:
+      return sharding.to_host(self._program('score_pairs', score)(
+          variables, images, texts, self._place({'index': index})))
+    except flax.errors.ScopeParamNotFoundError as e:
+      raise NotTrained('this checkpoint was trained without an itm head, which '
+                       'scores pairs of images and texts') from e
 
   def _program(self, key, function):
     """`function` compiled; the same program for the same key."""

@@ -292,11 +292,9 @@ class BaseModel(nn.Module):
     self.check(requests)
     pieces = Pieces(self, batch, requests, train)
     out = {}
-    for name, view in self.views.items():
+    for name in self.views:
       if name in requests:
-        heads = tuple(requests[name])
-        states = getattr(self, view.call)(pieces, view, self._states(heads))
-        out[name] = self._outputs(heads, states, train)
+        out[name] = self.outputs_of(name, pieces)
     if self.is_initializing():
       self.complete(pieces)
     return out
@@ -315,6 +313,17 @@ class BaseModel(nn.Module):
               f'no head {head!r} of the view {view!r} in model '
               f'{self.config.name!r}'
               + errors.nearest(head, views[view].heads))
+
+  @nn.nowrap
+  def outputs_of(self, name, pieces):
+    """{name of an output: array} of a requested view of `pieces`.
+
+    For callers that want some of the pieces, too (features of an image and
+    its embedding, say): none is computed twice.
+    """
+    view, heads = self.views[name], tuple(pieces.requests[name])
+    states = getattr(self, view.call)(pieces, view, self._states(heads))
+    return self._outputs(heads, states, pieces.train)
 
   def complete(self, pieces):
     """Creates parameters that the requested views did not need."""
