@@ -44,6 +44,7 @@ computes outputs from a named state of a view.
 - `keeps_past_examples`: whether losses also see examples of earlier batches.
 - `batchless_outputs`: names of outputs without a row per example; all others
   are split over the devices like the batch.
+- `towers`: the order of the layers, for `config.optim.layer_decay`.
 - `frozen`: the groups of `config.optim.groups` by which parameters are
   frozen; see `layers.is_frozen`. `build` fills it in.
 - `describe(config)`, a function of the model's file and optional: the `model`
@@ -215,6 +216,23 @@ class BaseModel(nn.Module):
   def keeps_past_examples(self) -> bool:
     """Whether losses also see examples of earlier batches."""
     return False
+
+  @property
+  def towers(self) -> Sequence[Sequence[str]]:
+    """Lists of layers from the input to the output, in regexes of parameters.
+
+    There is one list for each trunk of its own. What is in none, such as the
+    heads, lies above all layers.
+    """
+    return ()
+
+  def backbone_layers(self):
+    """The layers of `make_backbone`, for `towers`."""
+    options = dict(self.config.backbone)
+    module = discovery.load(__package__, options.pop('name'), 'BACKBONE',
+                            'model.backbone.name')
+    layers = getattr(module, 'layer_patterns', lambda **_: ('.*',))
+    return [f'backbone/{pattern}' for pattern in layers(**options)]
 
   @property
   def beam_search(self):

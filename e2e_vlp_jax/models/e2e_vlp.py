@@ -49,6 +49,14 @@ class Model(contract.BaseModel):
                              **contract.FUSED_VIEW)}
 
   @property
+  def towers(self):
+    """CNN, projection and word embedding, encoder, decoder."""
+    c = self.config
+    return ((*self.backbone_layers(), '(project|text_embedding)/.*',
+             *layers.layer_patterns('encoder', c.encoder_layers),
+             *layers.layer_patterns('decoder', c.decoder_layers)),)
+
+  @property
   def pieces(self):
     return {**super().pieces,
             'features': lambda p: self.run_backbone(p.batch, p.train),

@@ -35,6 +35,15 @@ class Trunk(contract.BaseModel):
           'the number of blocks of the shorter trunk')
 
   @property
+  def towers(self):
+    """Swin, a layer a block, and RoBERTa."""
+    depth = self.config.roberta.depth
+    return ([f'swin/{p}' for p in swin_lib.layer_patterns(
+                 self.config.swin.depths)],
+            ['text/embedding/.*',
+             *(f'text/layers_{i}/.*' for i in range(depth))])
+
+  @property
   def first_block(self):
     """Number of Swin's first block with cross-attention."""
     return sum(self.config.swin.depths) - self.config.fused_layers

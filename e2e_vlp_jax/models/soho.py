@@ -45,6 +45,12 @@ class Model(contract.BaseModel):
                              masked, contract.FUSED)}
 
   @property
+  def towers(self):
+    """CNN, neck and word embedding, encoder."""
+    return ((*self.backbone_layers(), '(neck|text_embedding)/.*',
+             *layers.layer_patterns('encoder', self.config.encoder_layers)),)
+
+  @property
   def pieces(self):
     return {**super().pieces,
             'features': lambda p: self.run_backbone(p.batch, p.train),
