@@ -19,8 +19,8 @@ def parse_argument(arg, sizes, published, **more):
   """'r50,data=coco,side=512' -> ('r50', 'coco', {'side': 512}).
 
   Args:
-    arg: 'SIZE[,key=value...]' with the keys data, side and those of `more`;
-      None or '' = the first size.
+    arg: 'SIZE[,key=value...]' with the keys data, side, probe (see
+      `linear_probe`) and those of `more`; None or '' = the first size.
     sizes: names of the sizes, 'tiny' first. The default of `data` is scenes
       for tiny, coco for the other sizes.
     published: datasets for which data=published stands.
@@ -32,7 +32,8 @@ def parse_argument(arg, sizes, published, **more):
   size, *pairs = (arg or sizes[0]).split(',')
   if size not in sizes:
     raise ValueError(f'no size {size!r}' + errors.nearest(size, sizes))
-  options = parse_options(pairs, {'data': str, 'side': int, **more})
+  options = parse_options(pairs, {'data': str, 'side': int, 'probe': int,
+                                  **more})
   data = options.pop('data', 'scenes' if size == 'tiny' else 'coco')
   if data == 'published':
     data = published
@@ -223,6 +224,21 @@ def evaluate(config, names, unseen=False, **pp):
                          for kind, ops in pp.items()})
   # Sample pictures of predictions at each evaluation.
   config.samples = dict(count=12, source=source)
+
+
+def linear_probe(config, examples):
+  """Adds the evaluator of frozen image features; 0 examples = none.
+
+  Args:
+    config: is changed.
+    examples: maximum number, also during training.
+  """
+  if examples < 0:
+    raise ValueError(f'probe: {examples}; expected a number of examples')
+  if examples:
+    config.evals.linear_probe = evaluator(
+        'linear_probe', config.samples.source, config.data.pp_eval, examples,
+        examples)
 
 
 def tiny(config, *, no_decay, total_steps=4000, warm_steps=800,

@@ -12,6 +12,8 @@ Argument: SIZE[,key=value...]
         several joined by '+'; published is coco+visual_genome. Evaluated on
         the first one.
   side  image side in pixels around which the aspect buckets are built
+  probe also evaluate a linear probe of the frozen image features on so many
+        images, at every evaluation (0)
   ffn   feed-forward width (paper sizes)
 
 What the paper's text does not settle, and what we chose (facts and sources
@@ -71,6 +73,7 @@ def get_config(arg=None):
     config.model.num_queries = max(16, config.data.max_boxes)
   if size == 'detr':
     _detr(config)
+  common.linear_probe(config, options.get('probe', 0))
   return config
 
 

@@ -11,6 +11,8 @@ Argument: SIZE[,key=value...]
         joined by '+'; published is coco+visual_genome+sbu+cc3m. Evaluated on
         the first one.
   side  image side in pixels; the window of `base` is side / 32
+  probe also evaluate a linear probe of the frozen image features on so many
+        images, at every evaluation (0)
   queue number of past features as additional candidates of ITC and ITM: 0 =
         only the global batch (our default), 4096 = the released code
 
@@ -54,6 +56,7 @@ def get_config(arg=None):
     _tiny(config)
   else:
     _base(config)
+  common.linear_probe(config, options.get('probe', 0))
   return config
 
 

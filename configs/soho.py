@@ -13,6 +13,8 @@ Argument: SIZE[,key=value...]
         joined by '+'; published is coco+visual_genome. Evaluated on the first
         one.
   side  short side of the images in pixels (scenes: side of the square)
+  probe also evaluate a linear probe of the frozen image features on so many
+        images, at every evaluation (0)
 
 Values of r18 are those of the released config (github.com/researchmm/soho,
 configs/Pretrain/soho_res18_pre.py) unless marked. The changes in r101 are from
@@ -54,6 +56,7 @@ def get_config(arg=None):
   _data(config, data, options.get(
       'side', (96 if tiny else 256) if data == 'scenes'
       else 192 if tiny else 600), tiny)
+  common.linear_probe(config, options.get('probe', 0))
   return config
 
 

@@ -10,6 +10,8 @@ be cached and combined with other texts or images.
 - `encode_image(batch, train)`: `batch['image']` [B, H, W, 3] and
   `batch['image_mask']` -> image features, before any text is known.
 - `encode_text(ids, mask, train)`: [B, S, L] -> text features.
+- `pooled_image(image)`: image features -> [B, D], one state of each image
+  without a text, for the evaluator `linear_probe`.
 - `fuse(image, text, train, want)`: image features [B] and text features
   [B, P] -> `Fused`, with at least the parts named in `want`.
 - `pairs(image, text, heads, train)`: `fuse` and the outputs of `heads`.
@@ -64,6 +66,7 @@ import jax.numpy as jnp
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import heads as heads_lib
+from e2e_vlp_jax.models import layers
 
 FUSED = ('text', 'image', 'pooled')
 
@@ -333,6 +336,10 @@ class BaseModel(nn.Module):
     """See `models.adapt`."""
     del params
     return loaded
+
+  def pooled_image(self, image):
+    """Mean of the image's tokens, [B, D]; image: from `encode_image`."""
+    return layers.masked_mean(image['tokens'], image['mask'])
 
   def pairs(self, image, text, heads, train=False):
     """The outputs of `heads` for P pairs an image.

@@ -140,6 +140,10 @@ class Model(contract.BaseModel):
         layers.pool(states, text['mask'], self.config.text_pool)
         if 'pooled' in want else None)
 
+  def pooled_image(self, image):
+    """Mean of the encoder's states of the grid."""
+    return layers.masked_mean(self.memory(image), image['mask'])
+
   def memory(self, image, train=False):
     """The encoder over the grid alone: [B, N, D]."""
     return self.encoder(image['tokens'], image['pos'], image['mask'], train)

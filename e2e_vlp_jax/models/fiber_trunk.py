@@ -82,6 +82,10 @@ class Trunk(contract.BaseModel):
     return flatten(self.swin.run(x, self.first_block, self.swin.depth, train,
                                  stages))
 
+  def pooled_image(self, image):
+    """Mean of Swin's last states, from `lower_image`."""
+    return self.upper_image(image).mean(1)
+
   def upper_text(self, x, mask, train=False):
     """Upper layers without image: [B, L, D], [B, L] -> [B, L, D]."""
     return self.text.run(x, key_bias(mask), self.first_layer, self.text.depth,

@@ -116,6 +116,11 @@ class Model(contract.BaseModel):
     return self.neck(self.run_backbone(batch, train), batch['image_mask'],
                      texts, train)
 
+  def pooled_image(self, image):
+    """Mean of the visual tokens."""
+    return layers.masked_mean(self.neck.tokens(image['cells'], image['pos']),
+                              image['mask'])
+
   def encode_text(self, ids, mask, train=False):
     """[B, S, L] ids -> dict: tokens [B, S, L, D], mask [B, S, L]."""
     return {'tokens': self.text_embedding(ids, train), 'mask': mask}
