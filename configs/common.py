@@ -19,8 +19,8 @@ def parse_argument(arg, sizes, published, **more):
   """'r50,data=coco,side=512' -> ('r50', 'coco', {'side': 512}).
 
   Args:
-    arg: 'SIZE[,key=value...]' with the keys data, side, exclude (prepared
-      splits, joined by '+') and those of `more`; None or '' = the first size.
+    arg: 'SIZE[,key=value...]' with the keys data, side, exclude and probe (see
+      `finish`) and those of `more`; None or '' = the first size.
     sizes: names of the sizes, 'tiny' first. The default of `data` is scenes
       for tiny, coco for the other sizes.
     published: datasets for which data=published stands.
@@ -33,9 +33,7 @@ def parse_argument(arg, sizes, published, **more):
   if size not in sizes:
     raise ValueError(f'no size {size!r}' + errors.nearest(size, sizes))
   options = parse_options(pairs, {'data': str, 'side': int, 'exclude': str,
-                                  **more})
-  options['exclude'] = tuple(filter(None, options.get('exclude', ''
-                                                      ).split('+')))
+                                  'probe': int, **more})
   data = options.pop('data', 'scenes' if size == 'tiny' else 'coco')
   if data == 'published':
     data = published
@@ -229,6 +227,26 @@ def evaluate(config, names, unseen=False, **pp):
                          for kind, ops in pp.items()})
   # Sample pictures of predictions at each evaluation.
   config.samples = dict(count=12, source=source)
+
+
+def finish(config, options):
+  """Applies the arguments that all systems share.
+
+  Args:
+    config: is changed.
+    options: from `parse_argument`. exclude: prepared splits, joined by '+',
+      whose photographs no training batch shows. probe: also evaluate a linear
+      probe of the frozen image features, on so many images.
+  """
+  config.data.exclude = tuple(filter(None, options.get('exclude', '').split(
+      '+')))
+  examples = options.get('probe', 0)
+  if examples < 0:
+    raise ValueError(f'probe: {examples}; expected a number of examples')
+  if examples:
+    config.evals.linear_probe = evaluator(
+        'linear_probe', config.samples.source, config.data.pp_eval, examples,
+        examples)
 
 
 def tiny(config, *, no_decay, total_steps=4000, warm_steps=800,

@@ -8,9 +8,8 @@ Argument: SIZE[,key=value...]
         r50 r101 r152   the paper's sizes: 12 encoder and 6 decoder layers; not
                yet run to the end
         detr   DETR-R50 (Carion et al. 2020), no text; not yet run to the end
-  data  scenes, coco, visual_genome, nlvr1 or any other prepared dataset, or
-        several joined by '+'; published is coco+visual_genome. Evaluated on
-        the first one.
+  data  any prepared dataset, or several joined by '+'; published is
+        coco+visual_genome; exclude, probe: see `common.finish`
   side  image side in pixels around which the aspect buckets are built
   ffn   feed-forward width (paper sizes)
 
@@ -71,7 +70,7 @@ def get_config(arg=None):
     config.model.num_queries = max(16, config.data.max_boxes)
   if size == 'detr':
     _detr(config)
-  config.data.exclude = options['exclude']
+  common.finish(config, options)
   return config
 
 

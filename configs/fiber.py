@@ -7,9 +7,8 @@ Argument: SIZE[,key=value...]
                from image to text among 256: 0.21, matching 0.81 (README)
         base   Swin-Base and RoBERTa-base, the published pre-training; not yet
                run to the end
-  data  scenes, coco, visual_genome or any other prepared dataset, or several
-        joined by '+'; published is coco+visual_genome+sbu+cc3m. Evaluated on
-        the first one.
+  data  any prepared dataset, or several joined by '+'; published is
+        coco+visual_genome+sbu+cc3m; exclude, probe: see `common.finish`
   side  image side in pixels; the window of `base` is side / 32
   queue number of past features as additional candidates of ITC and ITM: 0 =
         only the global batch (our default), 4096 = the released code
@@ -54,7 +53,7 @@ def get_config(arg=None):
     _tiny(config)
   else:
     _base(config)
-  config.data.exclude = options['exclude']
+  common.finish(config, options)
   return config
 
 

@@ -163,7 +163,8 @@ def _schedule(config, given, data, recipe):
   config.optim = dict(
       optim, schedule='linear', warmup_init=0., final_fraction=0.,
       learning_rate=given.optim.learning_rate / 2,
-      warmup_steps=config.total_steps // 10)
+      warmup_steps=config.total_steps // 10,
+      layer_decay=1.)            # 1 = none; training/optim.py explains it
 
 
 def _drop_unread(optim):

@@ -9,9 +9,8 @@ Argument: SIZE[,key=value...]
                to the end
         r101   the paper's main model: ResNet-101 and 12 layers; not yet run to
                the end
-  data  scenes, coco, visual_genome or any other prepared dataset, or several
-        joined by '+'; published is coco+visual_genome. Evaluated on the first
-        one.
+  data  any prepared dataset, or several joined by '+'; published is
+        coco+visual_genome; exclude, probe: see `common.finish`
   side  short side of the images in pixels (scenes: side of the square)
 
 Values of r18 are those of the released config (github.com/researchmm/soho,
@@ -54,7 +53,7 @@ def get_config(arg=None):
   _data(config, data, options.get(
       'side', (96 if tiny else 256) if data == 'scenes'
       else 192 if tiny else 600), tiny)
-  config.data.exclude = options['exclude']
+  common.finish(config, options)
   return config
 
 

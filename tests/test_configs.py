@@ -34,7 +34,8 @@ PINS = pathlib.Path(__file__).parent / 'data' / 'pins'
 # --- Every key is read -------------------------------------------------------
 # Read while a run is under way, which `build` does not do.
 UNDER_WAY = (r'(total|log_every|eval_every|max_bad)_steps|tensorboard|'
-             r'init_from|profile\.\w+|checkpoint\.\w+|samples\..+|'
+             r'init_from|early_stop\.\w+|profile\.\w+|checkpoint\.\w+|'
+             r'samples\..+|'
              r'evals\.\w+\.(max_examples|examples_during_training)|'
              r'evals\.retrieval\.options\.\w+|data\.pp_eval|'
              r'model\.beam_search')

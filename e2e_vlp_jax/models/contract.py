@@ -10,6 +10,8 @@ be cached and combined with other texts or images.
 - `encode_image(batch, train)`: `batch['image']` [B, H, W, 3] and
   `batch['image_mask']` -> image features, before any text is known.
 - `encode_text(ids, mask, train)`: [B, S, L] -> text features.
+- `pooled_image(image)`: image features -> [B, D], one state of each image
+  without a text, for the evaluator `linear_probe`.
 - `fuse(image, text, train, want)`: image features [B] and text features
   [B, P] -> `Fused`, with at least the parts named in `want`.
 - `pairs(image, text, heads, train)`: `fuse` and the outputs of `heads`.
@@ -52,6 +54,7 @@ on the image and P texts:
 - `keeps_past_examples`: whether losses also see examples of earlier batches.
 - `batchless_outputs`: names of outputs without a row per example; all others
   are split over the devices like the batch.
+- `towers`: the order of the layers, for `config.optim.layer_decay`.
 - `frozen`: the groups of `config.optim.groups` by which parameters are
   frozen; see `layers.is_frozen`. `build` fills it in.
 - `describe(config)`, a function of the model's file and optional: the `model`
@@ -71,6 +74,7 @@ import jax.numpy as jnp
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import heads as heads_lib
+from e2e_vlp_jax.models import layers
 
 FUSED = ('text', 'image', 'pooled')
 
@@ -225,6 +229,23 @@ class BaseModel(nn.Module):
     return False
 
   @property
+  def towers(self) -> Sequence[Sequence[str]]:
+    """Lists of layers from the input to the output, in regexes of parameters.
+
+    There is one list for each trunk of its own. What is in none, such as the
+    heads, lies above all layers.
+    """
+    return ()
+
+  def backbone_layers(self):
+    """The layers of `make_backbone`, for `towers`."""
+    options = dict(self.config.backbone)
+    module = discovery.load(__package__, options.pop('name'), 'BACKBONE',
+                            'model.backbone.name')
+    layers = getattr(module, 'layer_patterns', lambda **_: ('.*',))
+    return [f'backbone/{pattern}' for pattern in layers(**options)]
+
+  @property
   def beam_search(self):
     """Variant of the caption search; see models/beam_search.py."""
     return self.config.get('beam_search', 'standard')
@@ -332,6 +353,10 @@ class BaseModel(nn.Module):
     """See `models.adapt`."""
     del params
     return loaded
+
+  def pooled_image(self, image):
+    """Mean of the image's tokens, [B, D]; image: from `encode_image`."""
+    return layers.masked_mean(image['tokens'], image['mask'])
 
   def pairs(self, image, text, heads, train=False):
     """The outputs of `heads` for P pairs an image.

@@ -52,6 +52,14 @@ class Model(contract.BaseModel):
                          ('queries',))}
 
   @property
+  def towers(self):
+    """CNN, projection and word embedding, encoder, decoder."""
+    c = self.config
+    return ((*self.backbone_layers(), '(project|text_embedding)/.*',
+             *layers.layer_patterns('encoder', c.encoder_layers),
+             *layers.layer_patterns('decoder', c.decoder_layers)),)
+
+  @property
   def pieces(self):
     return {**super().pieces,
             'features': lambda p: self.run_backbone(p.batch, p.train),
@@ -134,6 +142,10 @@ class Model(contract.BaseModel):
         states, x[:, :, :n] if 'image' in want else None,
         layers.pool(states, text['mask'], self.config.text_pool)
         if 'pooled' in want else None)
+
+  def pooled_image(self, image):
+    """Mean of the encoder's states of the grid."""
+    return layers.masked_mean(self.memory(image), image['mask'])
 
   def memory(self, image, train=False):
     """The encoder over the grid alone: [B, N, D]."""

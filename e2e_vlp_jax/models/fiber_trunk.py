@@ -35,6 +35,15 @@ class Trunk(contract.BaseModel):
           'the number of blocks of the shorter trunk')
 
   @property
+  def towers(self):
+    """Swin, a layer a block, and RoBERTa."""
+    depth = self.config.roberta.depth
+    return ([f'swin/{p}' for p in swin_lib.layer_patterns(
+                 self.config.swin.depths)],
+            ['text/embedding/.*',
+             *(f'text/layers_{i}/.*' for i in range(depth))])
+
+  @property
   def first_block(self):
     """Number of Swin's first block with cross-attention."""
     return sum(self.config.swin.depths) - self.config.fused_layers
@@ -72,6 +81,10 @@ class Trunk(contract.BaseModel):
     """Upper blocks without text: [B, h, w, C] -> [B, N, C'], no last norm."""
     return flatten(self.swin.run(x, self.first_block, self.swin.depth, train,
                                  stages))
+
+  def pooled_image(self, image):
+    """Mean of Swin's last states, from `lower_image`."""
+    return self.upper_image(image).mean(1)
 
   def upper_text(self, x, mask, train=False):
     """Upper layers without image: [B, L, D], [B, L] -> [B, L, D]."""

@@ -355,6 +355,17 @@ class EncoderLayer(nn.Module):
     return norm('norm2')(x + drop(feed(x, train), train))
 
 
+def layer_patterns(stack, count):
+  """Regexes of the parameters of each layer of a stack, the first one first.
+
+  Args:
+    stack: its name in the model, such as 'encoder'.
+    count: number of layers. The stack's last norm belongs to the last layer.
+  """
+  return [f'{stack}/layer{i}/.*' for i in range(count - 1)] + [
+      f'{stack}/(layer{count - 1}|norm)/.*']
+
+
 class Encoder(nn.Module):
   """A stack of encoder layers; pre-norm stacks end in a LayerNorm."""
   layers: int

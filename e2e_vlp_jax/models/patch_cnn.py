@@ -53,6 +53,13 @@ class PatchCNN(nn.Module):
 
   multiple = STRIDE
 
+  @staticmethod
+  def layer_patterns(blocks=2, **_):
+    """Regexes of the layers' parameters, from the input on."""
+    return ('stem(_norm)?/.*', 'reduce(_norm)?/.*',
+            *(f'block{i}_.*' for i in range(blocks - 1)),
+            f'(block{blocks - 1}_|norm/).*')
+
   @nn.compact
   def __call__(self, x, train=False, mask=None):
     """Trunk.

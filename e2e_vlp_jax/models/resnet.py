@@ -143,6 +143,11 @@ class ResNet(nn.Module):
 
   multiple = 1  # Any canvas, as in DETR.
 
+  @staticmethod
+  def layer_patterns(**_):
+    """Regexes of the layers' parameters, stem and stages."""
+    return ('(conv1|bn1)/.*', *(rf'layer{i}_\d+/.*' for i in range(1, 5)))
+
   @nn.compact
   def __call__(self, x, train=False, mask=None):
     """Trunk.

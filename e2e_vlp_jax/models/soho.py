@@ -45,6 +45,12 @@ class Model(contract.BaseModel):
                              masked, contract.FUSED)}
 
   @property
+  def towers(self):
+    """CNN, neck and word embedding, encoder."""
+    return ((*self.backbone_layers(), '(neck|text_embedding)/.*',
+             *layers.layer_patterns('encoder', self.config.encoder_layers)),)
+
+  @property
   def pieces(self):
     return {**super().pieces,
             'features': lambda p: self.run_backbone(p.batch, p.train),
@@ -109,6 +115,11 @@ class Model(contract.BaseModel):
     """
     return self.neck(self.run_backbone(batch, train), batch['image_mask'],
                      texts, train)
+
+  def pooled_image(self, image):
+    """Mean of the visual tokens."""
+    return layers.masked_mean(self.neck.tokens(image['cells'], image['pos']),
+                              image['mask'])
 
   def encode_text(self, ids, mask, train=False):
     """[B, S, L] ids -> dict: tokens [B, S, L, D], mask [B, S, L]."""

@@ -246,6 +246,23 @@ class Merge(nn.Module):
                     name='reduce')(x)
 
 
+def layer_patterns(depths):
+  """Regexes of the parameters of Swin's layers: the patches, then each block.
+
+  Merging patches belongs to the block after it, the last norm to the last one.
+  """
+  found = ['(patch_embed|patch_norm)/.*']
+  for stage, depth in enumerate(depths):
+    for k in range(depth):
+      names = [f'blocks_{stage}_{k}']
+      if stage and not k:
+        names.append(f'merges_{stage - 1}')
+      if stage == len(depths) - 1 and k == depth - 1:
+        names.append('norm')
+      found.append(f'({"|".join(names)})/.*')
+  return found
+
+
 class Swin(nn.Module):
   """The trunk.
 

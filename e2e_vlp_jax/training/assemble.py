@@ -76,7 +76,7 @@ class Assembly:
     """The stage's optax transformation."""
     return optim.make_optimizer(
         self.config.optim, self.shapes.params if params is None else params,
-        self.schedule(stage))
+        self.schedule(stage), self.model.towers)
 
   def _init(self):
     return train_step.init_state(

@@ -150,6 +150,8 @@ def _drop_unread(flat):
       continue
     for key in stages.unread(schedule):
       flat.pop(f'{group}.{key}', None)
+  if flat.get('optim.layer_decay') == 1:  # Of configs that could turn it on.
+    del flat['optim.layer_decay']
   # Only a model that can also be a plain detector reads `use_text`.
   if 'model.num_queries' not in flat:
     flat.pop('model.use_text', None)

@@ -9,6 +9,11 @@ are errors. Options:
   weight_decay   instead of optim.weight_decay
   optimizer      'adamw' | 'adamw_hf' | 'sgd', instead of optim.optimizer
                  (by default 'adamw')
+
+`optim.layer_decay` (1 = none) multiplies the rates once more: by
+layer_decay^k, where k counts from the model's output. Its last layer has k = 1,
+its first one k = the number of layers, and all that is in no layer, such as
+heads, k = 0. Models name their layers (`contract.BaseModel.towers`).
 """
 import re
 
@@ -137,13 +142,37 @@ def adamw_hf(schedule, b1, b2, eps, weight_decay):
   return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(optim, params, schedule):
+def layers_above(params, towers):
+  """Tree of each parameter's k in layer_decay^k, see the module's docstring.
+
+  Args:
+    params: tree of arrays or ShapeDtypeStructs.
+    towers: `towers` of the model.
+
+  Raises:
+    UserError: no parameter is in a layer.
+  """
+  layers = [(pattern, len(tower) - i) for tower in towers
+            for i, pattern in enumerate(tower)]
+
+  def above(path, _):
+    name = sharding.path_name(path)
+    return next((k for pattern, k in layers if re.fullmatch(pattern, name)), 0)
+  found = jax.tree_util.tree_map_with_path(above, params)
+  if not any(jax.tree.leaves(found)):
+    raise errors.UserError('optim.layer_decay: this model names no layers of '
+                           'its own; expected 1')
+  return found
+
+
+def make_optimizer(optim, params, schedule, towers=()):
   """The optax transformation of a config.
 
   Args:
     optim: config.optim.
     params: tree of arrays or ShapeDtypeStructs.
     schedule: from `make_schedule`.
+    towers: `towers` of the model, for optim.layer_decay.
   """
   groups = [(pattern, dict(options)) for pattern, options in optim.groups]
   for pattern, options in groups:
@@ -154,6 +183,14 @@ def make_optimizer(optim, params, schedule):
   labels = group_of(params, groups)
   frozen = jax.tree.map(
       lambda i: bool(groups[int(i)][1].get('freeze')), labels)
+  layer_decay = optim.get('layer_decay', 1.)
+  if not 0 < layer_decay <= 1:
+    raise errors.UserError(f'optim.layer_decay: {layer_decay}; expected more '
+                           'than 0, and at most 1, which is none')
+  kinds = {str(i): o for i, (_, o) in enumerate(groups)}
+  if layer_decay < 1:
+    labels, kinds = _by_layer(labels, kinds, layer_decay,
+                              layers_above(params, towers))
 
   def transform(options):
     if options.get('freeze'):
@@ -184,5 +221,27 @@ def make_optimizer(optim, params, schedule):
   if optim.clip_norm:
     chain.append(optax.clip_by_global_norm(optim.clip_norm))
   chain.append(optax.multi_transform(
-      {str(i): transform(o) for i, (_, o) in enumerate(groups)}, labels))
+      {label: transform(o) for label, o in kinds.items()}, labels))
   return optax.chain(*chain)
+
+
+def _by_layer(labels, kinds, layer_decay, above):
+  """Splits the groups by layer.
+
+  Args:
+    labels: tree of labels, from `group_of`.
+    kinds: {label: options of the group}.
+    layer_decay: see the module's docstring.
+    above: from `layers_above`.
+
+  Returns:
+    (labels, kinds) of the parts.
+  """
+  parts = jax.tree.map(lambda label, k: f'{label} {k}', labels, above)
+  used = {}
+  for part in jax.tree.leaves(parts):
+    label, k = part.split()
+    own = kinds[label]
+    used[part] = {**own, 'lr_multiplier': own.get(
+        'lr_multiplier', 1.) * layer_decay**int(k)}
+  return parts, used
