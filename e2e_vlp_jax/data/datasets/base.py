@@ -147,6 +147,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The `LabelSpace` that is stored with the dataset; None: no objects."""
     return label_space.LabelSpace.load(self.LABELS) if self.LABELS else None
 
+  def side_files(self):
+    """{name: JSON-able content} of files to write beside the records."""
+    return {}
+
   def annotation_files(self):
     """Paths whose checksums go into the report."""
     return []
