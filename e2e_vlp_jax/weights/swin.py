@@ -47,13 +47,19 @@ def describe(tensors):
       _WINDOW: int(max(t.shape[0] for t in tables)**.5 + 1) // 2}
 
 
-def entries(config, prefix='', fused=()):
+def fusion(tensors):
+  """FIBER's variant of fusion (`model.swin.fusion`) of a trunk's tensors."""
+  return 'v3' if any('.norm_i2t_i.' in name for name in tensors) else 'v2'
+
+
+def entries(config, prefix='', fused=(), last_norm=True):
   """Entries of the trunk in canonical names, after `prefix`.
 
   Args:
     config: whole config.
     prefix: prefix of the tensors' names.
     fused: (stage, block) of the blocks with cross-attention.
+    last_norm: whether the trunk ends in a norm.
   """
   c = config.model.swin
   out = [mapping.Entry(f'{prefix}patch_embed.proj.weight',
@@ -73,7 +79,8 @@ def entries(config, prefix='', fused=()):
       if (s, k) in fused:
         out.append(mapping.Entry(f'{a}.attn.alpha_i2t',
                                  f'params/{b}/cross/gate'))
-        out += mapping.norm(f'{a}.attn.norm_i2t_i', f'{b}/cross/norm')
+        if c.get('fusion', 'v3') == 'v3':
+          out += mapping.norm(f'{a}.attn.norm_i2t_i', f'{b}/cross/norm')
         for theirs, ours in (('qkv_i2t', 'query'), ('proj_i2t', 'out'),
                              ('qkv_text_i2t', 'key_value')):
           out += mapping.dense(f'{a}.attn.{theirs}', f'{b}/cross/{ours}')
@@ -85,7 +92,8 @@ def entries(config, prefix='', fused=()):
       out.append(mapping.Entry(f'{a}.reduction.weight',
                                f'params/{b}/reduce/kernel', 'dense'))
       out += mapping.norm(f'{a}.norm', f'{b}/norm')
-  return out + mapping.norm(f'{prefix}norm', 'swin/norm')
+  return out + (mapping.norm(f'{prefix}norm', 'swin/norm') if last_norm
+                else [])
 
 
 def to_transformers(entry):
