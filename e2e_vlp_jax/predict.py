@@ -35,7 +35,7 @@ def predict(args):
   options = {k: getattr(args, k) for k in _options()
              if getattr(args, k) is not None}
   task.full_options(options)
-  task.check_texts(args.text, len(args.image))
+  task.check_texts(args.text, len(args.image), options)
   images = [photographs.decode_image(path) for path in args.image]
   outputs = _picture_names(args.picture, len(images))
   for name, path in [('json', args.json), *(('picture', p) for p in outputs)]:

@@ -98,7 +98,8 @@ def _sample(predictor, variables, batch, ids, pipeline, task):
     texts = task.sample_texts([pipeline.record(i) if i >= 0 else None
                                for i in ids])
     count = len(texts[0])
-    batch = {**batch, **inputs.text_rows(predictor, batch, {
-        i: inputs.tokenize(predictor, own, count)
-        for i, own in zip(ids, texts)}, count)}
+    batch = {**batch, **inputs.rows_of(
+        batch, {i: task.text_inputs(predictor, own, count)
+                for i, own in zip(ids, texts)},
+        task.text_inputs(predictor, [], count))}
   return predictor.results(variables, batch, task, texts)

@@ -7,7 +7,6 @@ The tasks are in e2e_vlp_jax/tasks, one file each. Boxes never depend
 on padding: the model's are relative to the unpadded image.
 """
 import dataclasses
-import functools
 
 import flax
 import jax
@@ -19,6 +18,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import inputs
+from e2e_vlp_jax.evaluation import prompts
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import sharding
@@ -118,25 +118,41 @@ class Predictor:
     options = task.full_options(options)
     if isinstance(images, (str, bytes, np.ndarray)):
       raise errors.UserError('images: one image; expected a list of images')
-    texts = task.check_texts(texts, len(images := list(images)))
+    texts = task.check_texts(texts, len(images := list(images)), options)
     rows = 1 if len(images) == 1 else _ROWS
     if self._mesh is not None:
       rows = -(-rows // self._mesh.size) * self._mesh.size
     most = max(map(len, texts), default=0)
-    examples = (inputs.example(self, image, own, most)
+    examples = ({**inputs.example(self, image),
+                 **(task.text_inputs(self, own, most) if most else {})}
                 for image, own in zip(images, texts))
+    fixed = task.fixed_inputs(self, variables, options)
     results = {}
     for numbers, batch in inputs.in_batches(examples, rows):
       results |= zip(numbers, self.results(
-          variables, batch, task, [texts[n] for n in numbers], **options))
-    cut = inputs.cut_texts(self, [t for own in texts for t in own])
+          variables, batch, task, [texts[n] for n in numbers], fixed,
+          **options))
+    read = [list(map(task.plain_text, own)) for own in texts]
+    cut = inputs.cut_texts(self, [t for own in read for t in own])
     return [dataclasses.replace(results[n], cut_texts=[
         cut[t] for t in dict.fromkeys(own) if t in cut])
-            for n, own in enumerate(texts)]
+            for n, own in enumerate(read)]
 
   # --- Batches ----------------------------------------------------------------
 
-  def results(self, variables, batch, task, texts=None, **options):
+  def tokenize(self, texts, count):
+    """See `inputs.tokenize`."""
+    return inputs.tokenize(self, texts, count)
+
+  def phrase_inputs(self, captions, count):
+    """See `prompts.phrase_inputs`."""
+    return prompts.phrase_inputs(self, captions, count)
+
+  def prompt(self, variables, names, most=None):
+    """See `prompts.Prompt`."""
+    return prompts.Prompt(self, variables, names, most)
+
+  def results(self, variables, batch, task, texts=None, fixed=None, **options):
     """A task's `Result` for every row of all hosts' batches.
 
     Args:
@@ -145,10 +161,11 @@ class Predictor:
       task: a `tasks.base.Task`.
       texts: the batch's texts, a list of strings per row. Rows beyond the lists
         are left out.
+      fixed: the task's `fixed_inputs`.
       **options: of the task.
     """
     options = task.full_options(options)
-    arrays = self.run(variables, batch, task, **options)
+    arrays = self.run(variables, batch, task, fixed, **options)
     own = {k: v for k, v in options.items() if not task.options[k].compiled}
     return [task.result(self, {k: v[i] for k, v in arrays.items()},
                         tuple(map(int, size)), texts[i] if texts else (),
@@ -156,7 +173,7 @@ class Predictor:
             for i, size in enumerate(self.gather(batch, 'image_size'))
             if not texts or i < len(texts)]
 
-  def run(self, variables, batch, task, **options):
+  def run(self, variables, batch, task, fixed=None, **options):
     """Runs a task's computation: dict of numpy arrays, all hosts' rows.
 
     It is compiled once per kind of task and shape of a batch.
@@ -165,23 +182,32 @@ class Predictor:
       variables: {'params': ..., **model_state}.
       batch: at least the task's keys.
       task: a `tasks.base.Task`.
+      fixed: the task's `fixed_inputs`.
       **options: of the task.
 
     Raises:
       NotTrained: the checkpoint was trained without a head of the task.
     """
-    fixed = {k: v for k, v in task.full_options(options).items()
-             if task.options[k].compiled}
-    compute = functools.partial(task.compute, self, **fixed)
+    compiled = {k: v for k, v in task.full_options(options).items()
+                if task.options[k].compiled}
+    def compute(variables, batch, same):
+      return task.compute(self, variables, {**batch, **same}, **compiled)
     batch = self._place({k: batch[k] for k in task.keys if k in batch})
     try:
       return sharding.to_host(self._program(
-          (type(task), *sorted(fixed.items())), compute)(variables, batch))
+          (type(task), *sorted(compiled.items())), compute)(
+              variables, batch, fixed or {}))
     except flax.errors.ScopeParamNotFoundError as e:
       heads = sorted({h for hs in task.requests.values() for h in hs})
       raise NotTrained(
           f'this checkpoint was trained without its {" or ".join(heads)} '
           f'head, which {task.name!r} needs') from e
+
+  def encode_texts(self, variables, ids, mask):
+    """Features of texts [B, P, L], on the device, as `encode_text`'s."""
+    def encode(variables, ids, mask):
+      return self.model.apply(variables, ids, mask, method='encode_text')
+    return self._program('encode_texts', encode)(variables, ids, mask)
 
   def encode_images(self, variables, batch):
     """Features of images, on the device, for `score_pairs`."""
