@@ -62,6 +62,7 @@ class Pipeline:
   Attributes:
     num_examples: units in all sources.
     num_batches: batches of an evaluation; None in training.
+    unit_name: what a row shows, `config.data.unit`.
     bad_records: names of the unreadable records met so far.
 
   Raises:
@@ -84,6 +85,7 @@ class Pipeline:
     self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
 
     self._unit = units.find(data_config.get('unit', 'image'))
+    self.unit_name = self._unit.name
     self._sources = sources_lib.Sources(data_config['dir'], sources,
                                         self._unit)
     self.num_examples = self._sources.num_examples
