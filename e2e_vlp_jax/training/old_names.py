@@ -54,7 +54,7 @@ _WEIGHTS = {'images': 'by_rows', 'texts': 'by_texts'}
 
 # New keys, with the value that keeps the old behaviour. They are added to a
 # config that has their group.
-ADDED = {'model.heads': {}, 'data.unit': 'image'}
+ADDED = {'model.heads': {}, 'data.unit': 'image', 'model.swin.fusion': 'v3'}
 
 # Every key that an old config could have; * stands for anything.
 _OLD_KEYS = '''
