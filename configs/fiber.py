@@ -37,7 +37,10 @@ def get_config(arg=None):
       # Swin-Base [C]; the window follows the image [C].
       swin=dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
                 patch=4, window=12, mlp_ratio=4., drop_path=.1,
-                epsilon=1e-5, from_scratch=False),
+                epsilon=1e-5, from_scratch=False,
+                # Cross-attention with a norm of the query [C]: v3 | v2,
+                # without; see docs/fiber_fine.md.
+                fusion='v3'),
       # RoBERTa-base [C].
       roberta=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
                    types=1, dropout=.1, epsilon=1e-5, from_scratch=False),
@@ -120,7 +123,7 @@ def _tiny(config):
   config.model.update(dict(
       swin=dict(width=32, depths=(1, 1, 4), heads=(1, 2, 4), patch=4,
                 window=6, mlp_ratio=2., drop_path=0., epsilon=1e-5,
-                from_scratch=True),
+                from_scratch=True, fusion='v3'),
       roberta=dict(depth=3, width=128, heads=4, ffn=256,
                    positions=config.data.max_text + 2, types=1, dropout=0.,
                    epsilon=1e-5, from_scratch=True),

@@ -46,6 +46,7 @@ def get_config(arg=None):
     raise ValueError('expected from=CHECKPOINT, or system=NAME to start from '
                      'scratch, and not both')
   given, data = _start(how, options)
+  how = _fitting(given, name) or how
   recipe = _recipe(name, given.model.name, data)
   side = options.get('side', recipe.pop('side', None))
 
@@ -174,8 +175,15 @@ def _drop_unread(optim):
       del optim[key]
 
 
-def _check(config, task):
-  """UserError unless the model can be trained for the task."""
+def _fitting(config, task):
+  """The first way to fine-tune for a task that the model has heads for."""
+  task = base.load(task)
+  return next((how for how in (task.finetuning, *task.alternatives)
+               if not _lacking(config, task.name, how)), None)
+
+
+def _lacking(config, name, how):
+  """Why the model cannot be trained for a task in this way, '' if it can."""
   # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax import models
   from e2e_vlp_jax import objectives
@@ -185,25 +193,25 @@ def _check(config, task):
   data = config.data.copy_and_resolve_references()
   data.labels = 'coco'
   sizes = vocabularies.Vocabularies.load(data).sizes
+  trial = config.copy_and_resolve_references()
+  trial.model.heads = {name: dict(how.head)} if how.head else {}
+  try:
+    views = models.build(trial, **sizes).views
+    asked = objectives.requests(
+        objectives.build(trial, weights=how.objectives))
+  except errors.UserError as e:
+    return f'cannot be trained: {e}'
+  return '; '.join(
+      f'needs the head {head!r} of the view {view!r}'
+      for view, heads in asked.items() for head in heads
+      if head not in views.get(view, ()))
 
-  def lacking(name):
-    """Why the model cannot be trained for the task, '' if it can."""
-    how = base.load(name).finetuning
-    trial = config.copy_and_resolve_references()
-    trial.model.heads = {name: dict(how.head)} if how.head else {}
-    try:
-      views = models.build(trial, **sizes).views
-      asked = objectives.requests(
-          objectives.build(trial, weights=how.objectives))
-    except errors.UserError as e:
-      return f'cannot be trained: {e}'
-    return '; '.join(
-        f'needs the head {head!r} of the view {view!r}'
-        for view, heads in asked.items() for head in heads
-        if head not in views.get(view, ()))
-  why = lacking(task)
-  if why:
-    able = [name for name in _tasks() if not lacking(name)]
+
+def _check(config, task):
+  """UserError unless the model can be trained for the task."""
+  why = _lacking(config, task, base.load(task).finetuning)
+  if why and not _fitting(config, task):
+    able = [name for name in _tasks() if _fitting(config, name)]
     raise errors.UserError(
         f'task {task!r} {why}, which model {config.model.name!r} does not '
         f'have; it can be fine-tuned for {", ".join(able) or "no task"}')

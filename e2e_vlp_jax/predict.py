@@ -37,7 +37,7 @@ def predict(args):
              if getattr(args, k) is not None}
   task.full_options(options)
   groups = task.group_images(args.image)
-  task.check_texts(args.text, len(groups))
+  task.check_texts(args.text, len(groups), options)
   images = [tuple(map(photographs.decode_image, paths)) for paths in groups]
   outputs = _picture_names(args.picture, len(images))
   for name, path in [('json', args.json), *(('picture', p) for p in outputs)]:

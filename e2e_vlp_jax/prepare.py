@@ -169,6 +169,8 @@ def _write(builder, folder, wanted):
   if space:
     files.write_json(os.path.join(folder, records.LABELS), space.to_dict())
   files.write_json(os.path.join(folder, records.CHANGES), builder.changes)
+  for file, content in builder.side_files().items():
+    files.write_json(os.path.join(folder, file), content)
   report = dict(name=builder.name, options=wanted,
                 seconds=round(time.time() - start, 1), splits=builder.reports,
                 source_sha256={f: _sha256(f)

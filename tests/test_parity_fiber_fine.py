@@ -14,8 +14,10 @@ import pytest
 from e2e_vlp_jax.models import dyhead
 from e2e_vlp_jax.models import fpn
 from e2e_vlp_jax.models import grounding_head
+from e2e_vlp_jax.objectives import grounding
 from e2e_vlp_jax.ops import anchors as anchors_lib
 from e2e_vlp_jax.ops import atss
+from e2e_vlp_jax.ops import boxes as boxes_lib
 from e2e_vlp_jax.ops import deformable
 from e2e_vlp_jax.ops import pixel_boxes
 from e2e_vlp_jax.weights import fiber_fine as fine_weights
@@ -314,3 +316,76 @@ def test_objects(name, record_property, reference):
               AGAINST, scores, 1e-5)
   parity.note(record_property, f'FIBER fine, results ({name}): labels and '
               'boxes of the same, relative', AGAINST, boxes, 1e-4)
+
+
+# --- Losses -----------------------------------------------------------------
+def test_pieces_of_losses(record_property, reference):
+  data = reference('loss_pieces')
+  alpha, gamma = data['focal_alpha_gamma']
+  focal = grounding.focal(data['focal_logits'], data['focal_targets'], alpha,
+                          gamma)
+  boxes, targets = (pixel_boxes.decode(data[f'giou_{k}_deltas'],
+                                       data['giou_anchors'])
+                    for k in ('pred', 'target'))
+  apart = pixel_boxes.giou_loss(boxes, targets)
+  mask = data['focal_text_masks'][:, None]
+  compare(record_property, 'focal and GIoU loss, relative', {
+      'focal': (focal.sum(), data['focal_sum_unmasked']),
+      'masked': ((focal * mask).sum(), data['focal_sum_masked']),
+      'giou': (apart.sum(), data['giou_unweighted_sum']),
+      'weighted': ((apart * data['giou_weight']).sum(),
+                   data['giou_weighted_sum'])}, 1e-4, relative=True)
+
+
+def loss_batch(data, count, canvas, text_masks, positive_map):
+  """The pipeline's batch of a reference file."""
+  sizes = np.array([data[f'im{i}/size_hw'] for i in range(count)])
+  h, w = canvas
+  boxes, mask = gathered(data, count)
+  size = sizes[:, None, [1, 0, 1, 0]]
+  corners = (boxes + [0, 0, 1, 1]) / size
+  spans = np.zeros((*mask.shape, positive_map.shape[-1]), bool)
+  spans[mask] = positive_map > 0
+  spans[~mask] = True
+  return jax.tree.map(jnp.asarray, {
+      'valid': np.ones(count, bool),
+      'image_mask': (np.arange(h)[:, None] < sizes[:, 0, None, None])
+                    & (np.arange(w) < sizes[:, 1, None, None]),
+      'text_mask': text_masks[:, None] > 0, 'box_mask': mask,
+      'span_mask': spans,
+      'boxes': np.asarray(boxes_lib.to_cxcywh(corners), np.float32)})
+
+
+LOSSES = {'box_giou': 'loss_reg', 'centerness': 'loss_centerness',
+          'token': 'loss_dot_product_token'}
+
+
+@pytest.mark.parametrize('name', ['two_images', 'one_empty_image'])
+def test_losses(name, record_property, reference):
+  """Three losses and their gradients; one text fills every token."""
+  data = reference(f'losses_{name}')
+  out = outputs_of(data)
+  anchors = out.pop('anchors')
+  batch = loss_batch(data, 2, (320, 416), data['text_masks'],
+                     data['positive_map'])
+
+  def total(out):
+    losses, _ = grounding.Objective()(
+        {'joint': {**out, 'anchors': anchors}}, batch)
+    values = {k: s / w for k, (s, w) in losses.items()}
+    return sum(values.values()), values
+  (loss, values), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(out)
+  compare(record_property, f'losses ({name}), relative', {
+      'total': (loss, data['loss_total']),
+      **{k: (values[k], data[x]) for k, x in LOSSES.items()}}, 1e-4,
+          relative=True)
+  first = int(np.prod(data['feature_sizes'][0]))
+  pairs = {
+      'box code': (grads['box_code'][:, 0],
+                   flat_levels(data, 'grad/bbox_pred')),
+      'centerness': (grads['centerness'][:, 0],
+                     flat_levels(data, 'grad/centerness')[..., 0]),
+      'tokens': (grads['token_logits'][:, 0, first:], np.concatenate([
+          data[f'grad/dot_product_logits_l{k}'] for k in range(1, 5)], 1))}
+  compare(record_property, f'gradients of the losses ({name}), relative',
+          pairs, 1e-4, relative=True)

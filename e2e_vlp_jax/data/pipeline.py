@@ -64,6 +64,7 @@ class Pipeline:
     num_examples: units in all sources.
     num_batches: batches of an evaluation; None in training.
     left_out: what `exclude` leaves out, in words; '' without it.
+    unit_name: what a row shows, `config.data.unit`.
     bad_records: names of the unreadable records met so far.
 
   Raises:
@@ -86,6 +87,7 @@ class Pipeline:
     self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
 
     self._unit = units.find(data_config.get('unit', 'image'))
+    self.unit_name = self._unit.name
     self._sources = sources_lib.Sources(
         data_config['dir'], sources, self._unit,
         data_config.get('exclude', ()) if train else ())

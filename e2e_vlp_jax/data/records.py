@@ -6,6 +6,7 @@ reading them.
 """
 import contextlib
 import io
+import json
 import logging
 import os
 
@@ -21,6 +22,7 @@ from e2e_vlp_jax.data import units
 REPORT = 'prepare_report.json'
 LABELS = 'labels.json'    # the dataset's label space
 CHANGES = 'changes.json'  # what `prepare` has changed in single records
+FEDERATED = 'federated.json'  # classes that images are not labelled for
 # Scripts that read records decode their images under this name.
 decode_image = photographs.decode_image
 # The lists of a record, and an empty item of each.
@@ -128,6 +130,20 @@ def open_split(data_dir, name, split):
       split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
   return Split(name, split, os.path.join(folder, f'{split}.index.npz'),
                builder.info, source)
+
+
+def side_file(data_dir, name, file):
+  """The content of a JSON file that `prepare` has written beside the records.
+
+  Raises:
+    UserError: the dataset is not there, or has no such file.
+  """
+  path = os.path.join(prepared_folder(data_dir, name), file)
+  if not os.path.exists(path):
+    raise errors.UserError(f'{name} in {data_dir!r} has no {file}; is it the '
+                           'dataset that this evaluator is for?')
+  with open(path, encoding='utf-8') as f:
+    return json.load(f)
 
 
 def label_space(data_dir, name):

@@ -82,12 +82,12 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
       images.append({'id': example_id})
       annotations += [
           {'image_id': example_id, 'category_id': o['class_id'],
-           'bbox': _corner_and_size(o['box']), 'area': o['area'],
+           'bbox': corner_and_size(o['box']), 'area': o['area'],
            'iscrowd': int(o['is_crowd'])} for o in objects]
       detections += [
           {'image_id': example_id, 'category_id': label, 'bbox': box,
            'score': score} for box, label, score in zip(
-               _corner_and_size(one['boxes']), one['labels'].tolist(),
+               corner_and_size(one['boxes']), one['labels'].tolist(),
                one['scores'].tolist())]
       attributes.add(one, [o for o in objects if not o['is_crowd']])
   if not images:
@@ -101,7 +101,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
           **attributes.result()}
 
 
-def _corner_and_size(boxes):
+def corner_and_size(boxes):
   """[..., 4] x0, y0, x1, y1 -> nested lists of x, y, w, h."""
   boxes = np.asarray(boxes)
   return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]],

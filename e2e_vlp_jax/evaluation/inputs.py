@@ -136,6 +136,21 @@ def text_rows(predictor, batch, encoded, count):
   return {'text': ids, 'text_mask': mask}
 
 
+def rows_of(batch, made, blank):
+  """Keys for this host's rows of a batch, made outside of the pipeline.
+
+  Args:
+    batch: of a pipeline.
+    made: {example_id: dict of arrays}.
+    blank: such a dict, for rows of other examples.
+
+  Returns:
+    dict of arrays [B, ...].
+  """
+  rows = [made.get(i, blank) for i in np.asarray(batch['example_id']).tolist()]
+  return {k: np.stack([row[k] for row in rows]) for k in blank}
+
+
 def batches(predictor, pipeline, max_examples=None, progress=None):
   """Yields an evaluation's batches, all of them or a sample.
 

@@ -120,7 +120,8 @@ def _sample(predictor, variables, batch, ids, pipeline, task):
     texts = task.sample_texts([{**unit[0], 'item': unit[1]} if unit else None
                                for unit in units])
     count = len(texts[0])
-    batch = {**batch, **inputs.text_rows(predictor, batch, {
-        i: inputs.tokenize(predictor, own, count)
-        for i, own in zip(ids, texts)}, count)}
+    batch = {**batch, **inputs.rows_of(
+        batch, {i: task.text_inputs(predictor, own, count)
+                for i, own in zip(ids, texts)},
+        task.text_inputs(predictor, [], count))}
   return predictor.results(variables, batch, task, texts)

@@ -29,6 +29,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   found, true = [], []
   for batch, ids in inputs.batches(predictor, pipeline, max_examples,
                                    progress):
+    batch = {**batch, **_marked_words(predictor, pipeline, batch)}
     boxes = predictor.run(variables, batch, task, boxes=max(_RANKS))['boxes']
     for row, example_id in enumerate(ids.tolist()):
       if example_id >= 0:
@@ -42,6 +43,20 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   by_giou = precision(found, true, detect.generalised_iou)
   return {'accuracy': precision(found, true, detect.iou)[1],
           **{f'giou_P{k}': v for k, v in by_giou.items()}}
+
+
+def _marked_words(predictor, pipeline, batch):
+  """The tokens of the words that name the object, if the dataset marks them.
+
+  MDETR's files do; the other words of the expression are then only context.
+  """
+  made = {}
+  for i in np.asarray(batch['example_id'])[batch['valid']].tolist():
+    record, k = pipeline.unit(i)
+    item = record['refexps'][k]
+    spans = item['spans'] or [(0, len(item['text']))]
+    made[i] = predictor.phrase_inputs([(item['text'], [spans])], 1)
+  return inputs.rows_of(batch, made, predictor.phrase_inputs([], 1))
 
 
 def precision(found, true, overlap, least=.5):

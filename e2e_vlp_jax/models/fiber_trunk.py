@@ -4,9 +4,10 @@ Dou et al., NeurIPS 2022. The last `fused_layers` blocks of Swin and layers of
 RoBERTa form pairs with gated cross-attention (models/fusion.py). The trunk runs
 in two parts: the blocks and layers below the first pair, which need only one
 modality, and the pairs, with or without cross-attention. The coarse stage
-(fiber.py) builds on it. Models that need the output of every stage of Swin
-(`stages`) can, too.
+(fiber.py) builds on it, and the fine one (fiber_fine.py), which also needs the
+output of every stage of Swin (`stages`).
 """
+import jax
 import jax.numpy as jnp
 
 from e2e_vlp_jax import errors
@@ -49,6 +50,15 @@ class Trunk(contract.BaseModel):
     return sum(self.config.swin.depths) - self.config.fused_layers
 
   @property
+  def frozen_blocks(self):
+    """How many of Swin's first blocks `optim.groups` freeze."""
+    blocks = [f'swin/blocks_{s}_{k}/norm1/norm/scale'
+              for s, n in enumerate(self.config.swin.depths)
+              for k in range(n)]
+    return next((i for i, path in enumerate(blocks)
+                 if not layers.is_frozen(self.frozen, path)), len(blocks))
+
+  @property
   def first_layer(self):
     """Number of RoBERTa's first layer with cross-attention."""
     return self.config.roberta.depth - self.config.fused_layers
@@ -66,11 +76,17 @@ class Trunk(contract.BaseModel):
       [B, h, w, C]. Padding has the mean colour and is attended to, since Swin
       has no mask; FIBER resizes to squares, which need no padding.
     """
+    x = self.swin.embed(self.pixels(image, image_mask))
+    frozen = min(self.frozen_blocks, self.first_block)
+    if frozen:  # They are in evaluation mode and get no gradient.
+      x = jax.lax.stop_gradient(self.swin.run(x, 0, frozen, False, stages))
+    return self.swin.run(x, frozen, self.first_block, train, stages)
+
+  def pixels(self, image, image_mask):
+    """[B, H, W, 3] uint8 -> normalised, zero on padding."""
     c = self.config
-    pixels = layers.normalise(image, image_mask, c.image_mean, c.image_std,
-                              self.dtype)
-    return self.swin.run(self.swin.embed(pixels), 0, self.first_block, train,
-                         stages)
+    return layers.normalise(image, image_mask, c.image_mean, c.image_std,
+                            self.dtype)
 
   def lower_text(self, ids, mask, train=False):
     """[B, L] ids and mask -> states below the first pair [B, L, D]."""
@@ -91,7 +107,8 @@ class Trunk(contract.BaseModel):
     return self.text.run(x, key_bias(mask), self.first_layer, self.text.depth,
                          train)
 
-  def fused_pairs(self, image, text, mask, train=False, stages=None):
+  def fused_pairs(self, image, text, mask, train=False, stages=None,
+                  last_norm=False):
     """The pairs of layers, with cross-attention.
 
     Args:
@@ -100,10 +117,12 @@ class Trunk(contract.BaseModel):
       mask: [B, L].
       train: dropout and stochastic depth.
       stages: see `Swin.run`.
+      last_norm: whether the text's last LayerNorm is applied, as in the fine
+        stage; the coarse one leaves it out.
 
     Returns:
-      (text [B, L, D], image [B, h', w', C']). Neither trunk's last LayerNorm
-      is applied, as in the original.
+      (text [B, L, D], image [B, h', w', C']). Swin's last LayerNorm is not
+      applied, as in the original.
     """
     bias = key_bias(mask)
     for k in range(self.config.fused_layers, 0, -1):
@@ -111,7 +130,8 @@ class Trunk(contract.BaseModel):
       image = self.swin.enter(i, image)
       before = flatten(image)  # Both attend to the tokens before the pair.
       image = self.swin.block(i, image, text, bias, train)
-      text = self.text.layer(j, text, bias, before, train, k > 1)
+      text = self.text.layer(j, text, bias, before, train,
+                             last_norm or k > 1)
       if stages is not None and self.swin.ends_stage(i):
         stages.append(image)
     return text, image

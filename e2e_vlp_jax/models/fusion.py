@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from e2e_vlp_jax.models import layers
 
+# FIBER was published in two variants: v3, the coarse stage's and RefCOCO's, and
+# v2, that of the other fine-grained checkpoints, without the query's norm.
+VARIANTS = ('v2', 'v3')
 # Swin's and BERT's initialisations, which FIBER's new weights share. The third
 # one is for narrow trunks that train from scratch; their gates start open, as
 # there are no pre-trained features to protect.
@@ -33,11 +36,16 @@ def _gate_init(from_scratch):
 
 
 class ImageFromText(nn.Module):
-  """Cross-attention of an image block, added to its window attention."""
+  """Cross-attention of an image block, added to its window attention.
+
+  Attributes:
+    query_norm: LayerNorm before the query (variant v3), or none (v2).
+  """
   heads: int
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   from_scratch: bool = False
+  query_norm: bool = True
 
   @nn.compact
   def __call__(self, x, text, bias):
@@ -47,7 +55,9 @@ class ImageFromText(nn.Module):
     dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
                                      kernel_init=image_init(self.from_scratch))
     gate = self.param('gate', _gate_init(self.from_scratch), (1,))
-    query = dense(c, 'query')(layers.LayerNorm(self.epsilon, name='norm')(x))
+    read = (layers.LayerNorm(self.epsilon, name='norm')(x)
+            if self.query_norm else x)
+    query = dense(c, 'query')(read)
     key, value = jnp.split(dense(2 * c, 'key_value')(text), 2, -1)
     y = layers.attention(split(query), split(key), split(value), bias)
     return dense(c, 'out')(y.reshape(x.shape)) * gate.astype(x.dtype)

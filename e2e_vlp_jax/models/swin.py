@@ -7,7 +7,9 @@ swin_*: qkv in one layer, relative positions as a table with one value per head
 and offset, shifted windows with a mask.
 
 As there, an image is refused if the window does not divide its grid, and a
-window larger than a grid shrinks to it and is not shifted.
+window larger than a grid shrinks to it and is not shifted. With `pad`, as in
+detectors, a grid of any size is padded to whole windows instead, and windows
+neither shrink nor stay unshifted.
 """
 import functools
 from typing import Any, Sequence
@@ -163,6 +165,8 @@ class Block(nn.Module):
     window: side of the square windows.
     shift: rows and columns of the cyclic shift; 0 = none.
     drop_path: probability of dropping a residual branch of a sample.
+    pad: see `Swin`.
+    query_norm: see `fusion.ImageFromText`.
   """
   heads: int
   window: int
@@ -172,6 +176,8 @@ class Block(nn.Module):
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   from_scratch: bool = False
+  pad: bool = False
+  query_norm: bool = True
 
   @nn.compact
   def __call__(self, x, text=None, text_bias=None, train=False):
@@ -189,18 +195,15 @@ class Block(nn.Module):
     Raises:
       UserError: the window does not divide the grid.
     """
-    grid, c = x.shape[1:3], x.shape[-1]
-    side = min(self.window, *grid)
-    if grid[0] % side or grid[1] % side:
-      raise errors.UserError(
-          f'model.swin.window: {self.window} does not divide a grid of '
-          f'{grid[0]}x{grid[1]} tokens; choose data.buckets that are '
-          'multiples of patch * window * 2**(stages - 1) pixels')
+    c = x.shape[-1]
+    size, (grid, side, shift) = x.shape[1:3], self._windows(x.shape[1:3])
     window = side, side
-    shift = self.shift if min(grid) > self.window else 0
     drop = lambda y: layers.Dropout(self.drop_path, rows=True)(y, train)
     norm = lambda name: layers.LayerNorm(self.epsilon, name=name)
     y = norm('norm1')(x)
+    if grid != size:
+      y = jnp.pad(y, ((0, 0), *((0, a - b) for a, b in zip(grid, size)),
+                      (0, 0)))
     bias = None
     if shift:
       y = roll(y, (-shift, -shift))
@@ -211,17 +214,31 @@ class Block(nn.Module):
     if text is not None:
       # Every window attends to the whole text, so windows can be merged.
       cross = fusion.ImageFromText(self.heads, self.epsilon, self.dtype,
-                                   self.from_scratch, name='cross')
+                                   self.from_scratch, self.query_norm,
+                                   name='cross')
       tokens = y.reshape(y.shape[0], -1, c)
       y = (tokens + cross(tokens, text, text_bias)).reshape(y.shape)
     y = unpartition(y, window, grid)
     if shift:
       y = roll(y, (shift, shift))
-    x = x + drop(y)
+    x = x + drop(y[:, :size[0], :size[1]])
     feed = layers.FeedForward(c, int(c * self.mlp_ratio), act='gelu',
                               dtype=self.dtype, name='ffn',
                               kernel_init=fusion.image_init(self.from_scratch))
     return x + drop(feed(norm('norm2')(x)))
+
+  def _windows(self, size):
+    """(H, W) of a grid -> (H, W) of whole windows, their side, their shift."""
+    if self.pad:
+      return (tuple(-(-n // self.window) * self.window for n in size),
+              self.window, self.shift)
+    side = min(self.window, *size)
+    if size[0] % side or size[1] % side:
+      raise errors.UserError(
+          f'model.swin.window: {self.window} does not divide a grid of '
+          f'{size[0]}x{size[1]} tokens; choose data.buckets that are '
+          'multiples of patch * window * 2**(stages - 1) pixels')
+    return size, side, self.shift if min(size) > self.window else 0
 
 
 class Merge(nn.Module):
@@ -273,6 +290,9 @@ class Swin(nn.Module):
     patch: pixels per token along each axis.
     drop_path: rate of the last block; rises linearly from 0 at the first.
     from_scratch: initial weights by fan-in instead of 0.02, gates open (ours).
+    pad: whether grids of any size are padded to whole windows, by zeros after
+      the norm, which are attended to.
+    fusion: variant of the cross-attention, see `fusion.VARIANTS`.
     remat: policy for each block; see `layers.remat`.
   """
   depths: Sequence[int]
@@ -284,10 +304,15 @@ class Swin(nn.Module):
   drop_path: float = 0.
   epsilon: float = 1e-5
   from_scratch: bool = False
+  pad: bool = False
+  fusion: str = 'v3'
   remat: str = 'none'
   dtype: Any = jnp.float32
 
   def setup(self):
+    if self.fusion not in fusion.VARIANTS:
+      raise errors.UserError(f'model.swin.fusion: {self.fusion!r}'
+                             + errors.nearest(self.fusion, fusion.VARIANTS))
     if len(self.heads) != len(self.depths):
       raise errors.UserError(
           f'model.swin.heads: {tuple(self.heads)} for model.swin.depths '
@@ -301,7 +326,7 @@ class Swin(nn.Module):
     self.blocks = [[
         block(self.heads[s], self.window, self.window // 2 * (k % 2),
               self.mlp_ratio, float(rates[self.first(s) + k]), self.epsilon,
-              self.dtype, self.from_scratch)
+              self.dtype, self.from_scratch, self.pad, self.fusion == 'v3')
         for k in range(depth)] for s, depth in enumerate(self.depths)]
     self.merges = [Merge(self.epsilon, self.dtype, self.from_scratch)
                    for _ in self.depths[1:]]

@@ -7,6 +7,9 @@ fields are `config.objective_options.<name>`:
   A loss is sum / weight over the global batch; losses add up. Metrics are
   only logged. A weight should depend on the batch only. If it depends on the
   model's outputs, accumulation needs a second forward pass;
+- `least_weight`, optional: {name of a loss: the least number that its sum is
+  divided by}, for weights that can be 0 while the sum is not. (A weight that
+  was raised itself would no longer add up over micro-batches.)
 - `check(config, model)`, optional, for other requirements on model or config.
 """
 from e2e_vlp_jax import discovery

@@ -260,6 +260,7 @@ class Task:
     options: {name: Option}.
     in_samples: whether the sample pictures of a run show the task.
     finetuning: a `Finetuning`, or None.
+    alternatives: others, for models that lack the heads of `finetuning`.
   """
   summary = ''
   requests: Mapping[str, Sequence[str]] = {}
@@ -269,6 +270,7 @@ class Task:
   options: Mapping[str, Option] = {}
   in_samples = True
   finetuning: Optional[Finetuning] = None
+  alternatives: Sequence[Finetuning] = ()
 
   @property
   def name(self):
@@ -342,18 +344,20 @@ class Task:
           f'{n} of them for each result, so give 1 or a multiple of {n}')
     return [tuple(images[i:i + n]) for i in range(0, len(images), n)]
 
-  def check_texts(self, texts, count):
+  def check_texts(self, texts, count, options=None):
     """The texts as one list of strings for each of `count` images.
 
     Args:
       texts: None, a list of strings for every image, or a list of `count`
         lists of strings.
       count: number of images.
+      options: of the task; one of them may stand for texts.
 
     Raises:
       UserError: the task takes no texts, or needs one and gets none, the
         number of lists is wrong, or a text is not UTF-8.
     """
+    del options
     texts = list(texts or ()) if not isinstance(texts, str) else [texts]
     each = (texts if texts and isinstance(texts[0], (list, tuple))
             else [texts] * count)
@@ -368,6 +372,35 @@ class Task:
       raise errors.UserError(f'task {self.name!r} needs a text (--text)')
     return each
 
+  def plain_text(self, text):
+    """What the model reads of a text; marks of the task's own are removed."""
+    return text
+
+  def text_inputs(self, predictor, texts, count):
+    """The keys of a batch's row that are made of an image's texts.
+
+    Args:
+      predictor: as in `compute`.
+      texts: list of strings, at most `count`.
+      count: P, to which they are padded.
+
+    Returns:
+      dict of numpy arrays; their shapes depend on `count` alone.
+    """
+    ids, mask = predictor.tokenize(texts, count)
+    return {'text': ids, 'text_mask': mask}
+
+  def fixed_inputs(self, predictor, variables, options):
+    """What is the same for all images, such as features of a fixed text.
+
+    It is computed once for all batches of a call.
+
+    Returns:
+      dict of arrays [1, ...], which `compute` finds in its batch.
+    """
+    del predictor, variables, options
+    return {}
+
   def compute(self, predictor, variables, batch, **options):
     """The computation on the accelerator; traced by jax.jit.
 
@@ -375,7 +408,7 @@ class Task:
       predictor: an `evaluation.predictor.Predictor`: model, config and
         vocabularies.
       variables: {'params': ..., **model_state}.
-      batch: the batch's `keys`.
+      batch: the batch's `keys`, and the `fixed_inputs`.
       **options: the compiled options.
 
     Returns:

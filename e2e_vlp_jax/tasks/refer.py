@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e2e_vlp_jax.models import grounding_head
 from e2e_vlp_jax.ops import boxes as box_ops
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.tasks import detect
 
 RIGHT_IOU = .5  # with which a box counts as right
+# FIBER's settings for expressions.
+_TOKENS = dict(threshold=0., candidates=3000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +31,16 @@ class Result(base.Result):
 
 
 class Task(base.Task):
-  """The most probable of the object queries' boxes."""
+  """The best box for a text, by either of two kinds of models.
+
+  Models with object queries (E2E-VLP) choose one of the queries' boxes. Models
+  that ground tokens (FIBER's fine stage) score boxes by the tokens of the text,
+  or of its `phrase_tokens` where these are known.
+  """
   summary = 'the box of the object that a text means'
   requests = {'grounded': ('boxes', 'refer')}
-  keys = ('image', 'image_mask', 'image_size', 'text', 'text_mask')
+  keys = ('image', 'image_mask', 'image_size', 'text', 'text_mask',
+          'phrase_tokens')
   takes_text = needs_text = True
   options = {'boxes': base.Option(1, 'boxes to list for each text', 1,
                                   compiled=True)}
@@ -43,17 +52,20 @@ class Task(base.Task):
       evaluator='refexp', metric='accuracy', data='refcoco',
       splits={'scenes': ('train', 'test'),
               'refcoco': ('train', 'validation')})
+  alternatives = (dataclasses.replace(
+      finetuning, objectives={'grounding': 1.}, head=None,
+      train_ops='grounding', eval_ops='grounding'),)
+
+  def lacks(self, model):
+    """Nothing, if the model has the heads of either kind."""
+    return [] if model.offers('joint', 'grounding') else super().lacks(model)
 
   def compute(self, predictor, variables, batch, boxes=1):
     """{'boxes' [B, P, N, 4] in pixels, 'scores' [B, P, N]}, best first."""
-    found = predictor.model.apply(variables, batch, self.requests)['grounded']
-    wide = lambda x: x.astype(jnp.float32)
-    # Only the ratios of its logits are trained; see objectives.refer.
-    scores = jax.nn.softmax(wide(found['refer_logits'])[..., 0])
-    scores, best = jax.lax.top_k(scores, min(boxes, scores.shape[-1]))
-    corners = jnp.take_along_axis(
-        box_ops.to_xyxy(wide(found['pred_boxes'])), best[..., None], 2)
-    size = wide(batch['image_size'])[:, None, None, [1, 0, 1, 0]]
+    by = (_by_queries if predictor.model.offers('grounded', 'refer') else
+          _by_tokens)
+    corners, scores = by(predictor.model, variables, batch, boxes)
+    size = batch['image_size'].astype(jnp.float32)[:, None, None, [1, 0, 1, 0]]
     return {'boxes': jnp.clip(corners * size, 0, size), 'scores': scores}
 
   def result(self, predictor, arrays, size, texts):
@@ -97,6 +109,32 @@ class Task(base.Task):
                          'bold' if p is first else 'thin')
                 for p in result.phrases if p.text == text]
     return base.Drawing(boxes, sentences=rows)
+
+
+def _by_queries(model, variables, batch, most):
+  """(boxes [B, P, N, 4] in [0, 1], scores [B, P, N]) of the best queries."""
+  found = model.apply(variables, batch, Task.requests)['grounded']
+  # Only the ratios of the queries' logits are trained; see objectives.refer.
+  scores = jax.nn.softmax(found['refer_logits'].astype(jnp.float32)[..., 0])
+  scores, best = jax.lax.top_k(scores, min(most, scores.shape[-1]))
+  corners = box_ops.to_xyxy(found['pred_boxes'].astype(jnp.float32))
+  return jnp.take_along_axis(corners, best[..., None], 2), scores
+
+
+def _by_tokens(model, variables, batch, most):
+  """The same of a model that scores boxes by the tokens of a text."""
+  found = model.apply(variables, batch, {'joint': ('grounding',)})['joint']
+  if 'phrase_tokens' in batch:
+    words = batch['phrase_tokens'].any(2)
+  else:
+    mask = batch['text_mask']
+    # Without the special tokens at both ends.
+    words = mask & jnp.pad(mask, ((0, 0), (0, 0), (0, 1)))[..., 1:]
+    words = words.at[..., 0].set(False)
+  found = grounding_head.objects(
+      found, words[:, :, None], grounding_head.image_size(batch['image_mask']),
+      most=most, **_TOKENS)
+  return found['boxes'], found['scores']
 
 
 def _true_boxes(truth):

@@ -55,7 +55,8 @@ _WEIGHTS = {'images': 'by_rows', 'texts': 'by_texts'}
 # New keys, with the value that keeps the old behaviour. They are added to a
 # config that has their group; those of a run to a config with `total_steps`.
 ADDED = {'model.heads': {}, 'data.unit': 'image', 'data.exclude': [],
-         'early_stop.metric': '', 'early_stop.patience': 0}
+         'model.swin.fusion': 'v3', 'early_stop.metric': '',
+         'early_stop.patience': 0}
 _OF_RUNS = ('early_stop.',)
 
 # Every key that an old config could have; * stands for anything.

@@ -14,6 +14,9 @@ are errors. Options:
 layer_decay^k, where k counts from the model's output. Its last layer has k = 1,
 its first one k = the number of layers, and all that is in no layer, such as
 heads, k = 0. Models name their layers (`contract.BaseModel.towers`).
+
+With `optim.weight_decay_steps`, adamw's weight decay is multiplied by
+`optim.weight_decay_factor` at each of these steps.
 """
 import re
 
@@ -142,6 +145,20 @@ def adamw_hf(schedule, b1, b2, eps, weight_decay):
   return optax.GradientTransformation(init, update)
 
 
+def _decay(optim, value, kind):
+  """A group's weight decay: a number, or a function of the step count."""
+  drops = optim.get('weight_decay_steps', ())
+  if not drops or not value:
+    return value
+  if kind != 'adamw':
+    raise errors.UserError(
+        f'optim.weight_decay_steps: {tuple(drops)} with optimizer {kind!r}; '
+        "expected 'adamw', or no such steps")
+  factor = optim.weight_decay_factor
+  return lambda count: value * factor**sum(
+      (count >= step).astype(jnp.float32) for step in drops)
+
+
 def layers_above(params, towers):
   """Tree of each parameter's k in layer_decay^k, see the module's docstring.
 
@@ -196,7 +213,8 @@ def make_optimizer(optim, params, schedule, towers=()):
     if options.get('freeze'):
       return optax.set_to_zero()
     kind = options.get('optimizer', optim.get('optimizer', 'adamw'))
-    decay = options.get('weight_decay', optim.weight_decay)
+    decay = _decay(optim, options.get('weight_decay', optim.weight_decay),
+                   kind)
     factor = options.get('lr_multiplier', 1.)
     rate = lambda count: factor * schedule(count)
     if kind == 'adamw':

@@ -149,7 +149,7 @@ def make_train_step(model, objectives, tx, *, mesh, shardings, accumulate=1,
   def loss(params, model_state, batch, rng, weights=None):
     """The weighted sum of all losses; see `_gradients`."""
     losses, metrics, model_state = terms(params, model_state, batch, rng)
-    values = _divided(losses, weights or _weights(losses))
+    values = _divided(objectives, losses, weights or _weights(losses))
     return _total(objectives, values), (values, metrics, model_state)
 
   gradients = jax.grad(loss, has_aux=True)
@@ -179,14 +179,16 @@ def _weights(losses):
   return {n: {k: w for k, (_, w) in t.items()} for n, t in losses.items()}
 
 
-def _divided(losses, weights):
+def _divided(objectives, losses, weights):
   """{objective: {name: sum / weight}}.
 
   Args:
+    objectives: see `make_train_step`.
     losses: from `loss_terms`, for a batch or micro-batch.
     weights: from `_weights`, always for the whole batch.
   """
-  return {n: {k: s / jnp.maximum(weights[n][k], 1e-9)
+  least = {n: getattr(objectives[n][1], 'least_weight', {}) for n in losses}
+  return {n: {k: s / jnp.maximum(weights[n][k], least[n].get(k, 1e-9))
               for k, (s, _) in t.items()} for n, t in losses.items()}
 
 

@@ -46,6 +46,7 @@ def describe(tensors):
   image, text = part(_IMAGE), part(_TEXT)
   fused = {k.split('.')[2] for k in text if '.crossattention_t2i.' in k}
   return {**swin.describe(image), **roberta.describe(text),
+          'model.swin.fusion': swin.fusion(image),
           'model.fused_layers': len(fused),
           'model.width': tensors['cross_modal_text_transform.weight'].shape[0]}
 

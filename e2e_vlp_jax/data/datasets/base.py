@@ -158,6 +158,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The `LabelSpace` that is stored with the dataset; None: no objects."""
     return label_space.LabelSpace.load(self.LABELS) if self.LABELS else None
 
+  def side_files(self):
+    """{name: JSON-able content} of files to write beside the records."""
+    return {}
+
   def annotation_files(self):
     """Paths whose checksums go into the report."""
     return []
@@ -374,9 +378,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if lost['images'] > images:
       self._lost_most(split, images)
     clipped = report['changed'].get(f'box {_CLIPPED}', 0)
-    if 2 * clipped > report['boxes']:
+    if 2 * clipped > kept:
       report['warnings'].append(
-          f'{clipped} of {report["boxes"]} boxes stuck out of their images; '
+          f'{clipped} of {kept} boxes stuck out of their images; '
           'are they x, y, width, height in pixels? Look with --show 12')
     if report['boxes'] and report['boxes'] == report['crowds']:
       report['warnings'].append(

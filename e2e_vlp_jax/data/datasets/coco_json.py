@@ -11,6 +11,7 @@ that cannot be read is left out and counted.
 import collections
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import photos
 from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax.data.datasets import values
@@ -61,6 +62,7 @@ class CocoJson:
     names = collections.Counter(i['file_name'] for i in self.images)
     for _ in range(len(self.images) - len(names)):
       note('image whose file another image names too')
+    self._check_numbering(paths)
     unknown = (self.objects.keys() | self.captions.keys()) - images.keys()
     for i in sorted(unknown, key=str):
       skip('annotations of an image that is not listed', i,
@@ -98,6 +100,28 @@ class CocoJson:
       if self.labels.setdefault(i, name) != name:
         raise errors.UserError(f'{place} is {name!r}, but {self.labels[i]!r} '
                                f'has the same id {i!r} in the other file')
+
+  def _check_numbering(self, paths):
+    """UserError if COCO's 80 classes are numbered in two ways.
+
+    The official ids are 1 to 90 with gaps, others' are 0 or 1 to 80 without.
+    Boxes of one file with the categories of another have wrong names, and
+    only some have an id that is not listed.
+    """
+    if set(self.labels.values()) != set(label_space.LabelSpace.load(
+        'coco').classes):
+      return
+    used = {i for some in self.objects.values() for _, a in some
+            if isinstance(i := a.get('category_id'), int)}
+    unknown = sorted(used - self.labels.keys())
+    if unknown and max(unknown) <= 90:
+      ids = sorted(self.labels)
+      raise errors.UserError(
+          f"{', '.join(paths)}: the boxes' category_id {unknown[0]} is not "
+          f"among the categories, COCO's 80 classes with the ids {ids[0]} to "
+          f'{ids[-1]}; are the boxes numbered '
+          + ('1 to 90, with gaps?' if ids[-1] <= 80 else
+             'without gaps, 0 or 1 to 80?'))
 
   def _add(self, k, a):
     """Adds annotation k of a file to those of its image."""

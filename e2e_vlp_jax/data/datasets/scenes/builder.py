@@ -16,6 +16,7 @@ import signal
 
 from e2e_vlp_jax.data.datasets.scenes import draw as scene_draw
 from e2e_vlp_jax.data.datasets.scenes import facts as scene_facts
+from e2e_vlp_jax.data.datasets.scenes import grounding as scene_grounding
 from e2e_vlp_jax.data.datasets.scenes import text as scene_text
 from e2e_vlp_jax.data.datasets import base
 
@@ -29,18 +30,20 @@ class Builder(base.RecordBuilder):
   name = 'scenes'
   LABELS = 'scenes'
   OPTIONS = {'seed': (0, 'seed of the scenes'),
+             'grounded': (False, 'also give the boxes of every phrase of the '
+                          'captions; nothing else changes'),
              **{f'num_{s}': (n, f'images of the {s} split')
                 for s, n in _SPLITS.items()}}
 
   def sources(self):
-    seed = self.options['seed']
-    return {split: (n, functools.partial(_examples, seed, split, n))
+    seed, grounded = self.options['seed'], self.options['grounded']
+    return {split: (n, functools.partial(_examples, seed, split, n, grounded))
             for split in _SPLITS
             if (n := self.options[f'num_{split}']) > 0}
 
 
-def example(seed, split, i):
-  """Record i of a split."""
+def example(seed, split, i, grounded=False):
+  """Record i of a split; see `Builder.OPTIONS`."""
   name = f'{seed} {split} {i}'
   unseen = split == 'unseen'
   pairs = scene_draw.ALL_PAIRS if unseen else scene_draw.SEEN_PAIRS
@@ -50,7 +53,7 @@ def example(seed, split, i):
   side = scene_draw.SIDE
   box = lambda o: base.stored_box(o['box'], side, side)
   statement, label = scene_text.statement(scene, other, rng, pairs)
-  return base.record(
+  found = base.record(
       image=image, image_id=f'{split}-{i:06d}', height=side, width=side,
       texts=scene_text.captions(scene, rng),
       objects=[dict(bbox=box(o), label=o['shape'],
@@ -69,6 +72,12 @@ def example(seed, split, i):
       entailment=[dict(text=t, label=l)
                   for t, l in scene_text.entailment(scene, rng, pairs)],
       scene_json=json.dumps(scene), has_attributes=True)
+  if grounded:
+    found['phrases'] += [
+        dict(text=found['texts'][k][slice(*span)], bbox=box(o), text_number=k,
+             spans=[span])
+        for k, span, o in scene_grounding.all_phrases(found['texts'], scene)]
+  return found
 
 
 def _picture(name, unseen):
@@ -76,8 +85,8 @@ def _picture(name, unseen):
   return scene, scene_draw.encode_png(scene_draw.draw_scene(scene, name))
 
 
-def _examples(seed, split, n):
-  one = functools.partial(example, seed, split)
+def _examples(seed, split, n, grounded):
+  one = functools.partial(example, seed, split, grounded=grounded)
   cores = len(os.sched_getaffinity(0)) if hasattr(
       os, 'sched_getaffinity') else os.cpu_count()
   if n < _FEW or cores == 1:

@@ -94,19 +94,54 @@ def check_caption(caption, scene):
   claims = _parse(caption)
   if claims is None:
     return dict(facts=0, right=False)
-  mentions, relations, counted, excluded = claims
+  mentions, relations, counted, _ = claims
   facts = (sum(len(m) - 1 for m in mentions) + len(relations)
            + sum(max(1, len(spec) - 1) for _, spec in counted))
+  chosen = _assignments(claims, scene)
+  return dict(facts=facts, right=next(chosen, None) is not None)
+
+
+def meant(caption, scene):
+  """The objects that the mentions of a true caption can mean.
+
+  Returns:
+    ([objects of each counted spec with a shape], [objects of each mention]),
+    each in the order of the caption; both empty if it is not true.
+  """
+  claims = _parse(caption)
+  if claims is None:
+    return [], []
+  mentions, _, counted, _ = claims
   objects = scene['objects']
-  right = all(count(spec, scene) == n for n, spec in counted) and any(
-      all(matches(m, objects[k])
-          and not (excluded and matches(excluded, objects[k]))
-          for m, k in zip(mentions, chosen))
-      and all(holds(r, objects[chosen[a]], objects[chosen[b]])
-              for r, a, b in relations)
-      for chosen in itertools.permutations(range(len(objects)),
-                                           len(mentions)))
-  return dict(facts=facts, right=right)
+  found = [{} for _ in mentions]
+  true = False
+  for chosen in _assignments(claims, scene):
+    true = True
+    for ids, k in zip(found, chosen):
+      ids[k] = objects[k]
+  if not true:
+    return [], []
+  return ([[o for o in objects if matches(spec, o)]
+           for _, spec in counted if spec],
+          [[ids[k] for k in sorted(ids)] for ids in found])
+
+
+def _assignments(claims, scene):
+  """Yields the ways in which a parsed caption is true.
+
+  Each is a tuple with the number of the object of each mention.
+  """
+  mentions, relations, counted, excluded = claims
+  objects = scene['objects']
+  if not all(count(spec, scene) == n for n, spec in counted):
+    return
+  for chosen in itertools.permutations(range(len(objects)), len(mentions)):
+    if all(matches(m, objects[k])
+           and not (excluded and matches(excluded, objects[k]))
+           for m, k in zip(mentions, chosen)) and all(
+               holds(r, objects[chosen[a]], objects[chosen[b]])
+               for r, a, b in relations):
+      yield chosen
 
 
 class _Words:
