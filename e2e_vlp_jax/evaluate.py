@@ -71,8 +71,10 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
                                          sharding.make_mesh(config.mesh), path)
   # Check now, since an evaluation takes minutes.
   files.check_folder('--workdir', workdir)
-  scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0)
-  evaluators_lib.write(workdir, meta['step'], scores, pictures)
+  details = {}
+  scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0,
+                                    details=details)
+  evaluators_lib.write(workdir, meta['step'], scores, pictures, details)
   width = max(map(len, scores), default=0)
   for name, value in scores.items():
     print(f'{name:{width}}  {value:.4f}')

@@ -48,7 +48,7 @@ def train(config, workdir, allow_changes=False):
     mesh = assembly.mesh
     # --- Restore, or start; evaluation, monitoring ---------------------------
     saver, state, evaluation = _start(config, workdir, assembly, vocabularies,
-                                      stack)
+                                      data, stack)
     monitor = stack.enter_context(monitor_lib.Monitor(
         workdir, config.total_steps, int(state.step), config.tensorboard))
     monitor.say(assembly.describe(data, int(state.step)))
@@ -138,8 +138,8 @@ def _prepare(config, workdir, allow_changes, stack):
       synthetic.synthetic_batch(config.data, batch_size=1, **sizes))
 
 
-def _start(config, workdir, assembly, vocabularies, stack):
-  """Restores the newest checkpoint, or starts.
+def _start(config, workdir, assembly, vocabularies, data, stack):
+  """Restores the newest checkpoint, or starts and draws labels.
 
   Returns:
     the Checkpointer, which `stack` closes, the TrainState, and the run's
@@ -152,8 +152,11 @@ def _start(config, workdir, assembly, vocabularies, stack):
            or _fresh_state(config, workdir, assembly))
   # It imports TensorFlow.
   from e2e_vlp_jax.evaluation import during_training  # pylint: disable=g-import-not-at-top
-  return saver, state, during_training.Evaluation(
-      config, workdir, assembly, vocabularies, saver.held)
+  evaluation = during_training.Evaluation(config, workdir, assembly,
+                                          vocabularies, saver.held)
+  if not int(state.step):
+    evaluation.show_labels(data)
+  return saver, state, evaluation
 
 
 def _fresh_state(config, workdir, assembly):

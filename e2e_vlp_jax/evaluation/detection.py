@@ -1,4 +1,7 @@
-"""Boxes, classes and attributes: COCO's AP, and attributes of found boxes."""
+"""Boxes, classes and attributes: COCO's AP, and attributes of found boxes.
+
+What its numbers do not tell is in `detection_page.py`.
+"""
 import contextlib
 import io
 
@@ -6,6 +9,7 @@ import numpy as np
 from pycocotools import coco as coco_lib
 from pycocotools import cocoeval
 
+from e2e_vlp_jax.evaluation import detection_page
 from e2e_vlp_jax.evaluation import inputs
 from e2e_vlp_jax.tasks import detect
 
@@ -18,7 +22,17 @@ GIVES = (*METRICS, 'matched', 'attribute_accuracy', 'attribute_accuracy/*')
 
 
 def coco_metrics(ground_truth, detections):
-  """The twelve numbers of pycocotools for boxes.
+  """{name: value} for METRICS, see `coco_run`; -1 (as in pycocotools) if there
+  is no ground truth of that size."""
+  return _named(coco_run(ground_truth, detections))
+
+
+def _named(run):
+  return dict(zip(METRICS, map(float, run.stats)))
+
+
+def coco_run(ground_truth, detections):
+  """The judgement of pycocotools on boxes, with its twelve numbers.
 
   Args:
     ground_truth: dict in the form of an official instances JSON: images (id),
@@ -27,8 +41,7 @@ def coco_metrics(ground_truth, detections):
     detections: list of {image_id, category_id, bbox, score}.
 
   Returns:
-    {name: value} for METRICS; -1 (as in pycocotools) if there is no ground
-    truth of that size.
+    a COCOeval, accumulated and summarised.
   """
   with contextlib.redirect_stdout(io.StringIO()):  # It prints tables.
     truth = coco_lib.COCO()
@@ -45,11 +58,11 @@ def coco_metrics(ground_truth, detections):
     run.evaluate()
     run.accumulate()
     run.summarize()
-  return dict(zip(METRICS, map(float, run.stats)))
+  return run
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
-             progress=None):
+             progress=None, details=None):
   """AP over all classes, and accuracy of attributes on matched boxes.
 
   The ground truth is the record's, in pixels of the upright original. Crowds
@@ -61,6 +74,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     pipeline: an evaluation Pipeline.
     max_examples: None = all.
     progress: called with the number of examples done.
+    details: a list, to which the sections of the page are appended.
 
   Returns:
     those of METRICS that are defined, 'matched': the share of objects with a
@@ -68,7 +82,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     'attribute_accuracy/<group>' and their mean 'attribute_accuracy'.
   """
   task, labels = predictor.task('detect'), predictor.labels
-  images, annotations, detections = [], [], []
+  images, annotations, detections, kept = [], [], [], []
   attributes = _AttributeAccuracy(labels)
   for batch, ids in inputs.batches(predictor, pipeline, max_examples,
                                    progress):
@@ -90,14 +104,19 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
                corner_and_size(one['boxes']), one['labels'].tolist(),
                one['scores'].tolist())]
       attributes.add(one, [o for o in objects if not o['is_crowd']])
+      if details is not None:
+        kept.append(detection_page.Found(example_id, objects, *(
+            one[k] for k in ('boxes', 'labels', 'scores'))))
   if not images:
     return {}
-  scores = coco_metrics(
+  run = coco_run(
       {'images': images,
        'annotations': [{'id': k + 1, **a} for k, a in enumerate(annotations)],
        'categories': [{'id': i} for i in range(len(labels.classes))]},
       detections)
-  return {**{k: v for k, v in scores.items() if v >= 0},
+  if details is not None:
+    details += detection_page.sections(kept, run, labels, pipeline)
+  return {**{k: v for k, v in _named(run).items() if v >= 0},
           **attributes.result()}
 
 

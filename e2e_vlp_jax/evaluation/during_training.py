@@ -2,8 +2,14 @@
 import jax
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.data import class_counts
 from e2e_vlp_jax.evaluation import evaluators
+from e2e_vlp_jax.evaluation import label_pictures
+from e2e_vlp_jax.evaluation import report
 from e2e_vlp_jax.training import early_stop
+
+
+_LABELS = 8  # pictures of labels
 
 
 class Evaluation:
@@ -26,7 +32,8 @@ class Evaluation:
 
   def __init__(self, config, workdir, assembly, vocabularies, held):
     self._every, self._last = config.eval_every_steps, config.total_steps
-    self._workdir = workdir
+    self._workdir, self._config = workdir, config
+    self._labels = vocabularies.labels
     self._evaluators = evaluators.Evaluators(
         config, assembly.model, vocabularies, assembly.mesh)
     self._evaluators.check_metric('checkpoint.best', config.checkpoint.best)
@@ -41,17 +48,39 @@ class Evaluation:
                                'eval_every_steps is 0; expected evaluations '
                                'during training')
 
+  def show_labels(self, data):
+    """Draws boxes of the first batch; names classes that have none at all.
+
+    Before the first step, so that an hour is not spent on wrong labels.
+
+    Args:
+      data: the training Pipeline.
+    """
+    if jax.process_index():
+      return
+    batch = data.batch(0)
+    if 'boxes' in batch and (line := class_counts.without_boxes(
+        self._config.data, self._labels)):
+      print(line, flush=True)
+    count = min(_LABELS, self._config.samples.count)
+    if label_pictures.write(self._workdir, batch, self._labels, count):
+      report.write_report(self._workdir)
+      print('labels of the first batch are drawn in '
+            f'{self._workdir}/{label_pictures.FOLDER}', flush=True)
+
   def due(self, step):
     """Whether to evaluate at `step`; the last one has the final evaluation."""
     return bool(self._every) and step % self._every == 0 and step != self._last
 
   def run(self, state, monitor, final):
     """{'eval/<name>/<metric>': value}; `final` evaluates more examples."""
-    scores, pictures = self._evaluators.run(state.variables, final=final)
+    details = {}
+    scores, pictures = self._evaluators.run(state.variables, final=final,
+                                            details=details)
     step = int(state.step)
     monitor.evaluated(step, scores, pictures)
     if jax.process_index() == 0:
-      evaluators.write(self._workdir, step, scores, pictures)
+      evaluators.write(self._workdir, step, scores, pictures, details)
     if not final:
       self.early_stop.look(step, scores)
     if self.early_stop.reached:

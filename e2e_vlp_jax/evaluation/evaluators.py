@@ -11,6 +11,7 @@ from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax.data import pipeline as pipeline_lib
+from e2e_vlp_jax.evaluation import details as details_lib
 from e2e_vlp_jax.evaluation import pictures
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.evaluation import report
@@ -20,7 +21,8 @@ _PACKAGE = 'e2e_vlp_jax.evaluation'
 _KEYS = ('type', 'source', 'pp', 'unit', 'max_examples',
          'examples_during_training', 'options')
 # Arguments of every `evaluate`; any further ones are the evaluator's options.
-_COMMON = ('predictor', 'variables', 'pipeline', 'max_examples', 'progress')
+_COMMON = ('predictor', 'variables', 'pipeline', 'max_examples', 'progress',
+           'details')
 
 
 def names():
@@ -106,13 +108,15 @@ class Evaluators:
             f'{key}: {metric!r}; no metric {parts[2]!r} of the evaluator '
             f'{parts[1]!r}' + errors.nearest(parts[2], given))
 
-  def run(self, variables, final=True, bar=False):
+  def run(self, variables, final=True, bar=False, details=None):
     """Runs all evaluators.
 
     Args:
       variables: {'params': ..., **model_state}.
       final: use `max_examples`; otherwise `examples_during_training`.
       bar: show progress bars.
+      details: a dict, which gets {evaluator: [details.Section]} of those that
+        show more than numbers.
 
     Returns:
       ({'eval/<name>/<metric>': value}, {picture name: PIL image}).
@@ -123,14 +127,17 @@ class Evaluators:
                else options.examples_during_training)
       if not final and not count:
         continue
-      pipeline = self._pipelines[name]
+      pipeline, more = self._pipelines[name], options.get('options', {})
+      own = inspect.signature(self._functions[name]).parameters
+      if details is not None and 'details' in own:
+        more = {**more, 'details': details.setdefault(name, [])}
       with tqdm.tqdm(total=min(count or np.inf, pipeline.num_examples),
                      desc=name, unit='image', leave=False,
                      disable=not bar) as progress:
         found = self._functions[name](
             self.predictor, variables, pipeline, max_examples=count or None,
             progress=lambda done, bar=progress: bar.update(done - bar.n),
-            **options.get('options', {}))
+            **more)
       scores.update({f'eval/{name}/{k}': v for k, v in found.items()})
     images = pictures.sample_sheet(
         self.predictor, variables, self._samples,
@@ -162,18 +169,20 @@ def _function(name, options):
   return evaluate
 
 
-def write(workdir, step, scores, images):
-  """Writes WORKDIR/eval.json, samples/*.png and report.html.
+def write(workdir, step, scores, images, details=None):
+  """Writes WORKDIR/eval.json, samples/*.png, details/* and report.html.
 
   Args:
     workdir: folder, created if needed.
     step: step of the evaluated checkpoint.
     scores: {'eval/<name>/<metric>': value}.
     images: {picture name: PIL image}; they replace those with the same name.
+    details: {evaluator: [details.Section]}; likewise.
   """
   os.makedirs(os.path.join(workdir, 'samples'), exist_ok=True)
   for name, image in images.items():
     image.save(os.path.join(workdir, 'samples', f'{name}.png'))
   files.write_json(os.path.join(workdir, 'eval.json'),
                    {'step': int(step), **scores})
+  details_lib.write(workdir, step, details or {})
   report.write_report(workdir)

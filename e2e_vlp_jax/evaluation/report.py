@@ -1,7 +1,8 @@
 """WORKDIR/report.html: a run's settings, curves and results on one page.
 
 It is self-contained (pictures and curves are embedded) and made from those of
-these files that exist: config.json, metrics.jsonl, eval.json, samples/*.png.
+these files that exist: config.json, metrics.jsonl, eval.json, samples/*.png,
+labels/*.png, details/*.
 """
 import base64
 import collections
@@ -17,6 +18,7 @@ from PIL import Image
 
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import files
+from e2e_vlp_jax.evaluation import details
 
 _EVALUATORS, _MODELS = 'e2e_vlp_jax.evaluation', 'e2e_vlp_jax.models'
 _POINTS = 300        # points of a curve; more are averaged
@@ -50,8 +52,9 @@ def write_report(workdir):
       curves=[('Held-out metrics', _eval_curves(series, splits, kinds)),
               ('Training', _curves(series, 'train/', warm)),
               ('Speed', _curves(series, 'perf/', 0))],
-      samples=[_embed(path) for path in sorted(glob.glob(
-          os.path.join(glob.escape(workdir), 'samples', '*.png')))],
+      samples=_pictures(workdir, 'samples'),
+      labels=_pictures(workdir, 'labels'),
+      details=_details(workdir),
       config=json.dumps(config, indent=1) if config else '')
   path = os.path.join(workdir, 'report.html')
   files.write(path, html)
@@ -269,6 +272,25 @@ def _thin(points):
   parts = np.array_split(np.arange(len(steps)), _POINTS)
   return (np.array([steps[p].mean() for p in parts]),
           np.array([values[p].mean() for p in parts]))
+
+
+def _pictures(workdir, folder):
+  """[(name, data URI)] of the PNGs in a folder of WORKDIR."""
+  return [_embed(path) for path in sorted(glob.glob(os.path.join(
+      glob.escape(workdir), folder, '*.png')))]
+
+
+def _details(workdir):
+  """What evaluators show besides numbers, with pictures as data URIs."""
+  found = []
+  for name, step, sections in details.read(workdir):
+    for section in sections:
+      found.append({**section, 'evaluator': name, 'step': step, 'charts': [
+          (title, _data_uri('image/svg+xml', svg.encode()))
+          for title, svg in section['charts']], 'pictures': [
+              (title, _embed(path)[1]) for title, path in section['pictures']
+              if os.path.exists(path)]})
+  return found
 
 
 def _embed(path):

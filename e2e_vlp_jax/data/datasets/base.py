@@ -311,7 +311,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             for split, (most, read_records) in found.items()}
 
   def _generate_examples(self, split, most, read_records):
-    totals = collections.Counter()
+    totals, labels = collections.Counter(), collections.Counter()
     index = collections.defaultdict(list)
     referred = -1  # the highest number of a second image's record
     digest = hashlib.sha256()
@@ -326,6 +326,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           images=1, texts=len(example['texts']),
           boxes=len(example['objects']),
           crowds=sum(o['is_crowd'] for o in example['objects']))
+      labels.update(o['label'] for o in example['objects']
+                    if not o['is_crowd'])
       for size in ('height', 'width'):
         index[size].append(example[size])
       for field in ('objects', *units.BY_FIELD):
@@ -343,11 +345,17 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                        f'{referred} of {totals["images"]}')
     self.reports[split].update(
         {k: totals[k] for k in ('images', 'texts', 'boxes', 'crowds')},
-        records_sha256=digest.hexdigest())
+        classes=self._by_class(labels), records_sha256=digest.hexdigest())
     self._check_losses(split, most)
     self.indexes[split] = {
         k: np.asarray(v, str if k == photos.COLUMN else np.int32)
         for k, v in index.items()}
+
+  def _by_class(self, labels):
+    """Boxes of each name of the label space, which may have many others."""
+    space = self.label_space()
+    known = (*space.classes, *space.class_aliases) if space else ()
+    return {name: labels[name] for name in known if labels[name]}
 
   def _keep_events(self, split, number, image):
     """Adds what was changed in the record with these bytes to `changes`."""
