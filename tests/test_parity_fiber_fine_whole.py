@@ -22,6 +22,7 @@ from tests import test_parity_fiber_fine as parts
 from tests import xla_flags
 
 reference, compare = parts.reference, parts.compare
+AGAINST = parts.AGAINST
 VARIANTS = ('v2', 'v3')
 
 
@@ -168,9 +169,6 @@ def test_results(variant, record_property, case):
               'results', AGAINST, worst, 1e-4)
 
 
-AGAINST = parts.AGAINST
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_losses_and_gradients(variant, record_property, case):
@@ -186,12 +184,12 @@ def test_losses_and_gradients(variant, record_property, case):
   # There Swin's first stage is frozen; the classifier is never trained.
   still = set(want['frozen_param_names'])
   assert set(listed) | {n for n in still if 'cls_logits' not in n} == set(ours)
-  floor = 1e-6 * max(listed.values())
-  worst = max(abs(np.linalg.norm(ours[n]) - x) / max(x, floor)
-              for n, x in listed.items()
-              if not n.endswith('.self.key.bias'))  # 0 but for rounding
+  # Those of saturated attention are rounding alone: 1e-3 of a norm, and 1e-6.
+  worst = max(abs(np.linalg.norm(ours[n]) - x) / (x + 1e-3)
+              for n, x in listed.items())
   parity.note(record_property, f'FIBER fine, whole, fusion {variant}: L2 norms '
-              f'of {len(listed)} gradients, relative', AGAINST, worst, 1e-3)
+              f'of {len(listed)} gradients, relative to each one and 1e-3',
+              AGAINST, worst, 1e-3)
   full = {k.removeprefix('grad/'): x for k, x in want.items()
           if k.startswith('grad/')}
   assert len(full) == 4
