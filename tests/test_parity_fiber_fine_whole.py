@@ -224,3 +224,15 @@ def test_optimiser_groups(variant, record_property, reference):
                     if 'cls_logits' not in n}
   parity.note(record_property, f'FIBER fine, fusion {variant}: learning rates, '
               'decays and frozen tensors that differ', AGAINST, other, 0)
+
+
+def test_schedule(record_property, reference):
+  """Of pre-training's learning rate; and where its weight decay drops."""
+  data, config = reference('transforms_schedule'), config_lib.get_config('base')
+  assert config.optim.decay_steps == tuple(data['schedule_milestones'])
+  assert config.optim.weight_decay_steps == (357_512, 474_904)
+  ours = np.asarray(jax.vmap(optim.make_schedule(
+      config.optim, config.total_steps))(data['schedule_step']))
+  theirs = data['schedule_lr_base_1e-4']
+  parity.note(record_property, 'FIBER fine, learning rate at 15 steps, relative',
+              AGAINST, np.abs(ours / theirs - 1).max(), 1e-5)
