@@ -47,8 +47,8 @@ RECIPES = {
                   warmup=0, clip=1., fusion='v2', frozen=True)}
 # Their rows are images; those of other sets, captions.
 _DETECTION = ('objects365', 'coco', 'lvis')
-# Of all steps: where the rate drops to a tenth. The weight decay of pre-training
-# drops at .667 of these steps [F].
+# Of all steps: where the rate drops to a tenth. The weight decay of
+# pre-training drops at .667 of these steps [F].
 _DROPS, _DECAY_DROPS = (.67, .89), .667
 
 

@@ -1,5 +1,6 @@
 """FIBER's fine stage: what it promises beyond the original's numbers."""
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,29 @@ def test_weight_decay_drops():
   config.optimizer = 'adamw_hf'
   with pytest.raises(errors.UserError, match="weight_decay_steps.*'adamw_hf'"):
     optim.make_optimizer(config, params, optim.make_schedule(config, 10))
+
+
+def test_full_size():
+  """At 800 x 1344: 22,400 locations; windows need not divide the grid."""
+  config = config_lib.get_config('base')
+  model = models.build(config, vocab_size=50265, num_classes=80,
+                       num_attributes=0)
+  batch = {'image': jax.ShapeDtypeStruct((1, 800, 1344, 3), jnp.uint8),
+           'image_mask': jax.ShapeDtypeStruct((1, 800, 1344), bool),
+           'text': jax.ShapeDtypeStruct((1, 1, 256), jnp.int32),
+           'text_mask': jax.ShapeDtypeStruct((1, 1, 256), bool)}
+  out, variables = jax.eval_shape(lambda b: model.init_with_output(
+      jax.random.key(0), b, model.views), batch)
+  out = out['joint']
+  assert out['token_logits'].shape == (1, 1, 22_400, 256)
+  assert [x.shape[2] for x in out['anchors'].values()] == [
+      100 * 168, 50 * 84, 25 * 42, 13 * 21, 7 * 11]
+  sizes = {}
+  for name, x in parity.flat(variables['params']).items():
+    part = re.sub(r'/.*|_\d$', '', name)
+    sizes[part] = sizes.get(part, 0) + x.size
+  print('fiber_fine base:', {k: f'{n / 1e6:.2f}M' for k, n in sizes.items()})
+  assert .9e7 < sizes['tower'] < 1.3e7
 
 
 # --- Canvas -----------------------------------------------------------------

@@ -165,8 +165,8 @@ def test_results(variant, record_property, case):
         worst = max(worst, abs(mine['scores'][gap.argmin()] - score))
   print(f'{variant}: {missed} of 80 boxes not found')
   assert missed <= 1
-  parity.note(record_property, f'FIBER fine, whole, fusion {variant}: scores of '
-              'results', AGAINST, worst, 1e-4)
+  parity.note(record_property, f'FIBER fine, whole, fusion {variant}: scores '
+              'of results', AGAINST, worst, 1e-4)
 
 
 @pytest.mark.slow
@@ -234,5 +234,5 @@ def test_schedule(record_property, reference):
   ours = np.asarray(jax.vmap(optim.make_schedule(
       config.optim, config.total_steps))(data['schedule_step']))
   theirs = data['schedule_lr_base_1e-4']
-  parity.note(record_property, 'FIBER fine, learning rate at 15 steps, relative',
-              AGAINST, np.abs(ours / theirs - 1).max(), 1e-5)
+  parity.note(record_property, 'FIBER fine, learning rate at 15 steps, '
+              'relative', AGAINST, np.abs(ours / theirs - 1).max(), 1e-5)
