@@ -85,6 +85,7 @@ def test_find(phrase, text, taken, wanted):
 
 
 @hypothesis.given(st.text('ab \t\n', max_size=12), st.data())
+@hypothesis.settings(deadline=None)
 def test_clean_moves_spans_along(text, data):
   first = data.draw(st.integers(0, len(text)))
   end = data.draw(st.integers(first, len(text)))
