@@ -27,8 +27,17 @@ def caption(names):
 
 
 def cost(tokenizer, name):
-  """Number of tokens that a name and the separator after it take."""
+  """Number of tokens that a name and the separator after it take.
+
+  As the released code counts: the name alone, with the space after it as a
+  token. Within a caption it takes fewer, see `cost_within`.
+  """
   return len(tokenizer.encode(name + SEPARATOR)) - _ENDS
+
+
+def cost_within(tokenizer, name):
+  """Number of tokens that the separator before a name and the name take."""
+  return len(tokenizer.encode(SEPARATOR + name)) - _ENDS
 
 
 def fitting(costs, length):
@@ -63,8 +72,8 @@ def sampled(positives, candidates, costs, room, most, numbers,
   one, none, full = np.cumsum(probabilities)
   kind, share = numbers[:2]
   most = min(most, len(candidates))
-  count = (1 if kind < one else 0 if kind < none else most if kind < full
-           else int(share * most) + 1)
+  count = (min(1, most) if kind < one else 0 if kind < none else most if kind < full
+           else min(int(share * most) + 1, most))
   found = []
   for k in np.argsort(numbers[2:2 + len(candidates)], kind='stable')[:count]:
     name = candidates[k]

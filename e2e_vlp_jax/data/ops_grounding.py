@@ -101,8 +101,9 @@ class _Namer:
     self._probabilities = probabilities
     self._names = [class_captions.clean_name(n)
                    for n in context.labels.classes]
-    self._costs = [class_captions.cost(context.tokenizer, n)
-                   for n in self._names]
+    self._costs, self._within = (
+        [count(context.tokenizer, n) for n in self._names]
+        for count in (class_captions.cost, class_captions.cost_within))
 
   def __call__(self, example, seed):
     """(text, boxes, spans of each, number of lost boxes)."""
@@ -131,9 +132,9 @@ class _Namer:
         [self._costs[i] for i in positives], context.max_text)]
     if self._negatives < 0:
       others = shuffled(sorted(set(everything) - set(positives)), 2)
-      others = others[:class_captions.fitting(
-          [self._costs[i] for i in (*kept, *others)], context.max_text)
-                      - len(kept)]
+      most = class_captions.fitting(
+          [self._within[i] for i in (*kept, *others)], context.max_text)
+      others = others[:max(most - len(kept), 0)]
     else:
       others = class_captions.sampled(
           set(positives), everything, self._costs.__getitem__,

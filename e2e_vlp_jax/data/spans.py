@@ -15,6 +15,8 @@ def token_mask(tokenizer, text, phrases, length):
   A span reaches from the token of its first character to that of its last.
   Where such a character has no token (a space), the next two inwards are
   tried. A span that has no token there, or only beyond `length`, has none.
+  Of several tokens of one character (bytes of Chinese ones) the first counts,
+  as in the released code.
 
   Args:
     tokenizer: a `tokenizer.Tokenizer`.

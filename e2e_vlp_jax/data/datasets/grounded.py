@@ -53,6 +53,17 @@ class Image:
   expressions: Sequence[Any] = dataclasses.field(default_factory=list)
 
 
+def joined(images):
+  """One image for each file, with all that its entries have."""
+  found = {}
+  for image in images:
+    first = found.setdefault(image.file_name, image)
+    if first is not image:
+      for key in ('captions', 'objects', 'expressions'):
+        getattr(first, key).extend(getattr(image, key))
+  return list(found.values())
+
+
 class GroundedRecords(base.RecordBuilder):
   """Turns `Image`s into records."""
 

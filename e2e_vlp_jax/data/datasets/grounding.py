@@ -60,6 +60,8 @@ class Builder(grounded.GroundedRecords):
     found = collections.defaultdict(list)
     for path in self._files():
       found[_split(path)] += self._read(path, names)
+    found = {split: grounded.joined(images)
+             for split, images in found.items()}
     classes = {o['label']: None for images in found.values()
                for image in images for o in image.objects}
     self._classes = list(names.values()) if names else sorted(classes)
