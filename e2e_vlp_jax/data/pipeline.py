@@ -173,6 +173,11 @@ class Pipeline:
     """
     return self._sources.unit(example_id)
 
+  def every_record(self):
+    """Yields (example_id of its first unit, record) of all that can be read,
+    except those that `exclude` leaves out."""
+    return self._sources.every_record()
+
   def name(self, example_id):
     """'dataset/split record n', for messages; with a unit, also its item."""
     return self._sources.name(example_id)
