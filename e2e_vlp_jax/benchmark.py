@@ -136,8 +136,8 @@ class _OurStep:
   def __init__(self, assembly, batch):
     mesh, size = assembly.mesh, len(batch['image'])
     rows = sharding.host_rows(mesh, size)
-    self.batch = sharding.shard_batch(mesh, {k: v[rows]
-                                             for k, v in batch.items()})
+    self.batch = sharding.shard_batch(mesh, {
+        k: v[rows] for k, v in assembly.fed(batch).items()})
     start = time.perf_counter()
     traced = assembly.trace(size)
     self.flops = program.flops(traced.jaxpr)

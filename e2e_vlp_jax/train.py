@@ -37,8 +37,7 @@ def train(config, workdir, allow_changes=False):
     allow_changes: see `workdir_lib.open_workdir`.
 
   Raises:
-    UserError: config, data, workdir or checkpoints do not fit, the workdir is
-      in use, or every update is non-finite.
+    UserError: a part does not fit, WORKDIR is in use, or no update is finite.
     SystemExit: a signal stopped the run; its state is saved.
   """
   clock = progress.Clock('init')
@@ -64,7 +63,8 @@ def train(config, workdir, allow_changes=False):
             or early_stop.reached):
           continue
         state = assembly.begin_stage(number, state)
-        run_step = progress.MeteredStep(assembly.step(number), clock, mesh)
+        run_step = progress.MeteredStep(assembly.step(number), clock, mesh,
+                                        evaluation.feeder(number, data))
         for t, batch in clock.waiting('data', data.iterate(int(state.step))):
           profiler.before(t)
           state, metrics = run_step(state, sharding.shard_batch(mesh, batch))

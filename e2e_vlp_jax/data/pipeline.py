@@ -182,6 +182,11 @@ class Pipeline:
               if self._two_images else None)
     return [record['image']] + ([second['image']] if second else [])
 
+  def every_record(self):
+    """Yields (example_id of its first unit, record) of all that can be read,
+    except those that `exclude` leaves out."""
+    return self._sources.every_record()
+
   def name(self, example_id):
     """'dataset/split record n', for messages; with a unit, also its item."""
     return self._sources.name(example_id)

@@ -144,6 +144,20 @@ class Sources:
     name, item = self.record_name(example_id), self.locate(example_id)[2]
     return f'{name} {self._unit.name} {item}' if self._unit.field else name
 
+  def every_record(self):
+    """Yields (example_id of its first unit, record) of all that may be used.
+
+    Those that cannot be read are left out.
+    """
+    for split, first, kept, offset in zip(
+        self._splits, self._first_units, self._kept, self._offsets):
+      for number in np.flatnonzero(kept & (np.diff(first) > 0)).tolist():
+        try:
+          record = split.get(number)
+        except Exception:  # pylint: disable=broad-exception-caught
+          continue  # Counted and reported when it comes in a batch.
+        yield int(offset + first[number]), record
+
   def first_records(self, count):
     """Yields (name, record) of the first records of every source.
 

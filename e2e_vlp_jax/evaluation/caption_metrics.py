@@ -128,14 +128,16 @@ def document_frequencies(references):
   """Document frequencies of n-grams, for `cider`.
 
   Args:
-    references: list of N lists of token lists.
+    references: N lists of token lists; any iterable.
 
   Returns:
     (Counter {n-gram: number of images whose references have it}, N).
   """
-  return collections.Counter(
-      ngram for refs in references
-      for ngram in set().union(*map(_ngrams, refs))), len(references)
+  documents, images = collections.Counter(), 0
+  for refs in references:
+    documents.update(set().union(*map(_ngrams, refs)))
+    images += 1
+  return documents, images
 
 
 def cider(candidates, references, frequencies=None):

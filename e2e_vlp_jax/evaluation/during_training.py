@@ -1,6 +1,7 @@
 """Evaluates a run while it trains, and at its end."""
 import jax
 
+from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import class_counts
 from e2e_vlp_jax.evaluation import evaluators
@@ -32,8 +33,9 @@ class Evaluation:
 
   def __init__(self, config, workdir, assembly, vocabularies, held):
     self._every, self._last = config.eval_every_steps, config.total_steps
-    self._workdir, self._config = workdir, config
+    self._workdir, self._config, self._assembly = workdir, config, assembly
     self._labels = vocabularies.labels
+    self._tokenizer = vocabularies.tokenizer
     self._evaluators = evaluators.Evaluators(
         config, assembly.model, vocabularies, assembly.mesh)
     self._evaluators.check_metric('checkpoint.best', config.checkpoint.best)
@@ -67,6 +69,21 @@ class Evaluation:
       report.write_report(self._workdir)
       print('labels of the first batch are drawn in '
             f'{self._workdir}/{label_pictures.FOLDER}', flush=True)
+
+  def feeder(self, number, pipeline):
+    """What adds to the batches of a stage before its steps; None: nothing.
+
+    Args:
+      number: of the stage.
+      pipeline: the training Pipeline.
+    """
+    objective = self._assembly.feeding(number)
+    if objective is None:
+      return None
+    kind = discovery.load('e2e_vlp_jax.evaluation', objective.feeder, 'Feeder',
+                          'objectives')
+    return kind(objective, self._assembly.model, self._assembly.mesh,
+                self._tokenizer, pipeline)
 
   def due(self, step):
     """Whether to evaluate at `step`; the last one has the final evaluation."""

@@ -11,6 +11,12 @@ fields are `config.objective_options.<name>`:
   divided by}, for weights that can be 0 while the sum is not. (A weight that
   was raised itself would no longer add up over micro-batches.)
 - `check(config, model)`, optional, for other requirements on model or config.
+An objective that must look at the current model outside of the step (samples,
+rewards) has also
+- `feeder`: a file of evaluation/ with a class `Feeder`, whose `__call__(state,
+  batch)` adds to each batch before the step;
+- `placeholder(batch)`: the same batch with zeros for it, to compile with.
+It is the only objective of its stage.
 """
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
@@ -60,6 +66,11 @@ def check(objectives, model, config):
     config: whole config.
   """
   for name, (_, objective) in objectives.items():
+    if hasattr(objective, 'feeder') and len(objectives) > 1:
+      others = ', '.join(n for n in objectives if n != name)
+      raise errors.UserError(
+          f'objectives.{name}: it changes the texts of the batches, so that it '
+          f'must be the only objective of its stage; found {others} beside it')
     for view, heads in objective.requests.items():
       for head in heads:
         if not model.offers(view, head):

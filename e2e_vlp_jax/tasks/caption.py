@@ -28,8 +28,11 @@ class Task(base.Task):
                                   compiled=True)}
   finetuning = base.Finetuning(
       unit='image', objectives={'captioning': 1.}, train_ops='text',
-      eval_ops='text', evaluator='captioning', metric='CIDEr', data='coco',
-      splits={'scenes': ('train', 'test'), 'coco': ('train', 'validation')})
+      eval_ops='text', evaluator='captioning', metric='CIDEr',
+      data='karpathy', splits={
+          'scenes': ('train', 'test'), 'coco': ('train', 'validation'),
+          'karpathy': ('train', 'validation'),
+          'flickr30k': ('train', 'validation')})
 
   def compute(self, predictor, variables, batch, beams=1):
     tokenizer = predictor.tokenizer

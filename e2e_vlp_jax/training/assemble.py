@@ -121,12 +121,23 @@ class Assembly:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         self.shapes, self.shardings)
 
+  def feeding(self, index=-1):
+    """The objective of a stage that has a feeder, or None."""
+    found = [o for _, o in self.objectives[index].values()
+             if hasattr(o, 'feeder')]
+    return found[0] if found else None
+
+  def fed(self, batch):
+    """`batch` with zeros for what the last stage's feeder adds."""
+    objective = self.feeding()
+    return objective.placeholder(batch) if objective else batch
+
   def batch_target(self, batch_size):
-    """Shapes and shardings of a global batch of this size."""
+    """Shapes and shardings of a global batch of this size, as it is fed."""
     where = sharding.batch_sharding(self.mesh)
     return {k: jax.ShapeDtypeStruct(
         (batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype),
-        sharding=where) for k, x in self._example.items()}
+        sharding=where) for k, x in self.fed(self._example).items()}
 
   def trace(self, batch_size):
     """Traces the last stage's step for a batch of this size, to compile it."""

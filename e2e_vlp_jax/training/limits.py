@@ -11,7 +11,8 @@ _LEAST = {
     'model.width': 1, 'checkpoint.every_steps': 0,
     'checkpoint.every_minutes': 0, 'checkpoint.keep': 0,
     'checkpoint.keep_every': 0, 'optim.learning_rate': 0,
-    'optim.warmup_steps': 0, 'warm_start.schedule.learning_rate': 0}
+    'optim.warmup_steps': 0, 'warm_start.schedule.learning_rate': 0,
+    'last_stage.schedule.learning_rate': 0}
 _LARGEST = 2**63 - 1  # of an integer, in numpy and jax
 
 

@@ -65,10 +65,13 @@ class MeteredStep:
     step: jitted function (state, batch) -> (state, metrics).
     clock: Clock of the run.
     mesh: the devices that share the work.
+    feed: function (state, batch) -> batch, called before each step; None = no
+      such function. Its time is part of the step's.
   """
 
-  def __init__(self, step, clock, mesh):
+  def __init__(self, step, clock, mesh, feed=None):
     self._step, self._clock = step, clock
+    self._feed = feed or (lambda state, batch: batch)
     self._flops_of = {}  # by the shape of a bucket's images
     self._blocked = collections.Counter()
     chip = chips.of_device(jax.local_devices()[0])
@@ -80,6 +83,7 @@ class MeteredStep:
     bucket = batch['image'].shape
     first = bucket not in self._flops_of
     self._clock.enter('compile' if first else 'step')
+    batch = self._feed(state, batch)
     if first:
       self._flops_of[bucket] = program.flops(
           self._step.trace(state, batch).jaxpr)
