@@ -82,12 +82,12 @@ def train(config, workdir, allow_changes=False):
                 **run_step.speed(), **clock.fractions()})
             run_step.restart()
           profiler.after(step, metrics, look_for_file=log)
-          stop.look(step)
+          stop.look()
           skipped.look(t, metrics, wait=stage_ends or stop.requested)
           scores = None
           if evaluation.due(step) and not stop.requested:
             with run_step.interrupted('evaluation'):
-              scores = evaluation.run(state, monitor, final=False)
+              scores = evaluation.run(state, monitor, final=False, stop=stop)
           if (saver.due(step, scores, look_at_clock=log) or stop.requested
               or step == config.total_steps):
             with run_step.interrupted('save'):

@@ -2,6 +2,7 @@
 import jax
 
 from e2e_vlp_jax.evaluation import evaluators
+from e2e_vlp_jax.training import stop_signal
 
 
 class Evaluation:
@@ -29,10 +30,26 @@ class Evaluation:
     """Whether to evaluate at `step`; the last one has the final evaluation."""
     return bool(self._every) and step % self._every == 0 and step != self._last
 
-  def run(self, state, monitor, final):
-    """{'eval/<name>/<metric>': value}; `final` evaluates more examples."""
-    scores, pictures = self._evaluators.run(state.variables, final=final)
+  def run(self, state, monitor, final, stop=None):
+    """Evaluates `state`; `final` evaluates more examples.
+
+    Args:
+      state: TrainState.
+      monitor: shows and writes the scores.
+      final: whether this is the evaluation at the end.
+      stop: a StopSignal, at which the evaluation is broken off.
+
+    Returns:
+      {'eval/<name>/<metric>': value}, or None if it was broken off.
+    """
     step = int(state.step)
+    try:
+      scores, pictures = self._evaluators.run(
+          state.variables, final=final,
+          between=stop.break_off if stop else lambda: None)
+    except stop_signal.Stopped:
+      monitor.say(f'step {step}: told to stop, evaluation broken off')
+      return None
     monitor.evaluated(step, scores, pictures)
     if jax.process_index() == 0:
       evaluators.write(self._workdir, step, scores, pictures)

@@ -87,13 +87,14 @@ class Evaluators:
           'evaluation during training '
           f'({", ".join(during) or "there is none"})')
 
-  def run(self, variables, final=True, bar=False):
+  def run(self, variables, final=True, bar=False, between=lambda: None):
     """Runs all evaluators.
 
     Args:
       variables: {'params': ..., **model_state}.
       final: use `max_examples`; otherwise `examples_during_training`.
       bar: show progress bars.
+      between: called after every batch, on all hosts; may raise.
 
     Returns:
       ({'eval/<name>/<metric>': value}, {picture name: PIL image}).
@@ -108,10 +109,12 @@ class Evaluators:
       with tqdm.tqdm(total=min(count or np.inf, pipeline.num_examples),
                      desc=name, unit='image', leave=False,
                      disable=not bar) as progress:
+        def after_batch(done, progress=progress):
+          progress.update(done - progress.n)
+          between()
         found = self._functions[name](
             self.predictor, variables, pipeline, max_examples=count or None,
-            progress=lambda done, bar=progress: bar.update(done - bar.n),
-            **options.get('options', {}))
+            progress=after_batch, **options.get('options', {}))
       scores.update({f'eval/{name}/{k}': v for k, v in found.items()})
     images = pictures.sample_sheet(
         self.predictor, variables, self._samples,
