@@ -79,11 +79,11 @@ def train(config, workdir, allow_changes=False):
                 **run_step.speed(), **clock.fractions()})
             run_step.restart()
           profiler.after(step, metrics, look_for_file=log)
-          stop.look(step)
+          stop.look()
           scores = None
           if evaluation.due(step) and not stop.requested:
             with run_step.interrupted('evaluation'):
-              scores = evaluation.run(state, monitor, final=False)
+              scores = evaluation.run(state, monitor, final=False, stop=stop)
           ends = stop.requested or early_stop.reached
           skipped.look(t, metrics, wait=stage_ends or ends)
           if (saver.due(step, scores, look_at_clock=log) or ends

@@ -77,6 +77,41 @@ def test_sigterm_saves_and_leaves_with_0(tiny_scenes, tmp_path):
   assert 'stopped at step' in (tmp_path / 'w.0.log').read_text()
 
 
+def test_sigterm_in_an_evaluation(tiny_scenes, tmp_path, monkeypatch):
+  """It is broken off after a batch; the run goes on to the same bits."""
+  from e2e_vlp_jax.evaluation import itm
+  batches = []
+
+  def evaluate(predictor, variables, pipeline, *, max_examples=None,
+               progress=None):
+    """Two batches; the signal comes in the first one of step 2."""
+    del predictor, variables, pipeline, max_examples
+    for done in (8, 16):
+      batches.append(done)
+      if interrupted and batches == [8]:
+        signal.raise_signal(signal.SIGTERM)
+      progress(done)
+    return {'accuracy': 1.}
+  monkeypatch.setattr(itm, 'evaluate', evaluate)
+  config = light_config(tiny_scenes, total_steps=5, eval_every_steps=2,
+                        **{'checkpoint.every_steps': 0})
+  config.evals = {'itm': dict(
+      type='itm', source=dict(name='scenes', split='validation'),
+      pp=config.data.pp_eval, max_examples=0, examples_during_training=16)}
+  interrupted = True
+  with pytest.raises(SystemExit) as e:
+    train.train(config, str(tmp_path / 'w'))
+  assert e.value.code == 0 and batches == [8]
+  assert saved_steps(tmp_path / 'w') == [2]
+  interrupted = False
+  for name in ('w', 'whole'):
+    train.train(config, str(tmp_path / name))
+  ours, theirs = (runs.metrics(tmp_path / name) for name in ('w', 'whole'))
+  assert ours == theirs and max(step for step, _ in ours) == 5
+  # Of step 4 and of the end; and of the whole run also of step 2.
+  assert len(batches) == 1 + 4 + 6
+
+
 def test_damaged_records_are_skipped_counted_and_named(tiny_scenes, tmp_path,
                                                        caplog):
   data = tmp_path / 'data'

@@ -16,9 +16,10 @@ PACKAGE = REPO / 'e2e_vlp_jax'
 ENTRY_POINTS = sorted(f.stem for f in PACKAGE.glob('*.py')
                       if f.stem not in ('__init__', 'checkpoint_files', 'cli',
                                         'discovery', 'errors', 'files',
-                                        'runs', 'study'))
+                                        'runs', 'storage_errors', 'study'))
 # What a room may import besides itself and `EVERYWHERE`.
-EVERYWHERE = ['checkpoint_files', 'discovery', 'errors', 'files']
+EVERYWHERE = ['checkpoint_files', 'discovery', 'errors', 'files',
+              'storage_errors']
 DOORS = {
     'ops': [],
     'data': [],

@@ -175,6 +175,35 @@ def test_a_process_that_fails_is_gone_at_once(start_pair):
   assert first.poll() is None
 
 
+LOOKS = JOIN + """
+import os, signal, sys, time
+from e2e_vlp_jax.training import distributed, stop_signal
+mine = jax.process_index()
+with stop_signal.StopSignal() as stop:
+  for n in range(600):
+    if n == 5 and mine:
+      os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(.02 + .03 * mine)
+    distributed.wait_for_all(f'step{n}') if n % 7 == 0 else None
+    try:
+      stop.look() if n % 3 else stop.break_off()
+    except stop_signal.Stopped:
+      pass
+    if stop.requested:
+      break
+print('stopped', n)
+"""
+
+
+def test_all_processes_stop_at_one_look(start_pair):
+  """The signal reaches the slower one alone, in an evaluation perhaps."""
+  said = [p.communicate(timeout=runs.PATIENCE)[0]
+          for p in start_pair(LOOKS, LOOKS)]
+  at = [re.search(r'stopped (\d+)', text) for text in said]
+  assert all(at), said
+  assert at[0][1] == at[1][1] and 5 <= int(at[0][1]) < 599
+
+
 def test_pods_wait_longest(monkeypatch):
   """A slice may come half an hour after the others."""
   monkeypatch.setenv('E2E_VLP_DISTRIBUTED', 'auto')

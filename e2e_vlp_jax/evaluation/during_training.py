@@ -8,6 +8,7 @@ from e2e_vlp_jax.evaluation import evaluators
 from e2e_vlp_jax.evaluation import label_pictures
 from e2e_vlp_jax.evaluation import report
 from e2e_vlp_jax.training import early_stop
+from e2e_vlp_jax.training import stop_signal
 
 
 _LABELS = 8  # pictures of labels
@@ -89,12 +90,27 @@ class Evaluation:
     """Whether to evaluate at `step`; the last one has the final evaluation."""
     return bool(self._every) and step % self._every == 0 and step != self._last
 
-  def run(self, state, monitor, final):
-    """{'eval/<name>/<metric>': value}; `final` evaluates more examples."""
+  def run(self, state, monitor, final, stop=None):
+    """Evaluates `state`; `final` evaluates more examples.
+
+    Args:
+      state: TrainState.
+      monitor: shows and writes the scores.
+      final: whether this is the evaluation at the end.
+      stop: a StopSignal, at which the evaluation is broken off.
+
+    Returns:
+      {'eval/<name>/<metric>': value}, or None if it was broken off.
+    """
     details = {}
-    scores, pictures = self._evaluators.run(state.variables, final=final,
-                                            details=details)
     step = int(state.step)
+    try:
+      scores, pictures = self._evaluators.run(
+          state.variables, final=final, details=details,
+          between=stop.break_off if stop else lambda: None)
+    except stop_signal.Stopped:
+      monitor.say(f'step {step}: told to stop, evaluation broken off')
+      return None
     monitor.evaluated(step, scores, pictures)
     if jax.process_index() == 0:
       evaluators.write(self._workdir, step, scores, pictures, details)

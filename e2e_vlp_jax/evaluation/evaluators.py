@@ -108,7 +108,8 @@ class Evaluators:
             f'{key}: {metric!r}; no metric {parts[2]!r} of the evaluator '
             f'{parts[1]!r}' + errors.nearest(parts[2], given))
 
-  def run(self, variables, final=True, bar=False, details=None):
+  def run(self, variables, final=True, bar=False, details=None,
+          between=lambda: None):
     """Runs all evaluators.
 
     Args:
@@ -117,6 +118,7 @@ class Evaluators:
       bar: show progress bars.
       details: a dict, which gets {evaluator: [details.Section]} of those that
         show more than numbers.
+      between: called after every batch, on all hosts; may raise.
 
     Returns:
       ({'eval/<name>/<metric>': value}, {picture name: PIL image}).
@@ -134,10 +136,12 @@ class Evaluators:
       with tqdm.tqdm(total=min(count or np.inf, pipeline.num_examples),
                      desc=name, unit='image', leave=False,
                      disable=not bar) as progress:
+        def after_batch(done, progress=progress):
+          progress.update(done - progress.n)
+          between()
         found = self._functions[name](
             self.predictor, variables, pipeline, max_examples=count or None,
-            progress=lambda done, bar=progress: bar.update(done - bar.n),
-            **more)
+            progress=after_batch, **more)
       scores.update({f'eval/{name}/{k}': v for k, v in found.items()})
     images = pictures.sample_sheet(
         self.predictor, variables, self._samples,

@@ -1,18 +1,14 @@
-"""Output of a run: progress bar, metrics.jsonl, TensorBoard.
-
-Only this file uses clu, and imports it when it makes a writer: clu needs
-TensorFlow, which a machine that only trains may lack.
-"""
+"""Output of a run: progress bar, metrics.jsonl, TensorBoard."""
 import contextlib
 import json
-import logging
 import math
 import os
 import time
 
 import jax
-import numpy as np
 import tqdm
+
+from e2e_vlp_jax.training import event_files
 
 
 class Monitor:
@@ -30,13 +26,8 @@ class Monitor:
   def __init__(self, workdir, total_steps, first_step=0, tensorboard=True):
     self._first = jax.process_index() == 0
     self._path = os.path.join(workdir, 'metrics.jsonl')
-    self._writer = None
-    if self._first and tensorboard:
-      try:
-        from clu import metric_writers  # pylint: disable=g-import-not-at-top
-        self._writer = metric_writers.SummaryWriter(workdir)
-      except ImportError as e:
-        logging.warning('no TensorBoard events: %s', e)
+    self._events = (event_files.EventFiles(workdir)
+                    if self._first and tensorboard else None)
     self._bar = tqdm.tqdm(
         total=total_steps, initial=first_step, unit='step',
         disable=not self._first, dynamic_ncols=True, smoothing=.05)
@@ -48,10 +39,9 @@ class Monitor:
   def __exit__(self, kind, *unused):
     """Closes bar and writer without masking an exception in flight."""
     self._bar.close()
-    if self._writer is not None:
+    if self._events is not None:
       with contextlib.suppress(*[Exception] if kind else []):
-        self._writer.flush()
-        self._writer.close()
+        self._events.close()
 
   def write(self, step, metrics):
     """Appends {'step', 'time', **metrics}; writes the TensorBoard scalars.
@@ -70,8 +60,8 @@ class Monitor:
     except OSError as e:
       e.filename = self._path  # Errors of `write` do not name the file.
       raise
-    if self._writer is not None:
-      self._writer.write_scalars(int(step), metrics)
+    if self._events is not None:
+      self._events.scalars(int(step), metrics)
 
   def log(self, step, objectives, metrics, performance):
     """Writes the metrics of a step; shows the main ones beside the bar.
@@ -101,9 +91,8 @@ class Monitor:
       pictures: {name: PIL image}, for TensorBoard.
     """
     self.write(step, scores)
-    if self._writer is not None:
-      for name, image in pictures.items():
-        self._writer.write_images(int(step), {name: np.asarray(image)[None]})
+    if self._events is not None:
+      self._events.images(int(step), pictures)
     lines = {}
     for key, value in scores.items():
       _, name, metric = key.split('/', 2)

@@ -1,9 +1,16 @@
-"""SIGTERM and Ctrl-C end a run after the current step instead of at once."""
+"""SIGTERM and Ctrl-C end a run after the current step instead of at once.
+
+An evaluation, which can take many minutes, is broken off.
+"""
 import os
 import signal
 
 import jax
 from jax.experimental import multihost_utils
+
+
+class Stopped(Exception):
+  """A stop has been requested; see `StopSignal.break_off`."""
 
 
 class StopSignal:
@@ -13,8 +20,8 @@ class StopSignal:
   interrupts as usual. On exit the old signal handlers are restored.
 
   With several processes, the signal may arrive at different times, or at only
-  one of them. Then jax's preemption service handles SIGTERM and chooses a step
-  that all of them reach.
+  one of them. Then jax's preemption service handles SIGTERM and chooses a call
+  of `look` that all of them reach, so that all must call it equally often.
 
   Attributes:
     requested: the run should save and end. Changes in `look` and on exit, so
@@ -26,6 +33,7 @@ class StopSignal:
     self.requested, self.exit_code = False, 0
     self._signalled = False
     self._several = jax.process_count() > 1
+    self._looks = 0
     self._old_handlers = {}
 
   def __enter__(self):
@@ -39,12 +47,20 @@ class StopSignal:
       signal.signal(number, handler)
     self.requested |= self._signalled
 
-  def look(self, step):
-    """Sets `requested` if the run ends after `step`, on all hosts."""
+  def look(self):
+    """Sets `requested` if the run ends here, on all hosts."""
+    self._looks += 1
     if self._several:
-      self.requested |= multihost_utils.reached_preemption_sync_point(step)
+      self.requested |= multihost_utils.reached_preemption_sync_point(
+          self._looks)
     else:
       self.requested = self._signalled
+
+  def break_off(self):
+    """Looks; raises `Stopped` if the run ends here, on all hosts."""
+    self.look()
+    if self.requested:
+      raise Stopped
 
   def _handle(self, number, frame):
     if number == signal.SIGINT:
