@@ -101,7 +101,8 @@ def test_parameters(spec):
 # --- Config values ----------------------------------------------------------
 # Keys that did not exist, and the value that stands for what was done then.
 NEW_KEYS = {'model.heads': {}, 'data.unit': 'image', 'data.exclude': [],
-            'early_stop.metric': '', 'early_stop.patience': 0}
+            'model.swin.fusion': 'v3', 'early_stop.metric': '',
+            'early_stop.patience': 0}
 
 
 def test_config_values():
