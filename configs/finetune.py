@@ -15,6 +15,9 @@ Argument: TASK,from=CHECKPOINT or TASK,system=NAME[,size=SIZE]; then key=value
 The task defines objectives, data and evaluator. Steps and learning rate come
 from configs/recipes/TASK.py, or else from `_schedule` here. Every value can be
 overridden: --config.total_steps=500. Measured results: README.
+
+Heads that the checkpoint has for other tasks are kept as they are, frozen. What
+they read changes under them: `evaluate --tasks OTHER,TASK` shows by how much.
 """
 import importlib
 import os
@@ -54,7 +57,8 @@ def get_config(arg=None):
   for key in ('seed', 'dtype', 'sharding_rules', 'model', 'data'):
     config[key] = given[key]
   config.init_from = options.get('from')
-  config.model.heads = {name: dict(how.head)} if how.head else {}
+  kept = _other_heads(name, given) if 'from' in options else {}
+  config.model.heads = {**kept, **({name: dict(how.head)} if how.head else {})}
   config.objectives = dict(how.objectives)
   config.objective_options = {
       k: given.objective_options.get(k, {}) for k in how.objectives}
@@ -63,8 +67,26 @@ def get_config(arg=None):
   for key, value in recipe.items():
     common.put(config, key, value)
   _drop_unread(config.optim)
+  if kept:
+    config.optim.groups = (
+        (rf'heads_({"|".join(kept)})/.*', dict(freeze=True)),
+        *config.optim.groups)
   _check(config, name)
   return config
+
+
+def _other_heads(name, given):
+  """{name: options} of the checkpoint's heads for other tasks.
+
+  Those of tasks whose rows have the keys of this task's rows, but for a second
+  image, so that the model can be built from either's.
+  """
+  read = lambda task: {k for k in base.load(task).keys
+                       if not k.startswith('second_')}
+  heads = given.model.get('heads', {})
+  return {other: dict(options) for other, options in heads.items()
+          if other != name and other in base.names()
+          and read(other) == read(name)}
 
 
 def _tasks():
@@ -161,6 +183,9 @@ def _schedule(config, given, data, recipe):
   config.checkpoint.every_steps = config.eval_every_steps
   optim = {k: v for k, v in given.optim.items()
            if k not in stages.SCHEDULE_KEYS}
+  # Groups of heads belong to the checkpoint's own task.
+  optim['groups'] = tuple(group for group in given.optim.groups
+                          if not group[0].startswith('heads_'))
   config.optim = dict(
       optim, schedule='linear', warmup_init=0., final_fraction=0.,
       learning_rate=given.optim.learning_rate / 2,

@@ -26,6 +26,7 @@ from e2e_vlp_jax.evaluation import nlvr2
 from e2e_vlp_jax.objectives import reason as reason_objective
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.tasks import reason
+from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import optim
 from tests import small_model
 
@@ -424,18 +425,39 @@ def test_a_run_on_scenes(tiny_scenes, tmp_path, capsys):
 
 
 def test_tasks_together(tiny_scenes, tmp_path, capsys):
-  """Questions and statements are other rows of the same records."""
+  """A checkpoint keeps the heads of other tasks; all are evaluated at once.
+
+  Questions and statements are other rows of the same records.
+  """
   config = small_model.get_config()
   config.data.answers = 'scenes'
-  config.model.heads = {name: {**base.load(name).finetuning.head, 'hidden': 8}
-                        for name in ('answer', 'reason')}
-  config.samples.count = 0
-  config.eval_batch_size = 8
-  run = small_model.save(tmp_path / 'run', config)
+  config.model.heads = {'answer': {**base.load('answer').finetuning.head,
+                                   'hidden': 8}}
+  config.optim.groups = (('heads_answer/.*', dict(lr_multiplier=2.)),
+                         *config.optim.groups)
+  first = small_model.save(tmp_path / 'first', config)
+  run = str(tmp_path / 'run')
+  train.main([
+      '--config', f'configs/finetune.py:reason,from={first}', '--workdir', run,
+      f'--config.data.dir={tiny_scenes}', '--config.total_steps=2',
+      '--config.optim.warmup_steps=1', '--config.batch_size=8',
+      '--config.eval_batch_size=8', '--config.eval_every_steps=0',
+      '--config.evals.nlvr2.max_examples=8', '--config.samples.count=0',
+      '--config.model.heads.reason.hidden=16', '--config.checkpoint.best='])
+  before, after = (checkpoint.load(path)[0] for path in (first, run))
+  assert set(after) - set(before) == {'heads_reason'}
+  jax.tree.map(np.testing.assert_array_equal, before['heads_answer'],
+               after['heads_answer'])
+  capsys.readouterr()
   evaluate.main(['--checkpoint', run, '--workdir', str(tmp_path / 'out'),
                  '--data_dir', str(tiny_scenes), '--tasks', 'answer,reason',
                  '--limit', '8'])
   scores = read(tmp_path / 'out' / 'eval.json')
   assert {'eval/vqa/accuracy', 'eval/nlvr2/accuracy'} <= set(scores)
-  assert not any('detection' in name for name in scores)
   assert 'eval/nlvr2/majority' in capsys.readouterr().out
+  # Back again: the head of `reason` is kept, its group does not freeze.
+  config = finetune.get_config(f'answer,from={run}')
+  assert set(config.model.heads) == {'answer', 'reason'}
+  assert [p for p, _ in config.optim.groups if p.startswith('heads_')] == [
+      'heads_(reason)/.*']
+  assert not finetune.get_config(f'detect,from={run}').model.heads

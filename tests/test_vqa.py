@@ -533,6 +533,11 @@ def test_prepare_refuses_what_is_no_source(tmp_path):
   (source / NAMES[0]).write_text('{"questions": [')
   with pytest.raises(errors.UserError, match='not readable JSON'):
     prepared(source, tmp_path / 'data')
+  (source / NAMES[0]).write_text(json.dumps(
+      {'data_subtype': 'val2014', 'questions': [question(1)]}))
+  with pytest.raises(errors.UserError, match=f'{NAMES[0]}: it holds val2014 '
+                     r'\(data_subtype\), and not train2014'):
+    prepared(source, tmp_path / 'data')
   (source / NAMES[0]).write_text('[]')
   with pytest.raises(errors.UserError, match="no list 'questions'"):
     prepared(source, tmp_path / 'data')

@@ -177,11 +177,16 @@ class BaseModel(nn.Module):
     """{name: function of Pieces}: computations that views can share."""
     encode = lambda key: lambda p: self.encode_text(
         p.batch[key], p.batch[f'{key}_mask'], p.train)
+
+    def second_image(p):
+      if self.is_initializing() and 'second_image' not in p.batch:
+        return p['image']  # Parameters are the same, whatever it shows.
+      return self.encode_image(
+          {k: p.batch[f'second_{k}'] for k in ('image', 'image_mask')},
+          p.train)
     return {
         'image': lambda p: self.encode_image(p.batch, p.train),
-        'second_image': lambda p: self.encode_image(
-            {k: p.batch[f'second_{k}'] for k in ('image', 'image_mask')},
-            p.train),
+        'second_image': second_image,
         'text': encode('text'), 'masked_text': encode('masked_text')}
 
   @property

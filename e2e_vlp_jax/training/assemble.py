@@ -26,7 +26,8 @@ class Assembly:
   Attributes:
     stages: from `stages.stages`.
     objectives: [{name: (weight, objective)}], one dict per stage.
-    requests: {view: heads} that the stages need from the model.
+    requests: {view: heads} that the stages need from the model, and all heads
+      of `config.model.heads`: the state has their parameters.
     shapes: TrainState of ShapeDtypeStructs.
     shardings: TrainState of NamedShardings.
 
@@ -44,9 +45,13 @@ class Assembly:
     for stage, built in zip(self.stages, self.objectives):
       objectives_lib.check(built, model, config)
       self.schedule(stage)  # Fails now, not when the stage begins.
-    self.requests = objectives_lib.requests(
+    needed = objectives_lib.requests(
         {f'{i}/{k}': v for i, built in enumerate(self.objectives)
          for k, v in built.items()})
+    for name, options in model.head_options.items():
+      for view in options['views']:
+        needed[view] = tuple(sorted({*needed.get(view, ()), name}))
+    self.requests = dict(sorted(needed.items()))
     self.shapes = jax.eval_shape(self._init)
     self.shardings = sharding.state_shardings(
         self.shapes, mesh, tuple(config.sharding_rules))

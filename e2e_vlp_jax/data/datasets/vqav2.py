@@ -96,8 +96,8 @@ class Builder(base.RecordBuilder):
   def _read(self, split):
     """(number of images, function to iterate over the records)."""
     paths = self._files(split)
-    questions = _questions(paths[0])
-    annotations = _annotations(paths[1]) if paths[1] else None
+    questions = _questions(paths[0], split)
+    annotations = _annotations(paths[1], split) if paths[1] else None
     by_image = collections.defaultdict(list)
     for question in questions.values():
       by_image[question['image_id']].append(question)
@@ -210,14 +210,14 @@ def _questions_of(split):
   return f'v2_OpenEnded_mscoco_{_SPLITS[split][0]}_questions.json'
 
 
-def _questions(path):
+def _questions(path, split):
   """{question_id: question} of an official file, its types checked."""
-  return _by_id(path, 'questions', {
+  return _by_id(path, 'questions', split, {
       'question_id': values.integer, 'image_id': values.integer,
       'question': lambda text, where: values.text(text, where) and text})
 
 
-def _annotations(path):
+def _annotations(path, split):
   """{question_id: annotation}; keeps only the text of each answer.
 
   Ten answers per question as dicts would take gigabytes.
@@ -225,7 +225,7 @@ def _annotations(path):
   def text_of(item):
     return item['answer'] if 'answer' in item and 'answers' not in item else (
         item)
-  return _by_id(path, 'annotations', {
+  return _by_id(path, 'annotations', split, {
       'question_id': values.integer, 'answers': _answers}, text_of)
 
 
@@ -235,23 +235,30 @@ def _answers(value, where):
   return value
 
 
-def _by_id(path, key, fields, hook=None):
+def _by_id(path, key, split, fields, hook=None):
   """The list `key` of a JSON file as {question_id: item}.
 
   Args:
     path: of the file.
     key: of the list.
+    split: that the file should hold.
     fields: {key of an item: function of `values` that reads it}.
     hook: json's `object_hook`.
 
   Raises:
-    UserError: unreadable, another kind of file, or two different items with
-      the same id.
+    UserError: unreadable, another kind of file or split, or two different
+      items with the same id.
   """
   content = values.load_json(path, hook)
   if not isinstance(content, dict) or not isinstance(content.get(key), list):
     raise errors.UserError(f'{path}: no list {key!r}; is this an official '
                            'file of VQA v2?')
+  held, wanted = content.get('data_subtype'), _SPLITS[split][0]
+  # test-dev2015 is a part of test2015, and may be called so.
+  if (held in {name for name, *_ in _SPLITS.values()}
+      and held.replace('-dev', '') != wanted.replace('-dev', '')):
+    raise errors.UserError(f'{path}: it holds {held} (data_subtype), and not '
+                           f'{wanted}')
   items = values.objects(content[key], f'{path}: {key}')
   for k, item in enumerate(items):
     for name, read in fields.items():
