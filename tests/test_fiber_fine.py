@@ -25,6 +25,7 @@ from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import optim
 from e2e_vlp_jax.training import sharding
 from tests import parity
+from tests.test_parity_fiber_fine import each_row
 
 SIZES = dict(vocab_size=30, num_classes=3, num_attributes=0)
 LENGTH, BOXES = 8, 3
@@ -88,13 +89,12 @@ def test_padded_boxes_are_never_assigned():
                          -1).astype(np.float32)
   mask = rng.random((4, 5)) < .6
   mask[0] = False
-  owner = np.asarray(atss.assign(levels, boxes, mask))
+  owner = np.asarray(atss.assign(each_row(levels, mask), boxes, mask))
   assert (owner[0] < 0).all() and (owner[1:] >= 0).any()
   assert np.take_along_axis(mask, np.maximum(owner, 0), 1)[owner >= 0].all()
-  other = np.where(mask[..., None], boxes, np.nan)
-  np.testing.assert_array_equal(owner, atss.assign(
-      levels, np.where(mask[..., None], boxes, 7.), mask))
-  np.testing.assert_array_equal(owner, atss.assign(levels, other, mask))
+  for fill in (7., np.nan):
+    np.testing.assert_array_equal(owner, atss.assign(
+        each_row(levels, mask), np.where(mask[..., None], boxes, fill), mask))
 
 
 def test_suppression_equals_the_plain_loop():
@@ -331,7 +331,8 @@ def test_targets_do_not_depend_on_the_canvas():
   mask = jnp.ones((1, 2), bool)
   owner = []
   for sizes in ([(8, 10), (4, 5), (2, 3)], [(16, 20), (8, 10), (4, 5)]):
-    found = atss.assign(anchors_lib.pyramid(sizes, 8, 4.), boxes, mask)[0]
+    levels = anchors_lib.pyramid(sizes, 8, 4.)
+    found = atss.assign(each_row(levels, mask), boxes, mask)[0]
     start, kept = 0, []
     for (h, w), (hs, ws) in zip(sizes, [(8, 10), (4, 5), (2, 3)]):
       kept.append(np.asarray(found[start:start + h * w]).reshape(
