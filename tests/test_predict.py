@@ -138,8 +138,7 @@ def test_images_of_a_shape_run_together_and_compile_once(loaded, monkeypatch):
 def test_what_predict_takes(loaded, photo):
   predictor, variables = loaded
   assert predictor.predict(variables, [], 'detect') == []
-  assert predictor.task_names() == ['caption', 'detect', 'match',
-                                    'retrieve']
+  assert predictor.task_names() == ['caption', 'detect', 'match', 'retrieve']
   ask = lambda *args, **options: predictor.predict(variables, *args, **options)
   for part, args, options in (
       ('expected a list of images', (photo, 'detect'), {}),

@@ -380,10 +380,14 @@ def test_each_image_and_text_is_encoded_once(tiny_scenes, monkeypatch, system,
         batch['text'].shape[1] if side == 'text' else 1)
     return encode(variables, batch, side, *args)
   monkeypatch.setattr(predictor, '_encode', counted)
+
+  def noting(name, was):
+    def encode(self, *args):
+      traced.append(name)
+      return was(self, *args)
+    return encode
   for name in ('encode_image', 'encode_text'):
-    monkeypatch.setattr(model, name, lambda self, *args, _was=getattr(
-        model, name), _name=name: (traced.append(_name),
-                                   _was(self, *args))[1])
+    monkeypatch.setattr(model, name, noting(name, getattr(model, name)))
   got = retrieval.evaluate(predictor, variables, pipeline, texts=2, top_k=3,
                            protocol=protocol, max_pairs=512)
   assert rows == {'image': 16, 'text': 32}

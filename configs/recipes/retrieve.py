@@ -10,9 +10,10 @@ published recipes.
 Every step shows an image with one of its captions, or several, sampled; an
 epoch is one over all captions, as in [F].
 """
-_CAPTIONS = {('karpathy', 'train'): 414_113, ('karpathy', 'restval'): 152_634,
-             ('karpathy', 'validation'): 25_010, ('flickr30k', 'train'): 145_000,
-             ('flickr30k', 'validation'): 5_070}
+_CAPTIONS = {
+    ('karpathy', 'train'): 414_113, ('karpathy', 'restval'): 152_634,
+    ('karpathy', 'validation'): 25_010, ('flickr30k', 'train'): 145_000,
+    ('flickr30k', 'validation'): 5_070}
 
 
 def _sources(name, *splits):

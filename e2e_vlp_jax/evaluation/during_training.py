@@ -83,8 +83,7 @@ class Evaluation:
       return None
     kind = discovery.load('e2e_vlp_jax.evaluation', objective.feeder, 'Feeder',
                           'objectives')
-    return kind(objective, self._assembly.model, self._assembly.mesh,
-                self._tokenizer, pipeline)
+    return kind(objective, self._assembly, self._tokenizer, pipeline)
 
   def due(self, step):
     """Whether to evaluate at `step`; the last one has the final evaluation."""

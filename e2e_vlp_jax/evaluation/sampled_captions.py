@@ -28,20 +28,20 @@ class Feeder:
 
   Args:
     objective: a `self_critical.Objective`.
-    model, mesh: of the run.
+    assembly: the run's `training.assemble.Assembly`.
     tokenizer: a `data.tokenizer.Tokenizer`.
     pipeline: the training Pipeline.
   """
 
-  def __init__(self, objective, model, mesh, tokenizer, pipeline):
-    self._objective, self._mesh = objective, mesh
+  def __init__(self, objective, assembly, tokenizer, pipeline):
+    self._objective, self._mesh = objective, assembly.mesh
     self._tokenizer, self._pipeline = tokenizer, pipeline
     self._texts = None  # {example_id: [words of a caption, with spaces]}
     ids = dict(cls_id=tokenizer.cls_id, sep_id=tokenizer.sep_id,
                pad_id=tokenizer.pad_id)
     never = tokenizer.cls_id, tokenizer.pad_id, tokenizer.mask_id
     self._draw = jax.jit(functools.partial(
-        _drawn, model, ids, never, objective.samples,
+        _drawn, assembly, ids, never, objective.samples,
         objective.baseline == 'greedy'))
 
   def __call__(self, state, batch):
@@ -107,11 +107,13 @@ class Feeder:
         {g: n for g, n in documents.items() if n > 1}, images)
 
 
-def _drawn(model, ids, never, count, greedy, params, model_state, rng, step,
+def _drawn(assembly, ids, never, count, greedy, params, model_state, rng, step,
            batch):
   """({'text', 'text_mask'} with the drawn captions behind, [B, R, L] those
   captions, [B, L] the likeliest one or None)."""
-  variables = {'params': params, **model_state}
+  model, mesh = assembly.model, assembly.mesh
+  variables = {'params': sharding.gather_parameters(
+      params, assembly.shardings.params), **model_state}
   length = batch['text'].shape[-1]
   # 0 and 1 are folded in by the step for dropout and the model's choices.
   key = jax.random.fold_in(jax.random.fold_in(rng, step), 2)
@@ -121,8 +123,9 @@ def _drawn(model, ids, never, count, greedy, params, model_state, rng, step,
   likeliest = beam_search.generate(
       model, variables, batch, max_length=length, mask_id=never[-1], **ids)[
           0] if greedy else None
-  return ({'text': jnp.concatenate([batch['text'], tokens], 1),
-           'text_mask': jnp.concatenate([batch['text_mask'], mask], 1)},
+  return (sharding.constrain_batch(mesh, {
+      'text': jnp.concatenate([batch['text'], tokens], 1),
+      'text_mask': jnp.concatenate([batch['text_mask'], mask], 1)}),
           tokens, likeliest)
 
 
