@@ -1,5 +1,6 @@
 """FIBER's fine stage (Dou et al., NeurIPS 2022): grounding and detection.
 
+  python -m e2e_vlp_jax.prepare scenes --grounded --data_dir data
   python -m e2e_vlp_jax.train --config configs/fiber.py:tiny --workdir A
   python -m e2e_vlp_jax.train --config configs/fiber_fine.py:tiny --workdir B \
       --config.init_from=A
@@ -44,8 +45,10 @@ RECIPES = {
     # the rate when the validation AP stalls; a fixed length is ours.
     'odinw': dict(steps=2000, batch=4, rate=1e-4, text=.1, decay=.05,
                   warmup=0, clip=1., fusion='v2', frozen=True)}
-# Of all steps: where the rate drops to a tenth. The weight decay of pre-training
-# drops at .667 of these steps [F].
+# Their rows are images; those of other sets, captions.
+_DETECTION = ('objects365', 'coco', 'lvis')
+# Of all steps: where the rate drops to a tenth. The weight decay of
+# pre-training drops at .667 of these steps [F].
 _DROPS, _DECAY_DROPS = (.67, .89), .667
 
 
@@ -96,6 +99,9 @@ def _data(config, data, side, tiny, recipe):
   """Input of one or several datasets."""
   names, scenes = data.split('+'), data == 'scenes'
   see = 'decode|fit|grounding'
+  # How classes become a caption [F]; see data/ops_grounding.py.
+  op = {'coco': 'grounding(negatives=-1)', 'odinw': 'grounding(negatives=-1)',
+        'lvis': 'grounding(probabilities=(0.,0.,1.))'}.get(recipe, 'grounding')
   # Short side of {480, ..., 800}, mirrored half of the time, except for
   # expressions, which speak of left and right [F].
   scale = 'scale_crop(scales=(480,560,640,720,800),p=0.)'
@@ -104,14 +110,29 @@ def _data(config, data, side, tiny, recipe):
       names, tokenizer=dict(kind='wordpiece' if scenes else 'bpe',
                             path='scenes' if scenes else 'roberta-base'),
       labels=common.labels(names, 'scenes' if scenes else 'coco'),
-      buckets=(((side, side),) if tiny else
-               # At most 800 x 1333, rounded up to 32 [F].
-               ((800, 1344), (1344, 800), (800, 1088), (1088, 800))),
-      max_text=32 if scenes else 256,  # 256 [F]
-      max_boxes=8 if scenes else 100, sentences=1,
-      pp_train=see if tiny else f'decode|{scale}|{flip}fit|grounding',
-      pp_eval=see)
-  common.evaluate(config, names)
+      # At most 800 x 1333, rounded up to 32 [F].
+      buckets=((800, 1344), (1344, 800), (800, 1088), (1088, 800)),
+      max_text=20 if scenes else 256,  # 256 [F]
+      max_boxes=8 if scenes else 100, sentences=1, pp_eval=see,
+      pp_train='decode|fit|grounding(class_share=.3)' if tiny else
+               f'decode|{scale}|{flip}fit|{op}')
+  for source in config.data.train if names[1:] else ():
+    # A row for each caption, and for each image with boxes alone [F].
+    source['weight'] = ('by_rows' if source['name'] in _DETECTION
+                        else 'by_texts')
+  if tiny:
+    resize(config, side)
+  if recipe == 'refcoco':
+    config.data.unit = 'refexp'  # a row for each expression [F]
+    common.evaluate(config, names, refexp=see)
+  else:
+    common.evaluate(config, names, unseen=scenes, grounding=see,
+                    class_prompts=see)
+
+
+def resize(config, side):
+  """One square bucket; windows need not divide it."""
+  config.data.buckets = ((side, side),)
 
 
 def _groups(text, frozen):

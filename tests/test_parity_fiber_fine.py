@@ -82,6 +82,11 @@ def reference_levels(data):
   return anchors_lib.pyramid(data['feature_sizes'].tolist(), STRIDE)
 
 
+def each_row(levels, rows):
+  """[[A_l, 4]] -> [[B, A_l, 4]], the same for each of `rows`."""
+  return [jnp.broadcast_to(x, (len(rows), *x.shape)) for x in levels]
+
+
 def test_anchors(record_property, reference):
   data = reference('anchors')
   levels = reference_levels(data)
@@ -116,7 +121,7 @@ def test_assignment(record_property, reference):
   data = reference('atss_assign')
   levels = reference_levels(data)
   boxes, mask = gathered(data, 3)
-  owner = np.asarray(atss.assign(levels, boxes, mask))
+  owner = np.asarray(atss.assign(each_row(levels, mask), boxes, mask))
   anchors = np.concatenate(levels)
   wrong, pairs, rows = 0, {}, np.cumsum([0, *data['num_boxes']])
   for i in range(3):

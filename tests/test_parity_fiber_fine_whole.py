@@ -22,6 +22,7 @@ from tests import test_parity_fiber_fine as parts
 from tests import xla_flags
 
 reference, compare = parts.reference, parts.compare
+AGAINST = parts.AGAINST
 VARIANTS = ('v2', 'v3')
 
 
@@ -164,11 +165,8 @@ def test_results(variant, record_property, case):
         worst = max(worst, abs(mine['scores'][gap.argmin()] - score))
   print(f'{variant}: {missed} of 80 boxes not found')
   assert missed <= 1
-  parity.note(record_property, f'FIBER fine, whole, fusion {variant}: scores of '
-              'results', AGAINST, worst, 1e-4)
-
-
-AGAINST = parts.AGAINST
+  parity.note(record_property, f'FIBER fine, whole, fusion {variant}: scores '
+              'of results', AGAINST, worst, 1e-4)
 
 
 @pytest.mark.slow
@@ -186,12 +184,12 @@ def test_losses_and_gradients(variant, record_property, case):
   # There Swin's first stage is frozen; the classifier is never trained.
   still = set(want['frozen_param_names'])
   assert set(listed) | {n for n in still if 'cls_logits' not in n} == set(ours)
-  floor = 1e-6 * max(listed.values())
-  worst = max(abs(np.linalg.norm(ours[n]) - x) / max(x, floor)
-              for n, x in listed.items()
-              if not n.endswith('.self.key.bias'))  # 0 but for rounding
+  # Those of saturated attention are rounding alone: 1e-3 of a norm, and 1e-6.
+  worst = max(abs(np.linalg.norm(ours[n]) - x) / (x + 1e-3)
+              for n, x in listed.items())
   parity.note(record_property, f'FIBER fine, whole, fusion {variant}: L2 norms '
-              f'of {len(listed)} gradients, relative', AGAINST, worst, 1e-3)
+              f'of {len(listed)} gradients, relative to each one and 1e-3',
+              AGAINST, worst, 1e-3)
   full = {k.removeprefix('grad/'): x for k, x in want.items()
           if k.startswith('grad/')}
   assert len(full) == 4
@@ -226,3 +224,15 @@ def test_optimiser_groups(variant, record_property, reference):
                     if 'cls_logits' not in n}
   parity.note(record_property, f'FIBER fine, fusion {variant}: learning rates, '
               'decays and frozen tensors that differ', AGAINST, other, 0)
+
+
+def test_schedule(record_property, reference):
+  """Of pre-training's learning rate; and where its weight decay drops."""
+  data, config = reference('transforms_schedule'), config_lib.get_config('base')
+  assert config.optim.decay_steps == tuple(data['schedule_milestones'])
+  assert config.optim.weight_decay_steps == (357_512, 474_904)
+  ours = np.asarray(jax.vmap(optim.make_schedule(
+      config.optim, config.total_steps))(data['schedule_step']))
+  theirs = data['schedule_lr_base_1e-4']
+  parity.note(record_property, 'FIBER fine, learning rate at 15 steps, '
+              'relative', AGAINST, np.abs(ours / theirs - 1).max(), 1e-5)

@@ -18,12 +18,8 @@ from e2e_vlp_jax.ops import deformable
 GROUPS = 16
 _OFFSETS = 2 * deformable.TAPS  # of the maps' channels; masks follow
 _SMALL = nn.initializers.normal(.01)
-
-
-def _torch_uniform(key, shape, dtype=jnp.float32):
-  """Uniform in +-1 / sqrt(inputs of an output), as in the released code."""
-  limit = 1 / (shape[0] * shape[1] * shape[2])**.5
-  return jax.random.uniform(key, shape, dtype, -limit, limit)
+# Uniform in +-1 / sqrt(inputs of an output), as in the released code.
+_UNIFORM = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
 def hard_sigmoid(x):
@@ -39,7 +35,7 @@ class DeformableConv(nn.Module):
   def __call__(self, x, offset, mask, stride=1):
     """See `deformable.convolve`; offset: [B, h, w, 18], (dy, dx) by tap."""
     offset = offset.reshape(*offset.shape[:3], deformable.TAPS, 2)
-    kernel = self.param('kernel', _torch_uniform,
+    kernel = self.param('kernel', _UNIFORM,
                         (3, 3, x.shape[-1], self.width))
     bias = self.param('bias', nn.initializers.zeros, (self.width,))
     y = deformable.convolve(x, kernel, offset, mask, stride) + bias
@@ -58,8 +54,9 @@ class DyReLU(nn.Module):
     """[B, h, w, C] -> [B, h, w, C]."""
     c = x.shape[-1]
     y = x.mean((1, 2)).astype(self.dtype)
-    y = nn.relu(nn.Dense(c // 4, dtype=self.dtype, name='in')(y))
-    y = nn.Dense(4 * c, dtype=self.dtype, name='out')(y).astype(x.dtype)
+    dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
+                                     kernel_init=_UNIFORM)
+    y = dense(4 * c, 'out')(nn.relu(dense(c // 4, 'in')(y))).astype(x.dtype)
     theta = hard_sigmoid(y)[:, None, None] - .5
     a1, b1, a2, b2 = jnp.split(theta, 4, -1)
     return jnp.maximum(x * (2 * a1 + 1) + b1, x * 2 * a2 + b2)
@@ -79,7 +76,7 @@ class Block(nn.Module):
 
   def setup(self):
     self.offset = nn.Conv(3 * deformable.TAPS, (3, 3), padding=1,
-                          dtype=self.dtype)
+                          dtype=self.dtype, kernel_init=_UNIFORM)
     self.same, self.finer, self.coarser = (
         DeformableConv(self.width) for _ in range(3))
     self.level_weight = nn.Dense(1, kernel_init=_SMALL)

@@ -131,3 +131,47 @@ class Model(fiber_trunk.Trunk):
     return {**out, 'anchors': {
         f'p{k}': jnp.broadcast_to(x, (b, p, *x.shape))
         for k, x in enumerate(anchors, 3)}}
+
+  # --- Checkpoints of the coarse stage ----------------------------------------
+
+  def adapt(self, loaded, params):
+    """`loaded` as it is: all that fits is taken, the rest starts anew.
+
+    Raises:
+      UserError: its trunk has the other variant of fusion or another window,
+        so that much of it would silently not fit.
+    """
+    theirs, ours = _facts(loaded), _facts(params)
+    for key, value in ours.items():
+      if theirs.get(key, value) != value:
+        raise errors.UserError(
+            f'init_from: the checkpoint has {key}={theirs[key]}, this model '
+            f'{value}; expected a checkpoint of the same {key}, or '
+            f'--config.{key}={theirs[key]}')
+    return loaded
+
+
+def _facts(params):
+  """{config key: value} that the parameters of a trunk tell."""
+  names = {'/'.join(k.key for k in path): x for path, x in
+           jax.tree_util.tree_flatten_with_path(params)[0]}
+  found = {}
+  fused = [n for n in names if n.startswith('swin/') and '/cross/' in n]
+  if fused:
+    found['model.swin.fusion'] = ('v3' if any('/cross/norm/' in n
+                                              for n in fused) else 'v2')
+  tables = [x.shape[0] for n, x in names.items()
+            if n.startswith('swin/') and n.endswith('/relative_bias')]
+  if tables:  # (2w - 1)^2 rows, fewer where a grid is smaller than w
+    found['model.swin.window'] = int(max(tables)**.5 + 1) // 2
+  return found
+
+
+def describe(config):
+  """`config.model` in one line, for people."""
+  swin, head = config['swin'], config['head']
+  depths = '-'.join(map(str, swin['depths']))
+  return (f'Swin {depths} of width {swin["width"]}, RoBERTa of '
+          f'{config["roberta"]["depth"]} layers, {config["fused_layers"]} of '
+          f'them fused ({swin["fusion"]}), dynamic head of {head["blocks"]} '
+          f'blocks, width {head["width"]}')

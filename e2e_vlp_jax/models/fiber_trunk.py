@@ -71,6 +71,8 @@ class Trunk(contract.BaseModel):
     frozen = min(self.frozen_blocks, self.first_block)
     if frozen:  # They are in evaluation mode and get no gradient.
       x = jax.lax.stop_gradient(self.swin.run(x, 0, frozen, False, stages))
+      if stages:
+        stages[:] = jax.lax.stop_gradient(stages)
     return self.swin.run(x, frozen, self.first_block, train, stages)
 
   def pixels(self, image, image_mask):

@@ -57,7 +57,7 @@ class Objective:
     out = outputs['joint']
     code, logits, center = (out[k][:, 0].astype(jnp.float32) for k in (
         'box_code', 'token_logits', 'centerness'))
-    levels = [out['anchors'][k][0, 0] for k in sorted(out['anchors'])]
+    levels = [out['anchors'][k][:, 0] for k in sorted(out['anchors'])]
     rows = batch['valid'] & batch.get('task_mask/grounding', True)
     size = jnp.stack([batch['image_mask'].any(2).sum(1),
                       batch['image_mask'].any(1).sum(1)], -1)
@@ -68,7 +68,7 @@ class Objective:
                         self.batch_axes)
     positive = owner >= 0
     target = jnp.take_along_axis(boxes, jnp.maximum(owner, 0)[..., None], 1)
-    anchors = jnp.concatenate(levels)
+    anchors = jnp.concatenate(levels, 1)
     # Where there is no box, an anchor is its own, so that all stays finite.
     target = jnp.where(positive[..., None], target, anchors)
     central = jnp.where(positive, pixel_boxes.centerness(target, anchors), 0.)

@@ -23,7 +23,7 @@ def assign(anchors, boxes, mask, nearest=9, mesh=None, axes=()):
   """The box of each anchor.
 
   Args:
-    anchors: [[A_l, 4] of each level], inclusive pixels.
+    anchors: [[B, A_l, 4] of each level], inclusive pixels.
     boxes: [B, M, 4], inclusive pixels.
     mask: [B, M] True where the box is real; others are never assigned.
     nearest: candidates of a box on each level.
@@ -36,13 +36,12 @@ def assign(anchors, boxes, mask, nearest=9, mesh=None, axes=()):
     the one with the highest IoU, and of equal ones the first.
   """
   boxes = jax.lax.stop_gradient(boxes).astype(jnp.float32)
-  one = functools.partial(_assign, anchors, nearest=nearest)
-  run = jax.vmap(lambda b, m: one(boxes=b, mask=m))
+  run = jax.vmap(functools.partial(_assign, nearest=nearest))
   if mesh is None or not axes:
-    return run(boxes, mask)
+    return run(anchors, boxes, mask)
   spec = P(axes)
-  return jax.shard_map(run, mesh=mesh, in_specs=(spec, spec), out_specs=spec,
-                       check_vma=False)(boxes, mask)
+  return jax.shard_map(run, mesh=mesh, in_specs=(spec, spec, spec),
+                       out_specs=spec, check_vma=False)(anchors, boxes, mask)
 
 
 def _assign(levels, boxes, mask, nearest):

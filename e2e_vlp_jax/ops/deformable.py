@@ -14,6 +14,7 @@ TAPS = 9
 _SIDE = 3
 
 
+@jax.named_scope('deformable')  # `profiling.by_module` looks for it.
 def convolve(x, kernel, offset, mask, stride=1):
   """A 3x3 deformable convolution with padding 1.
 

@@ -14,6 +14,9 @@ import re
 import jax
 
 OTHER = 'other'
+# Scopes of costly ops, which count apart from the module that calls them.
+_OPS = {'matching': 'matching', 'hungarian': 'matching',
+        'deformable': 'deformable'}
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$')
 _INSTRUCTION = re.compile(
     r'^\s+(?:ROOT )?%?([\w.\-]+) = .*?\s[\w\-]+\((.*)$')
@@ -30,8 +33,9 @@ def part_of(op_name, modules):
     modules: names of the model's own submodules.
   """
   words = [w.split('.')[0] for w in re.split(r'[/()]', op_name)]
-  if {'matching', 'hungarian'} & set(words):
-    return 'matching'
+  for word in words:
+    if word in _OPS:
+      return _OPS[word]
   for word in words:
     if word in modules:
       return word

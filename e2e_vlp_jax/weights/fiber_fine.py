@@ -29,6 +29,7 @@ SURPLUS = (
      f'of a layer below the first pair, {_UNUSED}'))
 COPIES = {}
 UNSAID = ('model.roberta.heads', 'model.head.released_offsets')
+RESIZABLE, resize = swin.RESIZABLE, swin.resize
 
 
 def canonical(name):
