@@ -2,19 +2,25 @@
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
+from configs import finetune
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data.datasets import flickr30k_entities
 from e2e_vlp_jax.data.tokenizer import load_tokenizer
 from e2e_vlp_jax.errors import UserError
 from e2e_vlp_jax.evaluation import detection
 from e2e_vlp_jax.evaluation import grounding
+from e2e_vlp_jax.evaluation import inputs
 from e2e_vlp_jax.evaluation import lvis
 from e2e_vlp_jax.evaluation import prompts
+from e2e_vlp_jax.models import grounding_head
 from e2e_vlp_jax.tasks import base as tasks_base
 from e2e_vlp_jax.tasks import ground
+from tests import small_model
+from tests import test_fiber_fine
 
 ROBERTA = load_tokenizer('bpe', 'roberta-base')
 
@@ -252,3 +258,90 @@ def test_sample_texts():
   said = dict(texts=[], phrases=[], objects=[], refexps=[dict(text='[a] dog')])
   assert task.sample_texts([record, None, objects, said]) == [
       ['[a dog] and [a cat]'], [''], ['[dog]. [cat]'], ['(a) dog']]
+
+
+# --- With a model -----------------------------------------------------------
+@pytest.fixture(scope='module')
+def small():
+  """(predictor, variables) of a fine stage of some thousand parameters."""
+  config = test_fiber_fine.small_config(**{'model.roberta.positions': 26})
+  config.data.update(dict(buckets=((48, 48),), max_text=24, max_boxes=4))
+  return small_model.build(config)
+
+
+def pictures(count):
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, 255, (40, 48, 3)).astype(np.uint8)
+          for _ in range(count)]
+
+
+def test_phrases_of_photographs(small):
+  predictor, variables = small
+  one, other = predictor.predict(
+      variables, pictures(2), 'ground',
+      [['[a red ring] and [a star]'], ['the cross']], boxes=2)
+  assert {p.text for p in one.phrases} == {'a red ring', 'a star'}
+  assert {p.text for p in other.phrases} == {'the cross'}
+  for p in one.phrases + other.phrases:
+    x0, y0, x1, y1 = p.box
+    assert 0 <= x0 < x1 <= 48 and 0 <= y0 < y1 <= 40 and 0 < p.score < 1
+  assert one.phrases[0].score >= one.phrases[1].score
+  # The text may name anything; what is cut off is told.
+  cut, = predictor.predict(variables, pictures(1), 'ground',
+                           ['a ring ' * 12 + '[a star]'])
+  assert not cut.phrases and cut.cut_texts[0].text.endswith('ring a star')
+
+
+def test_text_features_of_classes_are_computed_once(small, monkeypatch):
+  """And the boxes are those of the whole computation for each image."""
+  predictor, variables = small
+  names = label_space.LabelSpace.load('scenes').classes
+  encode, encoded = predictor.encode_texts, []
+  monkeypatch.setattr(
+      predictor, 'encode_texts',
+      lambda *args: encoded.append(args[1].shape) or encode(*args))
+  results = predictor.predict(variables, pictures(10), 'ground', classes=names,
+                              threshold=0.)
+  assert encoded == [(1, 1, 24)] and len(results) == 10  # two batches
+  prompt = predictor.prompt(variables, names)
+  text = prompts.phrase_inputs(predictor, [(prompt.captions[0], [])], 1)
+  example = inputs.example(predictor, pictures(1)[0])
+  batch = {k: v[None] for k, v in (example | text).items()}
+
+  @jax.jit
+  def whole(variables, batch, tokens):
+    out = predictor.model.apply(variables, batch, ground.Task.requests)['joint']
+    return grounding_head.objects(
+        out, tokens, grounding_head.image_size(batch['image_mask']),
+        **ground.CLASSES)
+  found = whole(variables, batch, prompt.inputs['prompt_tokens'])
+  there = np.asarray(found['labels'][0, 0]) >= 0
+  np.testing.assert_allclose(
+      [o.score for o in results[0].objects],
+      np.sort(np.asarray(found['scores'])[0, 0][there])[::-1], atol=1e-5)
+  assert there.any() and {o.label for o in results[0].objects} <= set(names)
+
+
+def test_an_expression_by_its_tokens(small):
+  """The task refer works with this kind of model too."""
+  predictor, variables = small
+  assert {'ground', 'refer'} <= set(predictor.task_names())
+  found, = predictor.predict(variables, pictures(1), 'refer',
+                             ['the red ring', 'a star'], boxes=2)
+  assert [p.text for p in found.phrases] == ['the red ring'] * 2 + [
+      'a star'] * 2
+  same, = predictor.predict(variables, pictures(1), 'ground',
+                            ['[the red ring]'])
+  # Both score all words; only the number of results differs.
+  np.testing.assert_allclose(found.phrases[0].box, same.phrases[0].box,
+                             atol=1e-3)
+
+
+def test_finetuning_chooses_what_the_model_has():
+  config = finetune.get_config('refer,system=fiber_fine,size=tiny')
+  assert dict(config.objectives) == {'grounding': 1.}
+  assert (config.data.unit, config.data.pp_train) == (
+      'refexp', 'decode|fit|grounding')
+  assert not config.model.heads and list(config.evals) == ['refexp']
+  config = finetune.get_config('ground,system=fiber_fine,size=tiny')
+  assert config.checkpoint.best == 'eval/grounding/R1'
