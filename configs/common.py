@@ -9,9 +9,10 @@ from ml_collections.config_dict import placeholder
 
 from e2e_vlp_jax import errors
 
-# Datasets whose objects have names of a shipped label space. All others bring
-# their own names, except those that have no objects.
-SHIPPED = ('scenes', 'coco', 'visual_genome', 'nlvr1', 'vqav2')
+# Datasets whose objects have names of a shipped label space, or that have no
+# objects. All others bring their own names.
+SHIPPED = ('scenes', 'coco', 'visual_genome', 'nlvr1', 'vqav2', 'refcoco',
+           'flickr30k_entities')
 _NO_OBJECTS = ('sbu', 'cc3m', 'karpathy', 'flickr30k')
 
 
