@@ -111,12 +111,18 @@ def _system(name):
 
 
 def _recipe(task, system, data):
-  """{dotted key: value} of configs/recipes/<task>.py, {} without one."""
+  """{dotted key: value} of configs/recipes/<task>.py, {} without one.
+
+  Own datasets take the recipe 'own', or else the published one.
+  """
   if task not in discovery.names('configs.recipes', 'RECIPES'):
     return {}
   module = importlib.import_module(f'configs.recipes.{task}')
-  kind = 'scenes' if data == 'scenes' else 'published'
-  return dict(module.RECIPES.get((system, kind), {}))
+  own = set(data.split('+')) - set(common.SHIPPED)
+  kinds = (['scenes'] if data == 'scenes' else
+           ['own'] * bool(own) + ['published'])
+  return dict(next((module.RECIPES[system, kind] for kind in kinds
+                    if (system, kind) in module.RECIPES), {}))
 
 
 def _input(config, how, data, side):
