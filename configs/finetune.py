@@ -136,13 +136,16 @@ def _system(name):
 def _recipe(task, system, data):
   """{dotted key: value} of configs/recipes/<task>.py, {} without one.
 
-  A recipe is of a dataset; 'published' is of all but scenes that have none.
+  A recipe is of a dataset. Own datasets take the recipe 'own'; 'published' is
+  for all but scenes that have none.
   """
   if task not in discovery.names('configs.recipes', 'RECIPES'):
     return {}
   recipes = importlib.import_module(f'configs.recipes.{task}').RECIPES
-  kind = 'scenes' if data == 'scenes' else 'published'
-  return dict(recipes.get((system, data), recipes.get((system, kind), {})))
+  own = set(data.split('+')) - set(common.SHIPPED)
+  kinds = [data] + ['own'] * bool(own) + ['published'] * (data != 'scenes')
+  return dict(next((recipes[system, kind] for kind in kinds
+                    if (system, kind) in recipes), {}))
 
 
 def _input(config, how, data, side):

@@ -6,11 +6,14 @@
   python -m e2e_vlp_jax.evaluate --config configs/e2e_vlp.py:tiny \
       --checkpoint W --workdir E
 
+  python -m e2e_vlp_jax.evaluate --checkpoint W --workdir E --split test
+
 The evaluators are those of --config, or else of the checkpoint's own config.
 --tasks selects some of them, by the names or types of evaluators or by names of
 tasks (`python -m e2e_vlp_jax.predict --help` lists those). A task that the
 config does not evaluate is evaluated on its held-out split of the dataset that
-the model was trained on, or else of the task's default dataset.
+the model was trained on, or else of the task's default dataset. --split takes
+another split of the same datasets.
 """
 import logging
 import os
@@ -32,7 +35,8 @@ from e2e_vlp_jax.training import sharding
 from e2e_vlp_jax.training import workdir as workdir_lib
 
 
-def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
+def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None,
+             split=None):
   """Returns {'eval/<evaluator>/<metric>': value}.
 
   Args:
@@ -42,6 +46,7 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
     tasks: names of evaluators or of tasks to evaluate; None = all.
     limit: maximum number of examples of each evaluator; None = the config's.
     data_dir: folder of the prepared data; None = `config.data.dir`.
+    split: of the evaluators' datasets; None = the config's.
   """
   params, model_state, meta = checkpoint.load(path)
   stored = meta['config']
@@ -55,6 +60,9 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None):
         f'data.dir: no folder {config.data.dir!r}; name the folder of the '
         'prepared data with --data_dir DIR')
   added = select(config, tasks, limit)
+  if split:
+    for options in (*config.evals.values(), config.samples):
+      options.source = dict(options.source, split=split)
   # The parameters belong to the checkpoint's own vocabularies.
   vocabularies = vocabularies_lib.Vocabularies.from_dict(meta)
   model = models.build(config, **vocabularies.sizes)
@@ -151,6 +159,8 @@ def main(argv=None):
                                             *base.names()})))
     parser.add_argument('--limit', type=int, metavar='N',
                         help='maximum number of examples of each evaluator')
+    parser.add_argument('--split', metavar='NAME',
+                        help="split to evaluate, instead of the config's")
     parser.add_argument('--data_dir', metavar='DIR', help='prepared data, if '
                         "not in the config's data.dir")
     args, config = cli.parse(parser, argv)
@@ -159,7 +169,7 @@ def main(argv=None):
     logging.getLogger('absl').setLevel(logging.ERROR)
     tasks = None if args.tasks is None else args.tasks.split(',')
     evaluate(config, args.checkpoint, args.workdir, tasks, args.limit,
-             args.data_dir)
+             args.data_dir, args.split)
 
 
 if __name__ == '__main__':

@@ -235,8 +235,18 @@ def _too_large(config, program, chip, shards, largest):
   if largest:
     need += (f'; {largest} a chip fit: --config.batch_size={largest * shards} '
              'or more chips')
+    parts = _parts(config.batch_size // shards, largest // config.accumulate)
+    if parts:
+      return (f'{need}; or --config.accumulate={parts}, which keeps the batch; '
+              'or --config.model.remat=full, --config.mesh.fsdp')
   return need + ('; or more micro-steps (--config.accumulate), '
                  '--config.model.remat=full, --config.mesh.fsdp')
+
+
+def _parts(rows, fit):
+  """Least number of equal parts of at most `fit` rows; None if there is none."""
+  return next((n for n in range(1, rows + 1)
+               if not rows % n and 0 < rows // n <= fit), None)
 
 
 # --- For people -------------------------------------------------------------

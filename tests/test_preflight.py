@@ -438,6 +438,15 @@ def test_a_batch_too_large_says_what_fits(capsys, small_chips, monkeypatch):
   assert 'batch_size: 128 (16 a chip) needs 16.00 GiB' in line
   assert '15.00 GiB too much' in line
   assert '1 a chip fit: --config.batch_size=8' in line
+  assert '--config.accumulate=16, which keeps the batch' in line
+
+
+def test_parts_of_a_batch():
+  assert preflight._parts(16, 5) == 4    # four at a time
+  assert preflight._parts(12, 5) == 3
+  assert preflight._parts(7, 5) == 7
+  assert preflight._parts(8, 8) == 1
+  assert preflight._parts(8, 0) is None
 
 
 def test_the_compilers_refusals_are_understood():

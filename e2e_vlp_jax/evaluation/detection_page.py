@@ -20,6 +20,7 @@ _CLASSES = 40  # rows of the table
 _CELLS = 20    # classes of the matrix
 _LINES = 7     # classes with their own curve
 _THRESHOLDS = tuple(k / 20 for k in range(1, 20))
+_USUAL = detect.Task.options['threshold'].default
 _COLOURS = ('#2563eb', '#e8590c', '#2f9e44', '#9c36b5', '#c2255c', '#0c8599',
             '#868e96')
 
@@ -115,10 +116,14 @@ def _f1(precision, recall):
 
 
 def best_threshold(judged_at):
-  """The threshold of {threshold: judged} with the highest F1, the lowest of
-  equals."""
-  return max(judged_at, key=lambda t: (
-      _f1(*precision_recall(judged_at[t])), -t))
+  """The least score of {threshold: judged} with the highest F1.
+
+  The lowest of equals; the one of `predict` while no box is right.
+  """
+  scores = {t: _f1(*precision_recall(judged)) for t, judged in
+            judged_at.items()}
+  best = max(scores, key=lambda t: (scores[t], -t))
+  return best if scores[best] else _USUAL
 
 
 # --- Sections -----------------------------------------------------------------
@@ -171,10 +176,11 @@ def _curves(run, names, judged_at, threshold):
             linewidth=2, label='F1')
     ax.axvline(threshold, color='#adb5bd', linewidth=1, linestyle=':')
     _axes(ax, 'least score', '')
+  right = precision_recall(judged_at[threshold])[0] > 0
   return details.Section(
-      'Precision and recall',
-      f'Boxes with IoU 0.5. F1 is highest at a least score of {threshold:g}: '
-      f'predict --threshold {threshold:g}.',
+      'Precision and recall', 'Boxes with IoU 0.5. ' + (
+          f'F1 is highest at a least score of {threshold:g}: predict '
+          f'--threshold {threshold:g}.' if right else 'No box is right.'),
       charts=[('precision over recall', details.figure(over_recall)),
               ('over the least score', details.figure(over_threshold))])
 
