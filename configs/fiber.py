@@ -37,10 +37,7 @@ def get_config(arg=None):
       # Swin-Base [C]; the window follows the image [C].
       swin=dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
                 patch=4, window=12, mlp_ratio=4., drop_path=.1,
-                epsilon=1e-5, from_scratch=False,
-                # Cross-attention with a norm of the query [C]: v3 | v2,
-                # without; see docs/fiber_fine.md.
-                fusion='v3'),
+                epsilon=1e-5, from_scratch=False, fusion='v3'),  # or 'v2' [C]
       # RoBERTa-base [C].
       roberta=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
                    types=1, dropout=.1, epsilon=1e-5, from_scratch=False),

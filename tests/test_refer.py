@@ -26,7 +26,6 @@ from e2e_vlp_jax.evaluation import refexp
 from e2e_vlp_jax.objectives import refer as refer_objective
 from e2e_vlp_jax.tasks import base as tasks_base
 from e2e_vlp_jax.tasks import detect
-from e2e_vlp_jax.tasks import refer as refer_task
 from e2e_vlp_jax.training import optim
 from tests import small_model
 
