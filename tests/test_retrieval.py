@@ -11,6 +11,7 @@ from e2e_vlp_jax.evaluation import inputs
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.evaluation import retrieval
 from e2e_vlp_jax.tasks import base
+from e2e_vlp_jax.training import sharding
 from tests import small_model
 from tests import test_contract
 from tests import test_evaluators
@@ -430,6 +431,20 @@ def test_vectors_are_those_of_embed(tiny_scenes):
       batch['text_mask'].reshape(b * s, l), True, False)
   np.testing.assert_allclose(texts.reshape(b, s, -1), found['texts'],
                              rtol=1e-4, atol=1e-5)
+
+
+def test_eight_devices_agree_with_one(tiny_scenes):
+  """Images and pairs are split over them, every device has all texts."""
+  one, variables = models_of('fiber', tiny_scenes)
+  mesh = sharding.make_mesh(dict(data=4, fsdp=2, tensor=1))
+  many = predictor_lib.Predictor(one.model, one.config, one.vocabularies, mesh)
+  found = [retrieval.evaluate(
+      predictor, variables, pipeline_lib.Pipeline(
+          one.config.data, vocabularies=one.vocabularies,
+          sources=[dict(name='scenes', split='test', weight=1.)], pp=PP,
+          seed=0, batch_size=8, train=False), texts=3, top_k=4, folds=2)
+           for predictor in (one, many)]
+  assert found[0] == pytest.approx(found[1]) and 'TR1_itm_folds' in found[0]
 
 
 def models_of(system, data_dir):

@@ -68,6 +68,7 @@ def test_other_data_have_no_recipe_of_another():
   assert config.total_steps == 20_000
 
 
+@pytest.mark.slow
 def test_a_run_on_scenes(tiny_scenes, tmp_path):
   """Train, evaluate and predict as a person would."""
   workdir = str(tmp_path / 'run')
