@@ -461,3 +461,23 @@ def test_words_in_the_colours_of_their_boxes():
   assert first == second != third
   assert [c for _, c in rows[0][1:]] == [first, ink, third]
   assert said[0][1] == ('the dog', first)
+
+
+# --- Few images of own classes (ODinW) --------------------------------------
+def test_shots(tmp_path):
+  """Images in their order, each with a class that still lacks some."""
+  source, boxes = tmp_path / 'source', []
+  labels = [[0], [0], [0, 1], [1], [0], [2], []]
+  for k, some in enumerate(labels):
+    image(source / 'train' / f'{k}.png')
+    boxes += [dict(image_id=k, category_id=c, bbox=DOG) for c in some]
+  write(source / 'train' / '_annotations.coco.json', dict(
+      images=[dict(id=k, file_name=f'{k}.png', height=HEIGHT, width=WIDTH)
+              for k in range(len(labels))],
+      categories=[dict(id=k, name=c) for k, c in enumerate('abc')],
+      annotations=[dict(id=n, **a) for n, a in enumerate(boxes)]))
+  for shots, wanted in ((0, '0123456'), (1, '025'), (2, '01235')):
+    run('own', '--source', source, '--data_dir', tmp_path, '--name',
+        f'shots{shots}', '--shots', shots, '--validation_share', 0)
+    assert ''.join(r['image_id'] for r in read(tmp_path, f'shots{shots}')
+                   ) == wanted

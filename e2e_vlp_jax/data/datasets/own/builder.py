@@ -18,6 +18,7 @@ drawn for it by --validation_share and --seed.
 What cannot be used is left out, counted and named in the report, and what
 contradicts itself ends with an error. Look at the result: --show 12.
 """
+import collections
 import functools
 import os
 
@@ -45,6 +46,9 @@ class Builder(coco_json.CocoRecords):
                            'split validation if the folder has no such split; '
                            '0 = none'),
       'seed': (0, 'seed of the images held out'),
+      'shots': (0, 'keep so few training images that, in their order, each '
+                'has a class of which fewer than this were kept before; 0 '
+                'keeps all'),
       'limit': (0, 'images to keep per split, the first; 0 keeps all'),
       'captioned_only': (False, 'keep only images that have boxes and '
                          'captions; of COCO files'),
@@ -72,8 +76,10 @@ class Builder(coco_json.CocoRecords):
         if not split.images:
           raise errors.UserError(f'{self.source}: split {name} has no images')
         most = min(limit or len(split.images), len(split.images))
-        found[name] = most, functools.partial(split.records, name,
-                                              split.images, most)
+        shots = self.options['shots'] if name == 'train' else 0
+        found[name] = most, functools.partial(
+            _few, shots, functools.partial(split.records, name, split.images,
+                                           most))
     return found
 
   def _chosen(self):
@@ -159,3 +165,18 @@ class Builder(coco_json.CocoRecords):
     splits['validation'] = layout.Split(
         [i for k, i in enumerate(train.images) if k in held], train.records)
     train.images = [i for k, i in enumerate(train.images) if k not in held]
+
+
+def _few(shots, records):
+  """The records of a few-shot training set, as GLIP samples them for ODinW.
+
+  Args:
+    shots: images of each class; 0 = all.
+    records: function that yields the records.
+  """
+  kept = collections.Counter()
+  for record in records():
+    classes = {o['label'] for o in record['objects']}
+    if not shots or any(kept[c] < shots for c in classes):
+      kept.update(classes)
+      yield record
