@@ -395,7 +395,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           f'all {report["boxes"]} boxes are crowds (iscrowd), which training '
           'leaves out and evaluation ignores')
 
-
   def _lost_most(self, split, images):
     """UserError, or a warning, about a split with less than half its images."""
     report = self.reports[split]
