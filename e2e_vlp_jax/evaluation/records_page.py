@@ -31,7 +31,8 @@ _LISTS = {
     'phrases': lambda i: f'phrase: {i["text"]}',
     'questions': lambda i: f'{i["question"]} {" | ".join(i["answers"])}',
     'refexps': lambda i: f'refers: {i["text"]}',
-    'statements': lambda i: f'{i["statement"]} ({i["label"]})',
+    'statements': lambda i: i['statement'] + (
+        f' ({i["label"]})' if i['has_label'] else ''),
     'entailment': lambda i: f'{i["text"]} ({i["label"]})'}
 
 
