@@ -36,9 +36,10 @@ TABLE = [
     ([*PREDICT, 'embed', '--text', 'a'], 'this checkpoint has no itc head'),
     # The task's head is trained by a command, which the line says.
     ([*PREDICT, 'answer', '--text', 'a ?'],
-     "this checkpoint has no answer head, which task 'answer' needs; its tasks: "
-     'caption, detect, match; train it with: python -m e2e_vlp_jax.train '
-     '--config configs/finetune.py:answer,from={run} --workdir W'),
+     "this checkpoint has no answer head, which task 'answer' needs; its "
+     'tasks: caption, detect, match; train it with: python -m '
+     'e2e_vlp_jax.train --config configs/finetune.py:answer,from={run} '
+     '--workdir W'),
     ([*EVALUATE, '--tasks', 'answer'],
      'train it with: python -m e2e_vlp_jax.train --config '
      'configs/finetune.py:answer,from={run} --workdir W'),

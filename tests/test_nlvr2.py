@@ -2,6 +2,7 @@
 import csv
 import gzip
 import json
+import pathlib
 import types
 
 import jax
@@ -29,10 +30,6 @@ from e2e_vlp_jax.tasks import reason
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import optim
 from tests import small_model
-
-SMALL = ('--config.model.width=32', '--config.model.ffn=48',
-         '--config.model.encoder_layers=1', '--config.model.backbone.stem=8',
-         '--config.model.backbone.width=16', '--config.model.backbone.blocks=1')
 
 
 def read(path):
@@ -383,21 +380,35 @@ def test_prepare_refuses_what_is_no_source(tmp_path):
 
 
 # --- Whole commands ---------------------------------------------------------
-def test_a_run_on_scenes(tiny_scenes, tmp_path, capsys):
-  """Train, evaluate and predict as a person would."""
-  workdir = str(tmp_path / 'run')
+@pytest.fixture(scope='module')
+def runs(tiny_scenes, tmp_path_factory):
+  """(checkpoint with a head for questions, run of `reason` from it)."""
+  folder = tmp_path_factory.mktemp('runs')
+  config = small_model.get_config()
+  config.data.answers = 'scenes'
+  config.model.heads = {'answer': {**base.load('answer').finetuning.head,
+                                   'hidden': 8}}
+  config.optim.groups = (('heads_answer/.*', dict(lr_multiplier=2.)),
+                         *config.optim.groups)
+  first = small_model.save(folder / 'first', config)
   train.main([
-      '--config', 'configs/finetune.py:reason,system=e2e_vlp', '--workdir',
-      workdir, f'--config.data.dir={tiny_scenes}', '--config.total_steps=2',
-      '--config.optim.warmup_steps=1', '--config.batch_size=8',
-      '--config.eval_batch_size=8', '--config.eval_every_steps=0',
-      '--config.evals.nlvr2.max_examples=16', '--config.samples.count=2',
-      '--config.model.heads.reason.hidden=16', '--config.checkpoint.best=',
-      *SMALL])
-  scores = read(tmp_path / 'run' / 'eval.json')
+      '--config', f'configs/finetune.py:reason,from={first}', '--workdir',
+      str(folder / 'run'), f'--config.data.dir={tiny_scenes}',
+      '--config.total_steps=2', '--config.optim.warmup_steps=1',
+      '--config.batch_size=8', '--config.eval_batch_size=8',
+      '--config.eval_every_steps=0', '--config.evals.nlvr2.max_examples=16',
+      '--config.samples.count=2', '--config.model.heads.reason.hidden=16',
+      '--config.checkpoint.best='])
+  return first, str(folder / 'run')
+
+
+def test_a_run_on_scenes(runs, tmp_path):
+  """Train, evaluate and predict as a person would."""
+  _, workdir = runs
+  scores = read(f'{workdir}/eval.json')
   assert 0 <= scores['eval/nlvr2/accuracy'] <= 1
   assert 'eval/nlvr2/consistency' not in scores  # one statement a sentence
-  photos = [str(p) for p in (tmp_path / 'run' / 'samples').iterdir()]
+  photos = sorted(map(str, pathlib.Path(workdir, 'samples').iterdir()))
   assert len(photos) == 2
 
   def ask(*images):
@@ -415,49 +426,36 @@ def test_a_run_on_scenes(tiny_scenes, tmp_path, capsys):
   found = ask(*photos, *photos[::-1])
   assert len(found) == 2 and found[0]['statements'][0][
       'score'] == pytest.approx(two['statements'][0]['score'], abs=1e-5)
-  # The head of another task is named with the command that trains it.
-  capsys.readouterr()
-  with pytest.raises(SystemExit):
-    evaluate.main(['--checkpoint', workdir, '--workdir', workdir, '--tasks',
-                   'reason,answer', '--limit', '8'])
-  assert capsys.readouterr().err.endswith(
-      f'configs/finetune.py:answer,from={workdir} --workdir W\n')
 
 
-def test_tasks_together(tiny_scenes, tmp_path, capsys):
+def test_tasks_together(runs, tiny_scenes, tmp_path, capsys):
   """A checkpoint keeps the heads of other tasks; all are evaluated at once.
 
   Questions and statements are other rows of the same records.
   """
-  config = small_model.get_config()
-  config.data.answers = 'scenes'
-  config.model.heads = {'answer': {**base.load('answer').finetuning.head,
-                                   'hidden': 8}}
-  config.optim.groups = (('heads_answer/.*', dict(lr_multiplier=2.)),
-                         *config.optim.groups)
-  first = small_model.save(tmp_path / 'first', config)
-  run = str(tmp_path / 'run')
-  train.main([
-      '--config', f'configs/finetune.py:reason,from={first}', '--workdir', run,
-      f'--config.data.dir={tiny_scenes}', '--config.total_steps=2',
-      '--config.optim.warmup_steps=1', '--config.batch_size=8',
-      '--config.eval_batch_size=8', '--config.eval_every_steps=0',
-      '--config.evals.nlvr2.max_examples=8', '--config.samples.count=0',
-      '--config.model.heads.reason.hidden=16', '--config.checkpoint.best='])
-  before, after = (checkpoint.load(path)[0] for path in (first, run))
+  first, run = runs
+  before, after = (checkpoint.load(path)[0] for path in runs)
   assert set(after) - set(before) == {'heads_reason'}
   jax.tree.map(np.testing.assert_array_equal, before['heads_answer'],
                after['heads_answer'])
-  capsys.readouterr()
-  evaluate.main(['--checkpoint', run, '--workdir', str(tmp_path / 'out'),
-                 '--data_dir', str(tiny_scenes), '--tasks', 'answer,reason',
-                 '--limit', '8'])
-  scores = read(tmp_path / 'out' / 'eval.json')
+  ask = lambda path: evaluate.main([
+      '--checkpoint', path, '--workdir', str(tmp_path), '--data_dir',
+      str(tiny_scenes), '--tasks', 'answer,reason', '--limit', '8'])
+  ask(run)
+  scores = read(tmp_path / 'eval.json')
   assert {'eval/vqa/accuracy', 'eval/nlvr2/accuracy'} <= set(scores)
   assert 'eval/nlvr2/majority' in capsys.readouterr().out
-  # Back again: the head of `reason` is kept, its group does not freeze.
-  config = finetune.get_config(f'answer,from={run}')
+  # A head that is not there is named with the command that trains it.
+  with pytest.raises(SystemExit):
+    ask(first)
+  assert capsys.readouterr().err.endswith(
+      f'configs/finetune.py:reason,from={first} --workdir W\n')
+
+
+def test_heads_of_other_tasks_in_a_config(runs):
+  """The head of `reason` is kept, its group does not freeze the new head."""
+  config = finetune.get_config(f'answer,from={runs[1]}')
   assert set(config.model.heads) == {'answer', 'reason'}
   assert [p for p, _ in config.optim.groups if p.startswith('heads_')] == [
       'heads_(reason)/.*']
-  assert not finetune.get_config(f'detect,from={run}').model.heads
+  assert not finetune.get_config(f'detect,from={runs[1]}').model.heads

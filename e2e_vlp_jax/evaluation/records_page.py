@@ -31,7 +31,8 @@ _OUT = .3     # how far beyond the image a box is drawn, in images
 # Lists of a record besides texts and objects, and how an item is written.
 _LISTS = {
     'questions': lambda i: f'{i["question"]} {" | ".join(i["answers"])}',
-    'statements': lambda i: f'{i["statement"]} ({i["label"]})',
+    'statements': lambda i: i['statement'] + (
+        f' ({i["label"]})' if i['has_label'] else ''),
     'entailment': lambda i: f'{i["text"]} ({i["label"]})'}
 
 
