@@ -185,4 +185,5 @@ def _tiny(config):
   common.tiny(config, no_decay=r'.*(bias|/scale|/gate)|head/(scales|log_scale)',
               total_steps=2500, warm_steps=0, learning_rate=1e-3,
               warmup_steps=100, b2=.98, warmup_init=0., optimizer='adamw')
+  del config.warm_start  # The coarse stage has trained the trunk.
   config.eval_every_steps = 1250
