@@ -206,6 +206,7 @@ def layout_run():
     yield run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layout', [
     dict(data=8), dict(fsdp=8), dict(accumulate=4)], ids=str)
 def test_layouts_give_the_same_losses(layout, layout_run):
@@ -220,6 +221,7 @@ def test_layouts_give_the_same_losses(layout, layout_run):
                                  err_msg=name)
 
 
+@pytest.mark.slow
 def test_devices_keep_their_rows(layout_run):
   """No device gathers another one's features for assignment or taps."""
   text = layout_run(data=8)[1]
