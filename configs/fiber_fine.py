@@ -25,7 +25,7 @@ from configs import common
 from e2e_vlp_jax import errors
 
 _STEPS_PER_EPOCH = {'coco': 117_266 // 32, 'lvis': 100_170 // 32,
-                    'refcoco': 120_624 // 16, 'odinw': 1}
+                    'refcoco': 120_624 // 16}
 # [F]: steps, global batch, learning rate, its share for the text side, weight
 # decay, warm-up, clipping, variant, whether Swin's first stage is frozen.
 RECIPES = {
