@@ -100,7 +100,7 @@ def test_parameters(spec):
 
 # --- Config values ----------------------------------------------------------
 # Keys that did not exist, and the value that stands for what was done then.
-NEW_KEYS = {'model.heads': {}, 'data.unit': 'image'}
+NEW_KEYS = {'model.heads': {}, 'data.unit': 'image', 'model.swin.fusion': 'v3'}
 
 
 def test_config_values():
