@@ -44,7 +44,8 @@ UNDER_WAY = (r'(total|log_every|eval_every|max_bad)_steps|tensorboard|'
 UNUSED = {'e2e_vlp.py:detr': r'model\.(max_text|text_pool|text_types)',
           'finetune.py:guess,system=soho': r'model\..+'}
 SMALL = {'model.encoder_layers': 1, 'model.decoder_layers': 1,
-         'model.fused_layers': 1, 'model.roberta.depth': 1}
+         'model.fused_layers': 1, 'model.roberta.depth': 1,
+         'model.head.blocks': 1}
 
 
 @contextlib.contextmanager
@@ -109,8 +110,8 @@ def build(config, workdir):
 
 @pytest.mark.parametrize('spec', [
     'e2e_vlp.py:tiny', 'e2e_vlp.py:r50', 'e2e_vlp.py:detr', 'soho.py:tiny',
-    'soho.py:r18', 'fiber.py:tiny', 'fiber.py:base',
-    'finetune.py:guess,system=soho'])
+    'soho.py:r18', 'fiber.py:tiny', 'fiber.py:base', 'fiber_fine.py:tiny',
+    'fiber_fine.py:base', 'finetune.py:guess,system=soho'])
 def test_every_key_is_read(spec, tiny_scenes, tmp_path, toy_task):
   config = cli.load_config(f'configs/{spec}')
   source = dict(name='scenes', split='test')
@@ -124,7 +125,7 @@ def test_every_key_is_read(spec, tiny_scenes, tmp_path, toy_task):
   flat = old_names.flatten(config.to_dict())
   config.update_from_flattened_dict(
       {k: v for k, v in SMALL.items() if k in flat})
-  if spec == 'fiber.py:base':
+  if spec in ('fiber.py:base', 'fiber_fine.py:base'):
     config.model.swin.depths = (1, 1, 1, 1)
   with recorded(config) as reads:
     build(config, tmp_path)
@@ -146,7 +147,7 @@ def test_keys_of_a_run_are_read():
         words.add(node.value)
       elif isinstance(node, ast.arg):
         words.add(node.arg)
-  for spec in ('e2e_vlp.py', 'soho.py', 'fiber.py'):
+  for spec in ('e2e_vlp.py', 'soho.py', 'fiber.py', 'fiber_fine.py'):
     flat = old_names.flatten(cli.load_config(f'configs/{spec}').to_dict())
     for key in flat:
       if re.fullmatch(UNDER_WAY, key):

@@ -206,6 +206,7 @@ def layout_run():
     yield run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layout', [
     dict(data=8), dict(fsdp=8), dict(accumulate=4)], ids=str)
 def test_layouts_give_the_same_losses(layout, layout_run):
@@ -220,6 +221,7 @@ def test_layouts_give_the_same_losses(layout, layout_run):
                                  err_msg=name)
 
 
+@pytest.mark.slow
 def test_devices_keep_their_rows(layout_run):
   """No device gathers another one's features for assignment or taps."""
   text = layout_run(data=8)[1]
@@ -321,20 +323,24 @@ def test_results_do_not_depend_on_the_canvas():
         anchors_lib.pyramid(sizes, 8))}
     return grounding_head.objects(out, tokens, size, most=20)
   a, b = found(small), found(large)
-  assert (a['labels'] >= 0).sum() > 10
+  assert (a['labels'] >= 0).sum() > 4
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_targets_do_not_depend_on_the_canvas():
-  """Anchors of the image own the same boxes on a larger canvas."""
-  boxes = jnp.array([[[3., 4., 30., 28.], [10., 2., 44., 40.]]])
+  """Anchors of the image own the same boxes on a larger canvas.
+
+  If the nine nearest of each level are the image's: a canvas with fewer
+  locations on a level has other candidates, as in the original.
+  """
+  boxes = jnp.array([[[20., 18., 52., 44.], [30., 25., 46., 36.]]])
   mask = jnp.ones((1, 2), bool)
-  owner = []
-  for sizes in ([(8, 10), (4, 5), (2, 3)], [(16, 20), (8, 10), (4, 5)]):
+  owner, small = [], [(8, 10), (4, 5)]
+  for sizes in (small, [(16, 20), (8, 10)]):
     levels = anchors_lib.pyramid(sizes, 8, 4.)
     found = atss.assign(each_row(levels, mask), boxes, mask)[0]
     start, kept = 0, []
-    for (h, w), (hs, ws) in zip(sizes, [(8, 10), (4, 5), (2, 3)]):
+    for (h, w), (hs, ws) in zip(sizes, small):
       kept.append(np.asarray(found[start:start + h * w]).reshape(
           h, w)[:hs, :ws])
       start += h * w
@@ -346,7 +352,7 @@ def test_targets_do_not_depend_on_the_canvas():
 # --- From the coarse stage --------------------------------------------------
 def parameters(config):
   model = models.build(config, **SIZES)
-  batch = {k: jnp.asarray(v) for k, v in batch_of().items()}
+  batch = {k: jnp.asarray(v) for k, v in batch_of(2, (64, 64)).items()}
   batch |= {'masked_text': batch['text'],
             'masked_text_mask': batch['text_mask']}
   wanted = {k: v for k, v in model.views.items() if k != 'pair'}
@@ -392,7 +398,7 @@ def test_coarse_checkpoint_of_another_kind(change, message):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'model.swin.fusion': 'v1'}, "fusion: 'v1'; did you mean 'v2'"),
+    ({'model.swin.fusion': 'v1'}, "fusion: 'v1'; did you mean 'v3'"),
     ({'model.channels': 'bgrr'}, "channels: 'bgrr'; did you mean 'bgr'"),
     ({'model.head.width': 20}, 'head.width: 20; expected a multiple of 16'),
     ({'model.swin.depths': (1, 1), 'model.swin.heads': (1, 1)},

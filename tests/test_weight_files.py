@@ -319,7 +319,8 @@ CONFIGS = {'hf_detr': 'e2e_vlp.py:detr', 'hf_resnet': 'e2e_vlp.py:detr',
            'torchvision_resnet': 'e2e_vlp.py:detr', 'hf_bert': 'soho.py:r18',
            'soho': 'soho.py:r18', 'hf_swin': 'fiber.py:base',
            'timm_swin': 'fiber.py:base', 'hf_roberta': 'fiber.py:base',
-           'fiber_coarse': 'fiber.py:base'}
+           'fiber_coarse': 'fiber.py:base',
+           'fiber_fine': 'fiber_fine.py:base'}
 
 
 @pytest.mark.parametrize('name', mapping.formats())
