@@ -53,6 +53,8 @@ class Predictor:
   def from_checkpoint(cls, path):
     """(predictor, variables) from a checkpoint alone: a WORKDIR or a step.
 
+    It may be in a bucket, gs://BUCKET/NAME.
+
     Raises:
       UserError: no checkpoint there, or not readable.
     """
