@@ -8,10 +8,12 @@ import importlib.util
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 import time
 
+from etils import epath
 import numpy as np
 import pytest
 
@@ -19,6 +21,8 @@ from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import evaluate
 from e2e_vlp_jax import files
+from e2e_vlp_jax import runs as runs_lib
+from e2e_vlp_jax import sweep
 from e2e_vlp_jax import train
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.storage import bucket_lock
@@ -29,6 +33,7 @@ from tests import buckets
 from tests import commands
 from tests import kill_and_resume as runs
 from tests import small_run
+from tests import test_damaged as damaged
 
 META = {'config': {'data': {}, 'model': {}}, 'tokenizer': {'kind': 'wordpiece'},
         'labels': {'classes': []}}
@@ -158,6 +163,58 @@ def test_a_checkpoint_is_read_where_it_is(server, bucket):
     checkpoint._load_tree(f'{place}/checkpoints/0', 'params')
 
 
+def test_a_damaged_one_is_set_aside(server, bucket, caplog):
+  """In a bucket, too; the run goes on from the one before."""
+  place = f'{bucket}/w'
+  with damaged.saver(place) as s:
+    for step in (2, 4):
+      s.save(step, damaged.state(step), {'eval/a/b': step})
+    s.wait()
+  for name in server.names(bucket):
+    if name.startswith('w/checkpoints/4/params/ocdbt.process_0/d/'):
+      paths.write(f'{bucket}/{name}', b'')
+  with damaged.saver(place) as s:
+    found = s.restore(damaged.state(0))
+    assert int(found.step) == 2 and s.best() == (2, 2)
+    assert damaged.equal(found.params, damaged.state(2).params)
+    s.save(4, damaged.state(4))
+    s.wait()
+  assert 'checkpoint 4 is set aside as' in caplog.text
+  assert checkpoint_files.step_folder(place).endswith('/4')
+  assert any(n.startswith('w/damaged_checkpoint_4/meta/')
+             for n in server.names(bucket))
+
+
+def test_a_mounted_bucket_needs_no_renaming(tmp_path, monkeypatch):
+  """A step counts when its last file is there."""
+  mounts = tmp_path / 'mounts'
+  mounts.write_text(f'bucket {tmp_path}/mnt fuse.gcsfuse rw 0 0\n'
+                    f'/dev/sda {tmp_path} ext4 rw 0 0\n')
+  monkeypatch.setattr(paths, 'MOUNTS', str(mounts))
+  assert paths.renames_folders(tmp_path / 'mntx')
+  place = tmp_path / 'mnt/w'
+  assert not paths.renames_folders(place)
+
+  def refuse(self, target):
+    raise AssertionError(f'{self} is renamed')
+  monkeypatch.setattr(type(epath.Path('/')), 'rename', refuse)
+  with damaged.saver(place) as s:
+    for step in (2, 4):
+      s.save(step, damaged.state(step))
+    s.wait()
+  # As it was left by a run that was killed while it saved step 4.
+  about = place / 'checkpoints/4/_CHECKPOINT_METADATA'
+  about.write_text(json.dumps({**json.loads(about.read_text()),
+                               'commit_timestamp_nsecs': None}))
+  (place / 'checkpoints/4/commit_success.txt').unlink()
+  assert checkpoint_files.step_folder(str(place)).endswith('/2')
+  with damaged.saver(place) as s:
+    assert int(s.restore(damaged.state(0)).step) == 2
+    s.save(4, damaged.state(4))
+    s.wait()
+  assert checkpoint_files.step_folder(str(place)).endswith('/4')
+
+
 def test_without_gcsfs_one_line_names_the_extra(monkeypatch, tmp_path, capsys):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
   line = commands.refused(
@@ -232,9 +289,100 @@ def test_a_run(server, bucket, tiny_scenes, tmp_path, capsys):
       server.read(f'{bucket}/evals/a/eval.json'))
   assert server.read(f'{bucket}/evals/a/report.html')
 
+  # A sweep sees which of its runs are finished.
+  texts = [('data.dir', str(tiny_scenes)), ('total_steps', '5')]
+  run = runs_lib.Run('a', place, 'tests/small_run.py:light', texts)
+  assert run.finished() and run.metrics()[0] == 5
+  sweep.main(['--config', 'tests/small_run.py:light', '--workdir',
+              f'{bucket}/sweep', '--mode', 'table'])
+  found = json.loads(server.read(f'{bucket}/sweep/sweep.json'))['runs']
+  assert [(r['finished'], r['workdir']) for r in found] == [
+      (False, f'{bucket}/sweep/seed={seed}') for seed in (0, 1)]
+
   # `init_from`, and another config in the same place.
   new = small_config(tiny_scenes, init_from=place, total_steps=1)
   train.train(new, f'{bucket}/runs/b')
   assert json.loads(server.read(f'{bucket}/runs/b/init_from.json'))['loaded']
   with pytest.raises(errors.UserError, match='holds a run with another config'):
     train.train(small_config(tiny_scenes, seed=4), place)
+
+
+KILLS, STEPS = 10, 60
+
+
+def start(place, data_dir, log, **values):
+  """A run of `STEPS` steps in a process of its own."""
+  values = {'data.dir': data_dir, 'total_steps': STEPS,
+            'checkpoint.every_steps': 3, **values}
+  with open(log, 'a') as f:
+    return subprocess.Popen(
+        [sys.executable, '-m', 'e2e_vlp_jax.train', '--config',
+         'tests/small_run.py:light', '--workdir', str(place),
+         *(f'--config.{k}={v}' for k, v in values.items())],
+        cwd=runs.REPO, stdout=f, stderr=f)
+
+
+def losses(text):
+  return {x['step']: x['train/loss']
+          for x in map(json.loads, (text or b'').splitlines())
+          if 'train/loss' in x}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ten_times(server, bucket, tiny_scenes, tmp_path):
+  """Each time after some more steps; it ends as a run that nobody disturbed.
+
+  And what a reader of the bucket sees is never behind the saved steps.
+  """
+  seed = 0
+  random_ = random.Random(seed)
+  place, log = f'{bucket}/w', tmp_path / 'log'
+  whole = start(tmp_path / 'whole', tiny_scenes, tmp_path / 'whole.log')
+  assert whole.wait(runs.PATIENCE) == 0, (tmp_path / 'whole.log').read_text()
+  seen = lambda: losses(server.read(f'{place}/metrics.jsonl'))
+  for number in range(KILLS):
+    process = start(place, tiny_scenes, log)
+    reached = max(seen(), default=0) + random_.randint(1, 4)
+    while max(seen(), default=0) < reached:
+      assert process.poll() is None, log.read_text()[-3000:]
+      time.sleep(.05)
+    time.sleep(random_.uniform(0, .3))
+    process.kill()
+    process.wait()
+    steps = [int(n.split('/')[2]) for n in server.names(bucket)
+             if n.count('/') == 3 and n.endswith('commit_success.txt')]
+    print(f'seed {seed}, kill {number}: step {max(seen())}, saved {steps}')
+    assert steps and max(steps) <= max(seen())
+  assert start(place, tiny_scenes, log).wait(runs.PATIENCE) == 0, (
+      log.read_text()[-3000:])
+  theirs = losses((tmp_path / 'whole/metrics.jsonl').read_bytes())
+  assert seen() == theirs and len(theirs) == STEPS
+
+
+def test_sigterm_saves_and_uploads(server, bucket, tiny_scenes, tmp_path):
+  place, log = f'{bucket}/w', tmp_path / 'log'
+  process = start(place, tiny_scenes, log, total_steps=5000)
+  while not server.read(f'{place}/metrics.jsonl'):
+    assert process.poll() is None, log.read_text()[-3000:]
+    time.sleep(.05)
+  process.terminate()
+  assert process.wait(runs.PATIENCE) == 0, log.read_text()[-3000:]
+  last = max(losses(server.read(f'{place}/metrics.jsonl')))
+  names = server.names(bucket)
+  assert f'w/checkpoints/{last}/commit_success.txt' in names
+  assert 'w/.lock' not in names and f'stopped at step {last}' in log.read_text()
+
+
+def test_a_bucket_that_may_not_be_written(bucket, tiny_scenes, capsys,
+                                          monkeypatch):
+  """Nothing is computed; and the same where only saving is refused."""
+  from google.api_core import exceptions
+  from google.cloud import storage
+
+  def forbidden(*unused, **unused_too):
+    raise exceptions.Forbidden('x does not have storage.objects.create access')
+  monkeypatch.setattr(storage.Blob, 'upload_from_string', forbidden)
+  line = commands.refused(
+      train.main, '--config', 'tests/small_run.py:light', '--workdir',
+      f'{bucket}/w', f'--config.data.dir={tiny_scenes}', capsys=capsys)
+  assert line.endswith('cannot be written: Permission denied')

@@ -32,6 +32,8 @@ MISTAKES = [
              'storage.objects.create access'), 'Permission denied'),
     (HttpError(401, 'Invalid'), 'auth application-default login'),
     (HttpError(403, 'no'), 'Permission denied'),
+    (Exception('Reauthentication is needed. Please run `gcloud auth`'),
+     'they have expired'),
     (OSError('The specified bucket does not exist.'), 'no such bucket')]
 PASSING = [
     of_errno(errno.EIO), of_errno(errno.ETIMEDOUT), of_errno(errno.ENOTCONN),

@@ -20,6 +20,9 @@ from e2e_vlp_jax import errors  # noqa: E402
 from e2e_vlp_jax.storage import failures  # noqa: E402
 
 
+MOUNTS = '/proc/mounts'
+
+
 def in_bucket(path):
   """Whether a path is that of a bucket.
 
@@ -122,7 +125,7 @@ def renames_folders(path):
   if in_bucket(path):
     return False
   path, best, kind = os.path.realpath(path), '', ''
-  with contextlib.suppress(OSError), open('/proc/mounts') as f:
+  with contextlib.suppress(OSError), open(MOUNTS, encoding='utf-8') as f:
     for line in f:
       _, point, found, *_ = line.split()
       point = point.replace('\\040', ' ')

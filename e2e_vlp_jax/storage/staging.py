@@ -112,11 +112,14 @@ def opened(workdir):
   folder = Folder(workdir)
   try:
     yield folder
-  except SystemExit:
+  except SystemExit:  # A signal stopped the run, which is no error.
     folder.close()
     raise
   except BaseException:
-    folder.upload()
+    try:
+      folder.close()
+    except (errors.UserError, errors.TryAgain) as e:
+      print(f'warning: {e}', file=sys.stderr, flush=True)
     raise
   else:
     folder.close()
