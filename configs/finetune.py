@@ -20,7 +20,6 @@ Heads that the checkpoint has for other tasks are kept as they are, frozen. What
 they read changes under them: `evaluate --tasks OTHER,TASK` shows by how much.
 """
 import importlib
-import os
 
 import ml_collections
 
@@ -28,6 +27,7 @@ from configs import common
 from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.storage import paths
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import stages
@@ -104,7 +104,7 @@ def _start(how, options):
     # The checkpoint's tokenizer, and its labels unless the config has others.
     if 'tokenizer' in config.data:
       del config.data['tokenizer']
-    config.data.vocabularies = os.path.abspath(options['from'])
+    config.data.vocabularies = paths.absolute(options['from'])
     config.data.labels = ''
   else:
     scenes = options.get('size', 'tiny') == 'tiny'

@@ -2,13 +2,16 @@
 
 A checkpoint is WORKDIR/checkpoints/<step>/ with one folder for each item, see
 training/checkpoint.py. All commands find a checkpoint with `step_folder` and
-read it with `read`. Needs neither jax nor TensorFlow.
+read it with `read`. WORKDIR may be in a bucket. Needs neither jax nor
+TensorFlow.
 """
 import json
 import os
 import re
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.storage import failures
+from e2e_vlp_jax.storage import paths
 
 CHECKPOINTS = 'checkpoints'  # the folder of a WORKDIR
 # What every checkpoint has; some also have model_state, opt_state, ema_params.
@@ -29,24 +32,20 @@ def step_folder(path):
   Raises:
     UserError: there is no checkpoint at `path`.
   """
-  if '://' in path:
-    raise errors.UserError(
-        f'checkpoint: {path!r} is not a path of the file system; mount the '
-        'bucket and name the mounted folder')
-  path = os.path.abspath(path)
-  if os.path.isdir(os.path.join(path, CHECKPOINTS)):
+  path = paths.absolute(path)
+  if paths.is_folder(os.path.join(path, CHECKPOINTS)):
     path = os.path.join(path, CHECKPOINTS)
   steps = _steps(path)
   if steps:
     return os.path.join(path, str(max(steps)))
-  there = any(os.path.isdir(os.path.join(path, item)) for item in _ALWAYS)
+  there = any(paths.is_folder(os.path.join(path, item)) for item in _ALWAYS)
   named = re.fullmatch(_STEP, os.path.basename(path))
   if there and not named:
     raise errors.UserError(
         f'checkpoint: {path!r} is not named by its step; expected a number, '
         'such as 4000')
   if there or named and os.path.basename(os.path.dirname(path)) == CHECKPOINTS:
-    if os.path.isdir(path):
+    if paths.is_folder(path):
       return path
   raise errors.UserError(
       f'checkpoint: none found at {path!r}; expected a WORKDIR, its '
@@ -54,20 +53,33 @@ def step_folder(path):
 
 
 def _steps(path):
-  """Numbers of the steps in a folder, [] if there is no such folder.
+  """Numbers of the finished steps in a folder, [] if there is no such folder.
 
   Raises:
     UserError: it cannot be listed.
   """
   try:
-    # Orbax gives a step its number when all of it is written.
-    return [int(entry.name) for entry in os.scandir(path)
-            if re.fullmatch(_STEP, entry.name) and entry.is_dir()]
-  except (FileNotFoundError, NotADirectoryError):
-    return []
+    return [int(name) for name in paths.names(path)
+            if re.fullmatch(_STEP, name)
+            and paths.is_folder(os.path.join(path, name))
+            and _is_finished(os.path.join(path, name))]
   except OSError as e:
     raise errors.UserError(f'checkpoint: {path!r} cannot be read '
                            f'({e.strerror})') from e
+
+
+def _is_finished(folder):
+  """Whether all of a step is written.
+
+  In a file system Orbax then gives its folder its number. In a bucket, also a
+  mounted one, it writes a file and the time; the latter survives a copy.
+  """
+  if paths.is_file(os.path.join(folder, 'commit_success.txt')):
+    return True
+  facts = _metadata(folder)
+  if not facts:
+    return not paths.in_bucket(folder)
+  return bool(facts.get('commit_timestamp_nsecs'))
 
 
 def read(path, function):
@@ -126,8 +138,7 @@ def meta_of(folder):
   """`meta` of a step's folder; raises `Damaged` if it cannot be read."""
   file = os.path.join(folder, 'meta', 'metadata')
   try:
-    with open(file, encoding='utf-8') as f:
-      found = json.load(f)
+    found = json.loads(paths.read_text(file))
   except OSError as e:
     raise damaged(folder, 'meta', e) from e
   except (ValueError, RecursionError) as e:
@@ -154,7 +165,7 @@ def check_items(folder, wanted=_ALWAYS, optional=('opt_state',)):
   """
   items = _listed(folder) or wanted
   lacking = [i for i in items if i not in optional
-             and not os.path.isdir(os.path.join(folder, i))]
+             and not paths.is_folder(os.path.join(folder, i))]
   if lacking:
     raise Damaged(f'checkpoint: {folder!r} cannot be read: it lacks '
                   + ', '.join(sorted(lacking)))
@@ -162,21 +173,33 @@ def check_items(folder, wanted=_ALWAYS, optional=('opt_state',)):
 
 def _listed(folder):
   """Names of the items that were saved in a step; () if that is not known."""
-  try:
-    with open(os.path.join(folder, '_CHECKPOINT_METADATA'),
-              encoding='utf-8') as f:
-      found = json.load(f)
-  except (OSError, ValueError, RecursionError):
-    return ()
-  items = found.get('item_handlers') if isinstance(found, dict) else None
+  items = _metadata(folder).get('item_handlers')
   return tuple(items) if isinstance(items, dict) else ()
 
 
+def _metadata(folder):
+  """What Orbax wrote about a step, {} if that cannot be read."""
+  try:
+    found = json.loads(paths.read_text(
+        os.path.join(folder, '_CHECKPOINT_METADATA')))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
 def damaged(folder, item, error):
-  """A `Damaged` for an item whose reading raised `error`, of any class."""
+  """A `Damaged` for an item whose reading raised `error`, of any class.
+
+  If a bucket could not be read, it is a UserError or TryAgain that says so.
+  """
   while error.__cause__ is not None:  # Orbax wraps what tensorstore says.
     error = error.__cause__
-  why = _unreadable(os.path.join(folder, item))
+  if paths.in_bucket(folder) and not isinstance(error, FileNotFoundError):
+    found = failures.of(error, f'{os.path.join(folder, item)}: cannot be read')
+    if found is not None:
+      return found
+  why = '' if paths.in_bucket(folder) else _unreadable(
+      os.path.join(folder, item))
   if not why and isinstance(error, (TypeError, AttributeError, KeyError)):
     why = 'incomplete'  # Orbax stumbles over what is not there.
   if not why and isinstance(error, OSError) and error.strerror:

@@ -40,7 +40,9 @@ def parser(doc, config=False, workdir=False):
                    help='config file and its argument; override values with '
                         '--config.a.b=value')
   if workdir:
-    p.add_argument('--workdir', required=True, help='output directory')
+    p.add_argument('--workdir', required=True,
+                   help='output directory; of train, evaluate and sweep also '
+                        'in a bucket, gs://BUCKET/NAME')
   return p
 
 

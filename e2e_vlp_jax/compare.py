@@ -224,6 +224,9 @@ def main(argv=None):
     seeds = args.seeds if args.seeds is not None else study.seeds
     if seeds < 1:
       raise errors.UserError(f'--seeds: {seeds}; expected 1 or more')
+    if '://' in args.workdir:
+      raise errors.UserError(f'--workdir {args.workdir}: expected a folder of '
+                             'the file system')
     workdir = os.path.abspath(args.workdir)
     if set(workdir) & set(',{}'):
       raise errors.UserError(f'--workdir {workdir}: a study\'s folder may not '

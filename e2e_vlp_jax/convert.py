@@ -33,6 +33,7 @@ from e2e_vlp_jax import objectives
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.storage import paths
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import workdir as workdir_lib
 from e2e_vlp_jax.weights import files
@@ -148,8 +149,8 @@ def _write(output, variables, config, vocabularies, record):
   checkpoint.write(output, params, tree, {
       'config': workdir_lib.to_dict(config), **vocabularies.to_dict(),
       'converted': record})
-  with open(os.path.join(output, 'conversion.json'), 'w') as f:
-    json.dump(record, f, indent=1)
+  paths.write(os.path.join(output, 'conversion.json'),
+              json.dumps(record, indent=1))
 
 
 def _report(record, source, facts, config, onto):
@@ -179,6 +180,9 @@ def _report(record, source, facts, config, onto):
 
 def export_weights(path, output, format_name=None):
   """Writes a checkpoint's parameters as a safetensors file."""
+  if paths.in_bucket(output):
+    raise errors.UserError(f'--output: {output!r}; expected a file of the file '
+                           'system, which gcloud storage cp can copy')
   _check_new(output)
   variables, meta = _variables(path)
   record = meta.get('converted')
@@ -215,9 +219,7 @@ def _variables(path):
 
 
 def _check_new(output):
-  if os.path.isdir(output) and not os.listdir(output):
-    return
-  if os.path.exists(output):
+  if paths.names(output) or paths.is_file(output):
     raise errors.UserError(f'--output: {output!r} exists; name a new one')
 
 
@@ -243,7 +245,8 @@ def main(argv=None):
                         help='which weights to take from a file with several '
                         'sets, such as model_ema')
     parser.add_argument('--output', required=True, metavar='DIR',
-                        help='checkpoint; with --export, a .safetensors file')
+                        help='checkpoint, which may be in a bucket, '
+                        'gs://BUCKET/NAME; with --export, a .safetensors file')
     parser.add_argument('--onto', metavar='DIR',
                         help='a checkpoint that provides what FILE lacks')
     parser.add_argument('--resize', action='store_true',

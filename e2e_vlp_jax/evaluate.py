@@ -29,6 +29,8 @@ from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import evaluators as evaluators_lib
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.evaluation import variables as variables_lib
+from e2e_vlp_jax.storage import paths
+from e2e_vlp_jax.storage import staging
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import sharding
@@ -41,7 +43,7 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None,
 
   Args:
     config: whole config, or None: the checkpoint's own.
-    path: of the checkpoint.
+    path: of the checkpoint; it and `workdir` may be in a bucket.
     workdir: gets the results.
     tasks: names of evaluators or of tasks to evaluate; None = all.
     limit: maximum number of examples of each evaluator; None = the config's.
@@ -55,6 +57,7 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None,
     # The run's mesh need not fit the devices here.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.data.dir = data_dir or config.data.dir
+  paths.check_local('data.dir', config.data.dir)
   if not os.path.isdir(config.data.dir):
     raise errors.UserError(
         f'data.dir: no folder {config.data.dir!r}; name the folder of the '
@@ -77,12 +80,13 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None,
                               workdir_lib.to_dict(config.model)))
   evaluators = evaluators_lib.Evaluators(config, model, vocabularies,
                                          sharding.make_mesh(config.mesh), path)
-  # Check now, since an evaluation takes minutes.
-  files.check_folder('--workdir', workdir)
-  details = {}
-  scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0,
-                                    details=details)
-  evaluators_lib.write(workdir, meta['step'], scores, pictures, details)
+  with staging.opened(workdir) as folder:
+    # Check now, since an evaluation takes minutes.
+    files.check_folder('--workdir', os.fspath(folder))
+    details = {}
+    scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0,
+                                      details=details)
+    evaluators_lib.write(folder, meta['step'], scores, pictures, details)
   width = max(map(len, scores), default=0)
   for name, value in scores.items():
     print(f'{name:{width}}  {value:.4f}')
@@ -153,7 +157,8 @@ def main(argv=None):
   with errors.exit_on_user_error():
     parser = cli.parser(__doc__, config=True, workdir=True)
     parser.add_argument('--checkpoint', required=True, metavar='DIR',
-                        help='a WORKDIR, or one step of its checkpoints/')
+                        help='a WORKDIR, or one step of its checkpoints/; may '
+                        'be in a bucket, gs://BUCKET/NAME')
     parser.add_argument('--tasks', metavar='A,B', help='evaluators or tasks: '
                         + ', '.join(sorted({*evaluators_lib.names(),
                                             *base.names()})))

@@ -107,7 +107,8 @@ def _parser():
                           for n in base.names())
   parser = cli.parser(doc)
   parser.add_argument('--checkpoint', required=True, metavar='DIR',
-                      help='a WORKDIR, or one step of its checkpoints/')
+                      help='a WORKDIR, or one step of its checkpoints/; may be '
+                      'in a bucket, gs://BUCKET/NAME')
   parser.add_argument('--task', required=True, help=' | '.join(base.names()))
   parser.add_argument('--image', required=True, action='append', metavar='F',
                       help='JPEG, PNG, ...; may be given several times')

@@ -39,6 +39,7 @@ from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax.data import records
+from e2e_vlp_jax.storage import paths
 
 _DATASETS = 'e2e_vlp_jax.data.datasets'
 
@@ -64,6 +65,7 @@ def main(argv=None):
   args, _ = cli.parse(p, argv)
   if args.show < 0:
     raise errors.UserError(f'--show {args.show}: expected a number of records')
+  paths.check_local('--data_dir', args.data_dir)
   options = {k: getattr(args, k) for k in builder.OPTIONS}
   prepare(builder, args.data_dir, args.source, options, args.allow_losses)
   if args.show:

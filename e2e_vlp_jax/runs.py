@@ -10,6 +10,7 @@ from typing import Any, Mapping, Sequence, Tuple
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.storage import paths
 from e2e_vlp_jax.training import workdir as workdir_lib
 
 TRAIN = ('python', '-m', 'e2e_vlp_jax.train')
@@ -21,7 +22,7 @@ class Run:
 
   Attributes:
     name: what a table calls it.
-    workdir: path of its folder.
+    workdir: path of its folder, which may be in a bucket.
     spec: 'path.py:ARG' of its config.
     texts: (key, text) pairs that override values of the config.
     overrides: {key: value} of them that belong to this run alone.
@@ -50,11 +51,11 @@ class Run:
     """(last step, {name: latest value}) of its eval/ metrics and its loss."""
     step, found = 0, {}
     try:
-      with open(os.path.join(self.workdir, 'metrics.jsonl')) as f:
-        for line in filter(None, map(_read, f)):
-          step = max(step, line.get('step', 0))
-          found.update({k: v for k, v in line.items() if v is not None
-                        and (k.startswith('eval/') or k == 'train/loss')})
+      text = paths.read_text(os.path.join(self.workdir, 'metrics.jsonl'))
+      for line in filter(None, map(_read, text.splitlines())):
+        step = max(step, line.get('step', 0))
+        found.update({k: v for k, v in line.items() if v is not None
+                      and (k.startswith('eval/') or k == 'train/loss')})
     except (FileNotFoundError, NotADirectoryError):
       pass
     return step, found

@@ -30,6 +30,9 @@ from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax import runs as runs_lib
+from e2e_vlp_jax.storage import bucket_lock
+from e2e_vlp_jax.storage import paths
+from e2e_vlp_jax.storage import staging
 
 SLURM = os.path.join('launch', 'slurm.sbatch')
 _LONGEST = 120  # characters of a run's name; file systems allow 255 bytes
@@ -143,6 +146,9 @@ def show(rows, metric):
 # --- The modes --------------------------------------------------------------
 def write_slurm(runs, workdir):
   """Writes W/sweep.sbatch; returns the command that submits it."""
+  if paths.in_bucket(workdir):
+    raise errors.UserError(f'--mode slurm: --workdir {workdir}: sbatch reads '
+                           'the job array from a folder that all nodes see')
   try:
     with open(SLURM, encoding='utf-8') as f:
       options = [line.rstrip() for line in f if line.startswith('#SBATCH')]
@@ -167,6 +173,13 @@ def check_metric(metric, config):
            or f'; expected one that begins with {names[0]}'))
 
 
+def _only_sweep(workdir):
+  """Lets one `local` sweep at a time use a folder; a context manager."""
+  if paths.in_bucket(workdir):
+    return bucket_lock.lock(workdir, f'--workdir {workdir}')
+  return files.lock(os.path.join(workdir, '.lock'), f'--workdir {workdir}')
+
+
 def main(argv=None):
   with errors.exit_on_user_error():
     parser = cli.parser(__doc__, config='required', workdir=True)
@@ -177,9 +190,8 @@ def main(argv=None):
     args, config = cli.parse(parser, argv)
     if args.metric:
       check_metric(args.metric, config)
-    workdir = os.path.abspath(args.workdir)
+    workdir = paths.absolute(args.workdir)
     runs = runs_of(args.config, args.overrides, workdir)
-    collect = lambda: write_table(workdir, args.config, runs, args.metric)
     code = 0
     if args.mode == 'print':
       for run in runs:
@@ -187,12 +199,13 @@ def main(argv=None):
     elif args.mode == 'slurm':
       print(write_slurm(runs, workdir))
     else:
-      collect()  # Fails early if the folder cannot be written.
-      if args.mode == 'local':
-        with files.lock(os.path.join(workdir, '.lock'),
-                        f'--workdir {workdir}'):
-          code = runs_lib.run_here(runs, lambda *_: collect())
-      show(collect(), args.metric)
+      with staging.opened(workdir) as folder:
+        collect = lambda: write_table(folder, args.config, runs, args.metric)
+        collect()  # Fails early if the folder cannot be written.
+        if args.mode == 'local':
+          with _only_sweep(workdir):
+            code = runs_lib.run_here(runs, lambda *_: collect())
+        show(collect(), args.metric)
       print(f'written: {os.path.join(workdir, "sweep.html")}, sweep.json')
   sys.exit(code)
 

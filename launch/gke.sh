@@ -36,7 +36,8 @@ hosts=$((chips / chips_per_host))
 node_selector+=("cloud.google.com/gke-tpu-accelerator=${names[$generation]}"
   "cloud.google.com/gke-tpu-topology=$shape")
 tolerations='[]' host_network=false
-options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
+options=implicit-dirs,rename-dir-limit=100000
+options+=,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
 volume=("bucketName=$bucket" "mountOptions=$options"  # as in tpu_vm_host.sh
   "fileCacheCapacity=${cache_gb}Gi" fileCacheForRangeRead=true)
 if [[ -n $spot ]]; then

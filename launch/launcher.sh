@@ -79,9 +79,9 @@ check_options() {
   done
   check_train "${train[@]}"
   # A machine's own disk goes when the machine does.
-  [[ $workdir == "$MOUNT"/?* ]] ||
-    die "--workdir: found '$workdir', expected a folder in $MOUNT, where" \
-      'the bucket is: every host must see it, and so must the next machine'
+  [[ $workdir == "$MOUNT"/?* || $workdir == gs://*/?* ]] ||
+    die "--workdir: found '$workdir', expected gs://BUCKET/NAME or a folder in" \
+      "$MOUNT: every host must see it, and so must the next machine"
 }
 
 # What train itself would refuse, before anything is rented.
@@ -112,9 +112,11 @@ check_train() {
 # The exit code of a run from that of train, which is 0 also where SIGTERM
 # stopped it: 75, to be started again, unless the last step is there.
 outcome() {
-  if [[ $1 != 0 ]] || python -c 'import json, os, sys
-step = json.load(open(sys.argv[1] + "/config.json"))["total_steps"]
-sys.exit(not os.path.isdir(f"{sys.argv[1]}/checkpoints/{step}"))' "$workdir"; then
+  if [[ $1 != 0 ]] || EPATH_USE_TF=false python -c 'import json, sys
+from etils import epath
+workdir = epath.Path(sys.argv[1])
+step = json.loads((workdir / "config.json").read_text())["total_steps"]
+sys.exit(not (workdir / "checkpoints" / str(step)).is_dir())' "$workdir"; then
     echo "$1"
   else
     echo 75

@@ -41,7 +41,7 @@ mount_bucket() {
   mkdir -p "$MOUNT" /var/cache/gcsfuse
   # In a unit of its own, so that it outlives train when the machine stops.
   systemd-run --quiet --collect --unit=e2e_vlp_gcs gcsfuse --foreground \
-    --implicit-dirs --metadata-cache-ttl-secs 0 \
+    --implicit-dirs --rename-dir-limit 100000 --metadata-cache-ttl-secs 0 \
     --metadata-cache-negative-ttl-secs 0 --cache-dir /var/cache/gcsfuse \
     --file-cache-max-size-mb $((cache_gb * 1000)) \
     --file-cache-cache-file-for-range-read "$bucket" "$MOUNT"
@@ -57,7 +57,7 @@ install() {
     PYTHON="$(python3 -m uv python find 3.12)" || return
     export PYTHON
   fi
-  E2E_VLP_EXTRAS="${E2E_VLP_EXTRAS:-tpu}" bash launch/common.sh
+  E2E_VLP_EXTRAS="${E2E_VLP_EXTRAS:-tpu,gcs}" bash launch/common.sh
 }
 
 until tpu_env="$(curl -fs -H 'Metadata-Flavor: Google' http://metadata.google\
@@ -80,6 +80,7 @@ while [[ -z $stopped && ! -s $folder/exit ]]; do
   bash launch/worker.sh "$@"
   code=$? before="$newest"
   newest="$(find "$workdir/checkpoints" -maxdepth 1 2>/dev/null | sort)"
+  [[ $workdir == /* ]] || newest="$(gcloud storage ls "$workdir/checkpoints")"
   case $code in
     0) [[ $host != 0-0 ]] || echo 0 >"$folder/exit" ;;  # it writes the report
     2) echo 2 >"$folder/exit" ;;

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.." || exit
 source launch/launcher.sh
 check_train "$@"
 
-export E2E_VLP_EXTRAS="${E2E_VLP_EXTRAS:-tpu}"
+export E2E_VLP_EXTRAS="${E2E_VLP_EXTRAS:-tpu,gcs}"
 # The hosts find each other by what the TPU tells them.
 export E2E_VLP_DISTRIBUTED="${E2E_VLP_DISTRIBUTED:-auto}"
 # Without a working TPU stop here, rather than train on the CPU unnoticed.

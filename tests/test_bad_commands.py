@@ -65,7 +65,7 @@ TABLE = [
     ([*PREDICT, 'detect', '--picture', '{folder}/o.txt'],
      'not a picture file; expected a name that ends in .png'),
     (['predict', '--image', '{photo}', '--task', 'detect', '--checkpoint',
-      'gs://bucket/run'], 'not a path of the file system; mount the bucket'),
+      's3://bucket/run'], 'a path of the file system, or gs://BUCKET/NAME'),
     (['predict', '--image', '{photo}', '--task', 'detect', '--checkpoint',
       '{folder}'], "none found at '{folder}'; expected a WORKDIR"),
     ([*EVALUATE, '--limit', '0'], '--limit: 0; expected at least 1'),

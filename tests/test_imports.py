@@ -16,11 +16,12 @@ PACKAGE = REPO / 'e2e_vlp_jax'
 ENTRY_POINTS = sorted(f.stem for f in PACKAGE.glob('*.py')
                       if f.stem not in ('__init__', 'checkpoint_files', 'cli',
                                         'discovery', 'errors', 'files',
-                                        'runs', 'storage_errors', 'study'))
+                                        'runs', 'study'))
 # What a room may import besides itself and `EVERYWHERE`.
 EVERYWHERE = ['checkpoint_files', 'discovery', 'errors', 'files',
-              'storage_errors']
+              'storage']
 DOORS = {
+    'storage': [],
     'ops': [],
     'data': [],
     'models': ['ops'],

@@ -18,6 +18,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import label_space as label_space_lib
 from e2e_vlp_jax.data import photographs
 from e2e_vlp_jax.data import units
+from e2e_vlp_jax.storage import paths
 
 REPORT = 'prepare_report.json'
 LABELS = 'labels.json'    # the dataset's label space
@@ -197,6 +198,7 @@ def prepared_folder(data_dir, name):
   Raises:
     UserError: it is not there; suggests the nearest.
   """
+  paths.check_local('data.dir', data_dir)
   if is_prepared(data_dir, name):
     return dataset_folder(data_dir, name)
   found = prepared(data_dir)

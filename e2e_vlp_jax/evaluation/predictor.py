@@ -51,6 +51,8 @@ class Predictor(pairs.Pairs):
   def from_checkpoint(cls, path):
     """(predictor, variables) from a checkpoint alone: a WORKDIR or a step.
 
+    It may be in a bucket, gs://BUCKET/NAME.
+
     Raises:
       UserError: no checkpoint there, or not readable.
     """

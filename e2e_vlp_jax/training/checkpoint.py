@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.storage import paths
 from e2e_vlp_jax.training import old_names
 from e2e_vlp_jax.training import sharding
 
@@ -26,7 +27,7 @@ def write(workdir, params, model_state, meta):
 
   Such a checkpoint works for prediction, evaluation and `init_from`.
   """
-  folder = os.path.join(os.path.abspath(workdir), checkpoint_files.CHECKPOINTS)
+  folder = os.path.join(paths.absolute(workdir), checkpoint_files.CHECKPOINTS)
   items = {'params': params, 'model_state': model_state}
   with ocp.CheckpointManager(folder) as manager:
     manager.save(0, args=ocp.args.Composite(
@@ -57,7 +58,7 @@ def _load(folder):
   checkpoint_files.check_items(folder)
   meta = checkpoint_files.meta_of(folder)
   meta['config'] = old_names.modernise(meta['config'], f'checkpoint {folder}')
-  has = lambda name: os.path.isdir(os.path.join(folder, name))
+  has = lambda name: paths.is_folder(os.path.join(folder, name))
   params = _load_tree(folder, 'ema_params' if has('ema_params') else 'params')
   model_state = _load_tree(folder, 'model_state') if has('model_state') else {}
   return params, model_state, meta
@@ -95,7 +96,7 @@ def _flat(tree):
 def check_tree(folder, name, wanted):
   """UserError with the first differences between a saved tree and ours."""
   item = os.path.join(folder, name)
-  if not os.path.isdir(item):
+  if not paths.is_folder(item):
     raise errors.UserError(f'checkpoint: {folder!r} has no {name}')
   with ocp.StandardCheckpointer() as c:
     tree = _described(c, item)

@@ -17,7 +17,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import storage_errors
+from e2e_vlp_jax.storage import failures
+from e2e_vlp_jax.storage import paths
+from e2e_vlp_jax.storage import staging
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import distributed
 
@@ -26,7 +28,8 @@ class Checkpointer:
   """Saves and restores the states of one run; a context manager.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder; what else changed in it is uploaded before a
+      save, if it is in a bucket.
     meta: JSON-able dict stored with every checkpoint.
     options: `config.checkpoint`; saves every `every_steps` and every
       `every_minutes`, whichever comes first (0 = never); keeps the newest
@@ -39,7 +42,8 @@ class Checkpointer:
 
   def __init__(self, workdir, meta, options):
     self._meta, self._options, self.held = meta, options, {}
-    self._root = os.path.join(os.path.abspath(workdir),
+    self._workdir = workdir
+    self._root = os.path.join(paths.absolute(workdir),
                               checkpoint_files.CHECKPOINTS)
     kept = [preservation_policy.LatestN(options.keep)]
     if options.keep_every:
@@ -47,10 +51,16 @@ class Checkpointer:
     self._scores = {}  # of the steps that can be the best
     if options.best:
       kept.append(_KeepBest(self._best_of))
-    self._manager = ocp.CheckpointManager(
-        self._root, options=ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(
-                kept), create=True))
+    # What is not renamed is finished by a file that Orbax writes last.
+    mode = ocp.options.AtomicityMode
+    with self._file_errors('use'):
+      self._manager = ocp.CheckpointManager(
+          self._root, options=ocp.CheckpointManagerOptions(
+              preservation_policy=preservation_policy.AnyPreservationPolicy(
+                  kept), create=True,
+              atomicity_options=ocp.options.AtomicityOptions(
+                  mode=mode.AUTO if paths.renames_folders(self._root)
+                  else mode.COMMIT_FILE)))
     for step in self._manager.all_steps():
       with contextlib.suppress(checkpoint_files.Damaged):  # See `restore`.
         self._rank(step, checkpoint_files.meta_of(
@@ -126,6 +136,8 @@ class Checkpointer:
         meta['scores'] = {k: float(v) for k, v in scores.items()
                           if math.isfinite(v)}
         self._rank(step, meta)
+      # Metrics may be newer than the newest checkpoint, never older.
+      staging.upload(self._workdir)
       items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
       self._manager.save(step, args=ocp.args.Composite(
           **items, meta=ocp.args.JsonSave(meta)))
@@ -142,15 +154,15 @@ class Checkpointer:
       self._manager.check_for_errors()
 
   @contextlib.contextmanager
-  def _file_errors(self):
-    """Says in one line which error of the file system it was."""
+  def _file_errors(self, what='save in'):
+    """Says in one line which error of the file system or bucket it was."""
     try:
       yield
     except (errors.UserError, errors.TryAgain):
       raise
     except Exception as e:  # Orbax and tensorstore raise many classes.
-      found = storage_errors.of(
-          e, f'checkpoint: cannot save in {self._root!r}',
+      found = failures.of(
+          e, f'checkpoint: cannot {what} {self._root!r}',
           '; earlier checkpoints are intact; mend it and run the same command '
           'again')
       if found is None:
@@ -227,9 +239,10 @@ class Checkpointer:
     aside = os.path.join(os.path.dirname(self._root),
                          f'damaged_checkpoint_{step}')
     if jax.process_index() == 0:
-      while os.path.exists(aside):
+      while paths.is_folder(aside):
         aside += '_again'
-      os.rename(os.path.join(self._root, str(step)), aside)
+      with self._file_errors('set aside a damaged one in'):
+        paths.at(self._root, str(step)).rename(aside)
       logging.warning('checkpoint %d is set aside as %s', step, aside)
     distributed.wait_for_all(f'set_aside_{step}')
     self._manager.reload()

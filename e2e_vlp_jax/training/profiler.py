@@ -51,7 +51,7 @@ class Profiler:
       self._open(step)
 
   def _open(self, step):
-    jax.profiler.start_trace(self._workdir)
+    jax.profiler.start_trace(os.fspath(self._workdir))
     self._end = step + self._steps
 
   def _close(self):

@@ -1,6 +1,5 @@
 """WORKDIR: the run in it, and the checkpoint from which it started."""
 import contextlib
-import glob
 import json
 import os
 import socket
@@ -12,6 +11,9 @@ import jax
 from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
+from e2e_vlp_jax.storage import bucket_lock
+from e2e_vlp_jax.storage import paths
+from e2e_vlp_jax.storage import staging
 from e2e_vlp_jax.training import distributed
 from e2e_vlp_jax.training import early_stop
 from e2e_vlp_jax.training import extension
@@ -36,24 +38,33 @@ def only_run(workdir):
   """Lets one training at a time use a WORKDIR, which it creates.
 
   Process 0 holds a lock for all processes of the run. It ends with the process,
-  however that ends.
+  however that ends; in a bucket, a minute later.
+
+  Yields:
+    WORKDIR as `staging.opened` gives it.
 
   Raises:
     UserError: another training runs there (it is named), or the folder cannot
       be written.
+    TryAgain: the same, and it may pass.
   """
   with contextlib.ExitStack() as stack:
-    error = None
-    if jax.process_index() == 0:
-      try:
-        _create(workdir)
-        _lock(workdir, stack)
-      except errors.UserError as e:
-        error = e
+    error, folder = None, None
+    try:
+      if jax.process_index() == 0:
+        if paths.in_bucket(workdir):
+          stack.enter_context(bucket_lock.lock(paths.absolute(workdir),
+                                               f'--workdir {workdir}'))
+        else:
+          _create(workdir)
+          _lock(workdir, stack)
+      folder = stack.enter_context(staging.opened(workdir))
+    except (errors.UserError, errors.TryAgain) as e:
+      error = e
     if not distributed.everywhere(error is None):
       raise error or errors.UserError(
-          f'--workdir {workdir}: process 0 cannot use it and says why')
-    yield
+          f'--workdir {workdir}: another process cannot use it and says why')
+    yield folder
 
 
 def _lock(workdir, stack):
@@ -77,10 +88,6 @@ def _lock(workdir, stack):
 
 def _create(workdir):
   """Creates a run's folder; UserError if that is not possible."""
-  if '://' in workdir:
-    raise errors.UserError(
-        f'--workdir {workdir}: not a path of the file system; mount the '
-        'bucket (gcsfuse, Filestore, NFS) and name the mounted folder')
   files.check_folder('--workdir', workdir)
 
 
@@ -110,8 +117,8 @@ def finished(workdir, config):
   It is finished at its last step, or where its `early_stop` has ended it.
   """
   try:
-    with open(os.path.join(workdir, 'config.json'), encoding='utf-8') as f:
-      held = old_names.modernise(json.load(f))
+    held = old_names.modernise(json.loads(paths.read_text(
+        os.path.join(workdir, 'config.json'))))
   except (OSError, ValueError, errors.UserError):
     return False
   stop = early_stop.EarlyStop(config.early_stop)
@@ -134,7 +141,7 @@ def open_workdir(workdir, config, allow_changes=False):
   its learning rate does then.
 
   Args:
-    workdir: a path that every host sees.
+    workdir: as `only_run` gives it.
     config: config of the run.
     allow_changes: resume a run even if important keys differ (such as dataset
       or seed), and print them.
@@ -145,9 +152,8 @@ def open_workdir(workdir, config, allow_changes=False):
   path = os.path.join(workdir, 'config.json')
   new = to_dict(config)
   # Without metrics or checkpoints the folder may be used again.
-  written = [f for f in (os.path.join(workdir, 'metrics.jsonl'),
-                         *glob.glob(f'{glob.escape(workdir)}/checkpoints/*'))
-             if os.path.exists(f)]
+  written = (os.path.exists(os.path.join(workdir, 'metrics.jsonl'))
+             or paths.names(f'{workdir}/{checkpoint_files.CHECKPOINTS}'))
   if written and os.path.exists(path):
     # The stored config lacks what its schedule does not read.
     held = _read(path)
@@ -157,7 +163,7 @@ def open_workdir(workdir, config, allow_changes=False):
     if before < config.total_steps and jax.process_index() == 0:
       print(extension.describe(config, before), flush=True)
   if jax.process_index() == 0:
-    _create(workdir)
+    _create(os.fspath(workdir))
     files.write_json(path, new)
 
 

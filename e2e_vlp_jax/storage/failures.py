@@ -20,6 +20,7 @@ _MEND = (
     ('credential|UNAUTHENTICATED|Unauthorized|reauth|invalid_grant|Anonymous '
      'caller|code:? 401', 'no credentials, or they have expired: gcloud auth '
      'application-default login'),
+    ('Project was not passed', 'no project: export GOOGLE_CLOUD_PROJECT=NAME'),
     ('bucket does not exist|bucket_not_found|NoSuchBucket|specified bucket',
      'no such bucket'),
     ('PERMISSION_DENIED|Permission denied|Forbidden|code:? 403',
@@ -51,10 +52,9 @@ def of(error, what, after=''):
   number = error.errno if isinstance(error, OSError) else None
   if number in _MISTAKES:
     return errors.UserError(f'{what}: {error.strerror}{after}')
-  if not isinstance(error, ImportError):
-    for pattern, ours in _MEND:
-      if re.search(pattern, text, re.IGNORECASE):
-        return errors.UserError(f'{what}: {ours}{after}')
+  for pattern, ours in _MEND:
+    if re.search(pattern, text, re.IGNORECASE):
+      return errors.UserError(f'{what}: {ours}{after}')
   if isinstance(error, OSError) or re.search(_PASSES, text):
     return errors.TryAgain(f'{what}: {text}')
   return None

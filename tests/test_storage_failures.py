@@ -5,7 +5,7 @@ import os
 import pytest
 
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import storage_errors
+from e2e_vlp_jax.storage import failures
 from tests import small_run
 
 
@@ -32,6 +32,8 @@ MISTAKES = [
              'storage.objects.create access'), 'Permission denied'),
     (HttpError(401, 'Invalid'), 'auth application-default login'),
     (HttpError(403, 'no'), 'Permission denied'),
+    (Exception('Reauthentication is needed. Please run `gcloud auth`'),
+     'they have expired'),
     (OSError('The specified bucket does not exist.'), 'no such bucket')]
 PASSING = [
     of_errno(errno.EIO), of_errno(errno.ETIMEDOUT), of_errno(errno.ENOTCONN),
@@ -42,7 +44,7 @@ PASSING = [
 
 @pytest.mark.parametrize('error, says', MISTAKES, ids=str)
 def test_a_person_has_to_act(error, says):
-  found = storage_errors.of(error, 'cannot save in /w', '; mend it')
+  found = failures.of(error, 'cannot save in /w', '; mend it')
   assert isinstance(found, errors.UserError)
   assert str(found).startswith('cannot save in /w: ')
   assert says in str(found) and str(found).endswith('; mend it')
@@ -50,13 +52,13 @@ def test_a_person_has_to_act(error, says):
 
 @pytest.mark.parametrize('error', PASSING, ids=str)
 def test_it_may_pass(error):
-  assert isinstance(storage_errors.of(error, 'cannot save'), errors.TryAgain)
+  assert isinstance(failures.of(error, 'cannot save'), errors.TryAgain)
 
 
 def test_other_errors_are_not_touched():
   """A step's number is no code of HTTP."""
   for error in (ValueError('checkpoint 403: shapes differ'), KeyError('503')):
-    assert storage_errors.of(error, 'cannot save') is None
+    assert failures.of(error, 'cannot save') is None
 
 
 @pytest.mark.parametrize('error, code, line', [

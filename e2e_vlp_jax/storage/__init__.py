@@ -1,0 +1,1 @@
+"""Where runs and checkpoints are: a file system, or a bucket (gs://)."""
