@@ -13,8 +13,10 @@ from e2e_vlp_jax import evaluate
 from e2e_vlp_jax import prepare
 from e2e_vlp_jax import train
 from e2e_vlp_jax.data import class_counts
+from e2e_vlp_jax.data import pipeline
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.evaluation import during_training
 from tests import own_classes
 from tests import test_convert
 from tests import test_own
@@ -58,6 +60,34 @@ def test_a_class_without_a_box_in_training_is_named(tmp_path):
   del report['splits']['train']['classes']
   path.write_text(json.dumps(report))
   assert class_counts.counts(config.data, labels) is None
+
+
+def test_labels_are_shown_before_the_first_step(tmp_path, capsys):
+  """Drawn, and a class without a box named; nothing without boxes."""
+  content = test_own.coco(4)
+  content['categories'].append(dict(id=8, name='ufo'))
+  test_own.put(tmp_path / 's' / 'a.json', content)
+  test_own.put_pictures(tmp_path / 's', 4)
+  test_own.own(tmp_path / 's', tmp_path / 'd', '--validation_share', 0)
+  config = cli.load_config(
+      'configs/finetune.py:detect,system=e2e_vlp,data=mine')
+  config.data.dir = str(tmp_path / 'd')
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
+  data = pipeline.Pipeline(
+      config.data, vocabularies=vocabularies, sources=config.data.train,
+      pp=config.data.pp_train, seed=0, batch_size=4, train=True)
+  shows = object.__new__(during_training.Evaluation)
+  vars(shows).update(_config=config, _workdir=str(tmp_path),
+                     _labels=vocabularies.labels)
+  capsys.readouterr()
+  shows.show_labels(data)
+  said = capsys.readouterr().out
+  assert '1 of 3 classes have no box in training' in said and 'ufo' in said
+  assert len(list((tmp_path / 'labels').glob('*.png'))) == 4
+  assert 'Labels of the first batch' in (tmp_path / 'report.html').read_text()
+  config.data.pp_train = 'decode|fit'
+  shows.show_labels(None)  # No batch is made.
+  assert not capsys.readouterr().out
 
 
 @pytest.mark.slow

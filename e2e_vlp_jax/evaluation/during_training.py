@@ -4,6 +4,7 @@ import jax
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import class_counts
+from e2e_vlp_jax.data import pp
 from e2e_vlp_jax.evaluation import evaluators
 from e2e_vlp_jax.evaluation import label_pictures
 from e2e_vlp_jax.evaluation import report
@@ -59,14 +60,16 @@ class Evaluation:
     Args:
       data: the training Pipeline.
     """
-    if jax.process_index():
+    config = self._config
+    if jax.process_index() or 'boxes' not in dict(pp.bind(
+        config.data.pp_train)):
       return
-    batch = data.batch(0)
-    if 'boxes' in batch and (line := class_counts.without_boxes(
-        self._config.data, self._labels)):
+    line = class_counts.without_boxes(config.data, self._labels)
+    if line:
       print(line, flush=True)
-    count = min(_LABELS, self._config.samples.count)
-    if label_pictures.write(self._workdir, batch, self._labels, count):
+    count = min(_LABELS, config.samples.count)
+    if count and label_pictures.write(self._workdir, data.batch(0),
+                                      self._labels, count):
       report.write_report(self._workdir)
       print('labels of the first batch are drawn in '
             f'{self._workdir}/{label_pictures.FOLDER}', flush=True)
