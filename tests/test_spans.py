@@ -1,4 +1,4 @@
-"""Phrases as tokens, class names as captions: the arrays of FIBER's own code."""
+"""Phrases as tokens, class names as captions; equal to FIBER's own code."""
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np

@@ -72,8 +72,8 @@ def sampled(positives, candidates, costs, room, most, numbers,
   one, none, full = np.cumsum(probabilities)
   kind, share = numbers[:2]
   most = min(most, len(candidates))
-  count = (min(1, most) if kind < one else 0 if kind < none else most if kind < full
-           else min(int(share * most) + 1, most))
+  count = (min(1, most) if kind < one else 0 if kind < none else
+           most if kind < full else min(int(share * most) + 1, most))
   found = []
   for k in np.argsort(numbers[2:2 + len(candidates)], kind='stable')[:count]:
     name = candidates[k]

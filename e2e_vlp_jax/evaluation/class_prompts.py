@@ -27,17 +27,19 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     per_class: also 'AP/NAME' of each class.
 
   Returns:
-    the metrics of `detection` that are defined.
+    the metrics of `detection` that are defined; {} without any object.
 
   Raises:
     UserError: duplicate or empty names, or another number than the classes.
   """
   labels = predictor.labels
+  if not labels.classes:
+    return {}  # The dataset has captions alone.
   names = _names(names, labels.classes)
   images, annotations, found = collect(
       predictor, variables, pipeline, names, most, most_names or None,
       max_examples, progress)
-  if not images:
+  if not annotations:
     return {}
   scores = _average_precision(images, annotations, found, labels.classes)
   if per_class:

@@ -2,8 +2,8 @@
 
 It shows a wrong box format, mixed-up classes or lost captions before a run is
 started. Boxes have one colour a class, crowds are dashed; what `prepare` has
-changed or left out is orange. Captions whose phrases have boxes are printed with
-the phrases in the colours of their boxes.
+changed or left out is orange. Captions whose phrases have boxes are printed
+with the phrases in the colours of their boxes.
 """
 import collections
 import dataclasses

@@ -105,10 +105,15 @@ class Task(base.Task):
       else:
         row.insert(0, ('■', colour))
       rows.append(row)
-      boxes += [base.Box(p.box, colour, text if p is first else '',
+      boxes += [base.Box(p.box, colour, _short(text) if p is first else '',
                          'bold' if p is first else 'thin')
                 for p in result.phrases if p.text == text]
     return base.Drawing(boxes, sentences=rows)
+
+
+def _short(text, most=32):
+  """A text as a box's tag; the whole stands below the image."""
+  return text if len(text) <= most else text[:most - 1] + '…'
 
 
 def _by_queries(model, variables, batch, most):
