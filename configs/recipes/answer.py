@@ -10,6 +10,8 @@ train2014 and val2014 together. These recipes do the same, so the accuracy on
 `validation` is measured on training questions. For a held-out accuracy, train
 on `train` only (docs/vqa.md has the command).
 """
+from configs.recipes import shared
+
 _QUESTIONS = 443_757 + 214_354  # in train2014 and val2014
 _TRAIN = tuple(dict(name='vqav2', split=split, weight='by_rows')
                for split in ('train', 'validation'))
@@ -74,10 +76,6 @@ _SOHO = {
     'optim.clip_norm': 4.,                          # [S]
 }
 
-# Modules that fuse the two trunks have five times their learning rate, the head
-# fifty times [F]. Decay depends on names: biases and the trunks' norms have
-# none, the gain of the head's norm does decay [F].
-_FUSING = r'(image|text)_(projection|pooler)|(swin|text)/.*/cross'
 _FIBER = {
     **_EVALUATOR,
     'data.train': _TRAIN,                           # [F]
@@ -96,27 +94,13 @@ _FIBER = {
     'optim.schedule': 'linear',                     # [F], down to 0
     'optim.learning_rate': 2e-5,                    # [F]
     'optim.warmup_steps': _steps(10, 512) // 10,    # [F]
-    'optim.groups': (
-        (r'heads_answer/.*bias', dict(lr_multiplier=50., weight_decay=0.)),
-        (r'heads_answer/.*', dict(lr_multiplier=50.)),
-        (rf'({_FUSING})(/.*)?/bias', dict(lr_multiplier=5., weight_decay=0.)),
-        (rf'({_FUSING})(/.*)?', dict(lr_multiplier=5.)),
-        (r'.*(bias|/scale)', dict(weight_decay=0.)),
-        (r'.*', dict())),
+    'optim.groups': shared.fiber_groups('answer'),   # [F]
 }
 
 # 71,549 questions about 20,000 drawn scenes; ours.
 _SCENES = {
     **_EVALUATOR,
-    'model.heads.answer.hidden': 256,
-    'model.heads.answer.act': 'gelu',
-    'model.heads.answer.norm': True,
-    'batch_size': 32,
-    'total_steps': 2000,
-    'optim.schedule': 'cosine',
-    'optim.learning_rate': 5e-4,
-    'optim.warmup_steps': 100,
-    'eval_every_steps': 500,
+    **shared.scenes_classifier('answer'),
 }
 
 RECIPES = {

@@ -9,6 +9,8 @@ The last stage optimises CIDEr (objectives/self_critical.py). Its steps are
 among `total_steps`. A step shows an image with one of its captions, sampled; an
 epoch is one over all captions, as in [F].
 """
+from configs.recipes import shared
+
 _CAPTIONS = {'train': 414_113, 'restval': 152_634, 'validation': 25_010}
 _EPOCHS = 10
 
@@ -93,11 +95,8 @@ _SCENES = {
     'evals.captioning.options': dict(beams=1, submission=''),
     **_cider(0, 2e-4, schedule='constant'),
     'data.sentences': 2,
-    'batch_size': 32,
+    **shared.SCENES,
     'total_steps': 1000,
-    'optim.schedule': 'cosine',
-    'optim.learning_rate': 5e-4,
-    'optim.warmup_steps': 100,
     'eval_every_steps': 250,
 }
 

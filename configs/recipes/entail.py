@@ -5,6 +5,8 @@ choice. SOHO alone reports this task, without code or values; E2E-VLP and FIBER
 do not, and FIBER has no recipe here (`_schedule` of configs/finetune.py is
 used). We have not run the published sizes.
 """
+from configs.recipes import shared
+
 _HYPOTHESES = 529_527  # in the train split
 _OPS = "text('entailment')|entailment_labels"
 
@@ -58,15 +60,7 @@ _SOHO = {
 
 # 60,000 texts about 20,000 drawn scenes; ours.
 _SCENES = {
-    'model.heads.entail.hidden': 256,
-    'model.heads.entail.act': 'gelu',
-    'model.heads.entail.norm': True,
-    'batch_size': 32,
-    'total_steps': 2000,
-    'optim.schedule': 'cosine',
-    'optim.learning_rate': 5e-4,
-    'optim.warmup_steps': 100,
-    'eval_every_steps': 500,
+    **shared.scenes_classifier('entail'),
 }
 
 RECIPES = {

@@ -6,6 +6,8 @@ memory: two texts with an image each, both [CLS] states side by side, two
 classes; ours = our choice. E2E-VLP and SOHO published neither code nor values
 for this task. We have not run the published recipes.
 """
+from configs.recipes import shared
+
 _STATEMENTS = 86_373  # in the train split
 _OPS = "second_image|text('statements')|statement_labels"
 # Here, so that the command line can set it.
@@ -64,10 +66,6 @@ _SOHO = {
     'optim.clip_norm': 4.,
 }
 
-# Modules that fuse the two trunks have five times their learning rate, the head
-# fifty times [F]. Decay depends on names: biases and the trunks' norms have
-# none, the gain of the head's norm does decay [F].
-_FUSING = r'(image|text)_(projection|pooler)|(swin|text)/.*/cross'
 _FIBER = {
     **_EVALUATOR,
     'side': 384,                                    # [F]
@@ -86,27 +84,13 @@ _FIBER = {
     'optim.schedule': 'linear',                     # [F], down to 0
     'optim.learning_rate': 2e-5,                    # [F]
     'optim.warmup_steps': _steps(5, 256) // 10,     # [F]
-    'optim.groups': (
-        (r'heads_reason/.*bias', dict(lr_multiplier=50., weight_decay=0.)),
-        (r'heads_reason/.*', dict(lr_multiplier=50.)),
-        (rf'({_FUSING})(/.*)?/bias', dict(lr_multiplier=5., weight_decay=0.)),
-        (rf'({_FUSING})(/.*)?', dict(lr_multiplier=5.)),
-        (r'.*(bias|/scale)', dict(weight_decay=0.)),
-        (r'.*', dict())),
+    'optim.groups': shared.fiber_groups('reason'),   # [F]
 }
 
 # 20,000 statements about two drawn scenes each; ours.
 _SCENES = {
     **_EVALUATOR,
-    'model.heads.reason.hidden': 256,
-    'model.heads.reason.act': 'gelu',
-    'model.heads.reason.norm': True,
-    'batch_size': 32,
-    'total_steps': 2000,
-    'optim.schedule': 'cosine',
-    'optim.learning_rate': 5e-4,
-    'optim.warmup_steps': 100,
-    'eval_every_steps': 500,
+    **shared.scenes_classifier('reason'),
 }
 
 # NLVR v1 in its one-image form: 989 sentences of dev, some 15 epochs; ours.

@@ -6,6 +6,8 @@ borrows the length, batch and learning rates of MDETR's fine-tuning for
 RefCOCO (5 epochs, 32 to 64 images, 5e-5 and 1e-5 for the trunk; from memory).
 Texts say left and right, so no image is mirrored. Not yet run on RefCOCO.
 """
+from configs.recipes import shared
+
 _EXPRESSIONS = 120_624  # RefCOCO's training split
 
 _PUBLISHED = {
@@ -22,12 +24,7 @@ _PUBLISHED = {
 # 54,000 expressions about 20,000 drawn scenes.
 _SCENES = {
     'model.heads.refer.hidden': 128,
-    'batch_size': 32,
-    'total_steps': 2000,
-    'optim.schedule': 'cosine',
-    'optim.learning_rate': 5e-4,
-    'optim.warmup_steps': 100,
-    'eval_every_steps': 500,
+    **shared.SCENES,
 }
 
 RECIPES = {('e2e_vlp', 'published'): _PUBLISHED,

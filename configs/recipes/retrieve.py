@@ -10,6 +10,8 @@ published recipes.
 Every step shows an image with one of its captions, or several, sampled; an
 epoch is one over all captions, as in [F].
 """
+from configs.recipes import shared
+
 _CAPTIONS = {
     ('karpathy', 'train'): 414_113, ('karpathy', 'restval'): 152_634,
     ('karpathy', 'validation'): 25_010, ('flickr30k', 'train'): 145_000,
@@ -108,11 +110,8 @@ def _scenes(protocol, **more):
       'evals.retrieval.max_examples': 128,
       'evals.retrieval.examples_during_training': 64,
       'data.sentences': 2,
-      'batch_size': 32,
+      **shared.SCENES,
       'total_steps': 1000,
-      'optim.schedule': 'cosine',
-      'optim.learning_rate': 5e-4,
-      'optim.warmup_steps': 100,
       'eval_every_steps': 250,
   }
 
