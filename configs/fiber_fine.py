@@ -80,6 +80,8 @@ def get_config(arg=None):
       roberta=dict(depth=12, width=768, heads=12, ffn=3072, positions=514,
                    types=1, dropout=.1, epsilon=1e-5, from_scratch=False),
       fused_layers=6,  # [F]
+      # False: image and text only meet in the head, to compare with.
+      cross_attention=True,  # [F]
       # Pyramid and head [F]. An anchor's side is anchor_scale strides.
       head=dict(width=256, blocks=6, drop_block=.3, anchor_scale=8.,
                 # The coarser level reads offsets as the released code does.

@@ -178,6 +178,23 @@ def test_frozen_stage():
   assert np.any(grads['swin/blocks_1_0/ffn/in/kernel'])
 
 
+@pytest.mark.parametrize('fused', [True, False])
+def test_what_the_text_changes(fused):
+  """Boxes, if the trunk is fused; without, only the token logits."""
+  model = models.build(small_config(**{'model.cross_attention': fused}),
+                       **SIZES)
+  _, variables = built()
+  run = jax.jit(lambda b: model.apply(variables, b,
+                                      {'joint': ('grounding',)})['joint'])
+  batch = batch_of(2)
+  one = run(batch)
+  batch['text'] = batch['text'][:, :, ::-1].copy()
+  other = run(batch)
+  gap = lambda k: float(jnp.abs(one[k] - other[k]).max())
+  assert gap('token_logits') > 1e-3
+  assert (gap('box_code') > 1e-4) == fused
+
+
 def assembled(accumulate=1, **axes):
   axes = {'data': 1, 'fsdp': 1, 'tensor': 1, **axes}
   config = small_config(**{'total_steps': 3, 'accumulate': accumulate,

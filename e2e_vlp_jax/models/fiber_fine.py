@@ -108,8 +108,12 @@ class Model(fiber_trunk.Trunk):
     flat = lambda x: x.reshape(b * p, *x.shape[2:])
     image = jax.tree.map(lambda x: flat(fiber_trunk.for_each(x, p)), image)
     stages = list(image['stages'])
-    y, _ = self.fused_pairs(image['tokens'], flat(text['tokens']),
-                            flat(text['mask']), train, stages, last_norm=True)
+    pair = image['tokens'], flat(text['tokens']), flat(text['mask'])
+    if self.config.cross_attention:
+      y, _ = self.fused_pairs(*pair, train, stages, last_norm=True)
+    else:
+      self.upper_image(pair[0], train, stages)
+      y = self.upper_text(*pair[1:], train)
     stages = [norm(x) for norm, x in zip(self.stage_norms, stages[-_STAGES:])]
     levels = self.pyramid(stages, train) if 'levels' in want else None
     back = lambda x: x.reshape(b, p, *x.shape[1:])
