@@ -32,7 +32,7 @@ def config_of(data_dir, **changes):
 
 def pretend_scores(run=SCORES):
   """Evaluations give these scores, {step: score}."""
-  during_training.Evaluation.run = lambda self, state, monitor, final: {
+  during_training.Evaluation.run = lambda self, state, *unused, **also: {
       METRIC: run[int(state.step)]}
 
 

@@ -595,6 +595,15 @@ def test_worker_passes_sigterm_on_and_waits(place):
 SHORT = ['--', *TRAIN[:4]]
 
 
+@pytest.mark.parametrize('script, args', [('tpu_vm.sh', TPU_VM),
+                                          ('gke.sh', GKE)])
+def test_a_workdir_may_be_in_a_bucket(place, script, args):
+  code, shown, err = place.run(script, *args, '--dry-run', '--', *TRAIN[:2],
+                               '--workdir', 'gs://some-bucket/runs/r')
+  assert code == 0, err
+  assert 'gs://some-bucket/runs/r' in shown
+
+
 @pytest.mark.parametrize('script, args, found', [
     ('tpu_vm.sh', [], 'expected --'),
     ('tpu_vm.sh', TPU_VM, 'expected --'),

@@ -101,7 +101,7 @@ def test_process_0_holds_it_for_all(tmp_path, monkeypatch):
   with workdir_lib.only_run(str(tmp_path)):
     assert not os.listdir(tmp_path)
   monkeypatch.setattr(distributed, 'everywhere', lambda flag: False)
-  with pytest.raises(errors.UserError, match='process 0 cannot use it'):
+  with pytest.raises(errors.UserError, match='another process cannot use'):
     with workdir_lib.only_run(str(tmp_path)):
       pass
 
@@ -119,7 +119,8 @@ def test_a_refused_run_releases_it(tiny_scenes, tmp_path, monkeypatch):
 
 def test_two_sweeps(tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(runs.REPO)
-  monkeypatch.setattr(sweep, 'run_here', lambda runs, after: pytest.fail())
+  monkeypatch.setattr(sweep.runs_lib, 'run_here',
+                      lambda runs, after: pytest.fail())
   with files.lock(str(tmp_path / '.lock'), 'w'):
     with pytest.raises(SystemExit) as e:
       sweep.main(['--config', 'tests/small_run.py', '--workdir',

@@ -1,4 +1,4 @@
-"""Failures of disks, file servers and buckets: who has to act, and how to say it.
+"""Failures of disks, file servers and buckets, and who has to act.
 
 Orbax, tensorstore and gcsfs raise many classes; what they say decides. Needs
 neither jax nor TensorFlow.
@@ -27,8 +27,8 @@ _MEND = (
      'Permission denied'),
 )
 # What may pass by itself.
-_PASSES = ('Input/output error|Stale file handle|not connected|timed out|timeout'
-           '|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED'
+_PASSES = ('Input/output error|Stale file handle|not connected|timed out'
+           '|timeout|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED'
            '|Connection|Cannot connect|Temporary failure'
            '|code:? (408|429|5..)')
 _LONGEST = 200  # characters of another library's message

@@ -137,7 +137,7 @@ def renames_folders(path):
 
 @contextlib.contextmanager
 def _failures(path, what='cannot be read'):
-  """What a bucket's libraries raise becomes a line; what is absent, does not."""
+  """What a bucket's libraries raise becomes a line, but for what is absent."""
   try:
     yield
   except (errors.UserError, errors.TryAgain):

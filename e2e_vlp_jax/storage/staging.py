@@ -58,7 +58,7 @@ class Folder(os.PathLike):
     try:
       self._upload()
       self._failed = False
-    except (errors.UserError, errors.TryAgain) as e:
+    except Exception as e:  # Training goes on, whatever it is.
       if not self._failed:
         print(f'warning: {e}', file=sys.stderr, flush=True)
       self._failed = True
