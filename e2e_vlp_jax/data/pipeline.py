@@ -200,7 +200,10 @@ class Pipeline:
     self._labels = vocabularies.labels
     ops = dict(pp_lib.bind(pp))
     self._swaps_text = 'itm' in ops
-    self._shows_item = 'text' in ops and ops['text']['field'] is not None
+    self._reads_text = any(key.name == 'text' for op in ops
+                           for key in pp_lib.OPS[op].keys)
+    self._shows_item = self._reads_text and bool(self._unit.field) and (
+        ops.get('text', {}).get('field', '') is not None)
     self._two_images = 'second_image' in ops
     self._needs_names = 'boxes' in ops and not ops['boxes']['drop_unknown']
     self._apply = pp_lib.build(pp, pp_lib.Context(
@@ -303,6 +306,8 @@ class Pipeline:
 
   def _texts(self, record):
     """The texts that a row of this record may show."""
+    if not self._reads_text:
+      return []
     if self._shows_item:
       return [self._unit.text_of(record, record['item'])]
     return record['texts']
