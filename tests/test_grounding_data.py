@@ -292,13 +292,14 @@ def test_an_ambiguous_mention_means_all_that_fit():
 
 
 # --- The op -----------------------------------------------------------------
-def made(record, unit='text', train=True, length=64, seed=3, args='', **more):
+def made(record, unit='text', train=True, length=64, seed=3, args='',
+         string='decode|fit|grounding({})'):
   """The batch keys that the op makes of a record."""
   context = pp.Context(ROBERTA, label_space.LabelSpace.load('coco'), train, 1,
                        length, 4, 2, unit)
-  return pp.build(f'decode|fit|grounding({args})', context)({
+  return pp.build(string.format(args), context)({
       **record, 'item': 0, 'bucket': (32, 64), 'seed': seed,
-      'partner_texts': (), 'has_boxes': bool(record['objects']), **more})
+      'partner_texts': (), 'has_boxes': bool(record['objects'])})
 
 
 def words(row):
@@ -396,10 +397,25 @@ def test_an_expression():
   item = dict(text='the dog on the left', spans=[(4, 7)], id=-1,
               bbox=base.stored_box((.1, .1, .4, .9)))
   record = base.record(image=b'', image_id='1', height=HEIGHT, width=WIDTH,
-                       refexps=[item])
+                       refexps=[item], texts=[item['text']])
   assert words(made(record, 'refexp')) == ['dog']
   item['spans'] = []
   assert words(made(record, 'refexp')) == ['the dog on the left']
+
+
+def test_mirrored_images():
+  """Only where left and right are swapped in the text; spans move along."""
+  text = 'the left dog and a right paw'
+  record = caption(((.1, .1, .4, .6), [(0, 12)], 0),
+                   ((.7, .2, .9, .8), [(17, 28)], 0), text=text)
+  string = 'decode|flip(p=1., swap_words={})|fit|grounding'
+  row = made(record, string=string.format(True))
+  assert ROBERTA.decode(row['text'][0]) == 'the right dog and a left paw'
+  assert words(row) == ['the right dog', 'a left paw']
+  np.testing.assert_allclose(row['boxes'][0], [.75, .35, .3, .5], atol=1e-6)
+  row = made(record, string=string.format(False))
+  assert words(row) == ['the left dog', 'a right paw']
+  np.testing.assert_allclose(row['boxes'][0], [.25, .35, .3, .5], atol=1e-6)
 
 
 def test_an_image_without_anything_is_masked():

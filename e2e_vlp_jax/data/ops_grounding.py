@@ -3,7 +3,8 @@ import logging
 
 import numpy as np
 
-from e2e_vlp_jax.data import class_captions, ops_boxes, ops_text, spans
+from e2e_vlp_jax.data import (
+    class_captions, ops_boxes, ops_image, ops_text, spans)
 from e2e_vlp_jax.data.keys import Key, yes
 from e2e_vlp_jax.data.rng import fold, uniform
 from e2e_vlp_jax.errors import UserError
@@ -50,18 +51,22 @@ def grounding(context, negatives=85, probabilities=(0., 0., .5),
     seed, number = example['seed'], example.get('item', 0)
     if context.unit == 'refexp':
       item = example['refexps'][number]
-      return (item['text'], [item['bbox']],
-              [item['spans'] or [(0, len(item['text']))]], 0)
+      text, = example['texts']
+      found = item['spans'] or [(0, len(item['text']))]
+      return text, [item['bbox']], [_moved(example, text, found)], 0
     share, which = uniform(fold(seed, 1), [2]) if context.train else (1., 0.)
-    if context.unit == 'image':
+    if context.unit == 'text':
+      text = example['texts'][0]
+    else:
       found = sorted({p['text_number'] for p in example['phrases']
                       if p['text_number'] >= 0})
       if not found or share < class_share and example['has_boxes']:
         return namer(example, fold(seed, 2))
       number = found[int(which * len(found))]
+      text = example['texts'][number]
     items = [p for p in example['phrases'] if p['text_number'] == number]
-    text = example['texts'][number] if example['texts'] else ''
-    return text, [p['bbox'] for p in items], [p['spans'] for p in items], 0
+    return (text, [p['bbox'] for p in items],
+            [_moved(example, text, p['spans']) for p in items], 0)
 
   def apply(example):
     nonlocal warned
@@ -142,6 +147,17 @@ class _Namer:
           self._negatives, uniform(fold(seed, 2), [2 + count]),
           self._probabilities)
     return shuffled(kept + others, 3)
+
+
+def _moved(example, text, found):
+  """Spans in a text whose left and right `flip(swap_words=True)` has swapped.
+  """
+  swap = ops_image.swap_left_right
+  if not example['flipped'] or swap(text) == text:
+    return list(found)
+  before = swap(text)
+  return [(len(swap(before[:first])), len(swap(before[:end])))
+          for first, end in found]
 
 
 def _merged(corners, words, least):

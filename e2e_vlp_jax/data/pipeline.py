@@ -219,7 +219,10 @@ class Pipeline:
     self._reads_text = any(key.name == 'text' for op in ops
                            for key in pp_lib.OPS[op].keys)
     self._swaps_text = 'itm' in ops
-    self._shows_item = 'text' in ops and ops['text']['field'] is not None
+    self._reads_text = any(key.name == 'text' for op in ops
+                           for key in pp_lib.OPS[op].keys)
+    self._shows_item = self._reads_text and bool(self._unit.field) and (
+        ops.get('text', {}).get('field', '') is not None)
     self._two_images = 'second_image' in ops
     self._needs_names = 'boxes' in ops and not ops['boxes']['drop_unknown']
     self._apply = pp_lib.build(pp, pp_lib.Context(
