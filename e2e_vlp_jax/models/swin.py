@@ -253,8 +253,8 @@ class Merge(nn.Module):
     if x.shape[1] % 2 or x.shape[2] % 2:
       raise errors.UserError(
           f'data.buckets: a grid of {x.shape[1]}x{x.shape[2]} tokens cannot '
-          'be halved; choose multiples of patch * window * 2**(stages - 1) '
-          'pixels')
+          'be halved; choose multiples of patch * 2**(stages - 1) pixels, and '
+          'without model.swin.pad of the window, too')
     x = jnp.concatenate([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)],
                         -1)
     x = layers.LayerNorm(self.epsilon, name='norm')(x)
