@@ -43,30 +43,9 @@ def grounding(context, negatives=85, probabilities=(0., 0., .5),
   if context.unit not in _UNITS:
     raise UserError(f'pp: grounding needs data.unit to be one of '
                     f'{", ".join(_UNITS)}; it is {context.unit!r}')
-  namer = _Namer(context, negatives, probabilities)
+  choose = _chooser(context, _Namer(context, negatives, probabilities),
+                    class_share)
   warned = False
-
-  def choose(example):
-    """(text, boxes as stored, spans of each, number of lost boxes)."""
-    seed, number = example['seed'], example.get('item', 0)
-    if context.unit == 'refexp':
-      item = example['refexps'][number]
-      text, = example['texts']
-      found = item['spans'] or [(0, len(item['text']))]
-      return text, [item['bbox']], [_moved(example, text, found)], 0
-    share, which = uniform(fold(seed, 1), [2]) if context.train else (1., 0.)
-    if context.unit == 'text':
-      text = example['texts'][0]
-    else:
-      found = sorted({p['text_number'] for p in example['phrases']
-                      if p['text_number'] >= 0})
-      if not found or share < class_share and example['has_boxes']:
-        return namer(example, fold(seed, 2))
-      number = found[int(which * len(found))]
-      text = example['texts'][number]
-    items = [p for p in example['phrases'] if p['text_number'] == number]
-    return (text, [p['bbox'] for p in items],
-            [_moved(example, text, p['spans']) for p in items], 0)
 
   def apply(example):
     nonlocal warned
@@ -96,6 +75,32 @@ def grounding(context, negatives=85, probabilities=(0., 0., .5),
             'box_mask': np.arange(most) < len(keep), 'span_mask': span_mask,
             'task_mask/grounding': bool(row)}
   return apply
+
+
+def _chooser(context, namer, class_share):
+  """The function that chooses a row's text; see `grounding`."""
+  def choose(example):
+    """(text, boxes as stored, spans of each, number of lost boxes)."""
+    seed, number = example['seed'], example.get('item', 0)
+    if context.unit == 'refexp':
+      item = example['refexps'][number]
+      text, = example['texts']
+      found = item['spans'] or [(0, len(item['text']))]
+      return text, [item['bbox']], [_moved(example, text, found)], 0
+    share, which = uniform(fold(seed, 1), [2]) if context.train else (1., 0.)
+    if context.unit == 'text':
+      text = example['texts'][0]
+    else:
+      found = sorted({p['text_number'] for p in example['phrases']
+                      if p['text_number'] >= 0})
+      if not found or share < class_share and example['has_boxes']:
+        return namer(example, fold(seed, 2))
+      number = found[int(which * len(found))]
+      text = example['texts'][number]
+    items = [p for p in example['phrases'] if p['text_number'] == number]
+    return (text, [p['bbox'] for p in items],
+            [_moved(example, text, p['spans']) for p in items], 0)
+  return choose
 
 
 class _Namer:
