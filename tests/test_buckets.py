@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -310,7 +311,7 @@ def test_a_run(server, bucket, tiny_scenes, tmp_path, capsys):
 KILLS, STEPS = 10, 60
 
 
-def start(place, data_dir, log, **values):
+def start(place, data_dir, log, env=(), **values):
   """A run of `STEPS` steps in a process of its own."""
   values = {'data.dir': data_dir, 'total_steps': STEPS,
             'checkpoint.every_steps': 3, **values}
@@ -319,7 +320,7 @@ def start(place, data_dir, log, **values):
         [sys.executable, '-m', 'e2e_vlp_jax.train', '--config',
          'tests/small_run.py:light', '--workdir', str(place),
          *(f'--config.{k}={v}' for k, v in values.items())],
-        cwd=runs.REPO, stdout=f, stderr=f)
+        cwd=runs.REPO, stdout=f, stderr=f, env={**os.environ, **dict(env)})
 
 
 def losses(text):
@@ -357,6 +358,33 @@ def test_a_run_that_is_killed_ten_times(server, bucket, tiny_scenes, tmp_path):
       log.read_text()[-3000:])
   theirs = losses((tmp_path / 'whole/metrics.jsonl').read_bytes())
   assert seen() == theirs and len(theirs) == STEPS
+
+
+@pytest.mark.slow
+def test_two_processes(server, bucket, tiny_scenes, tmp_path):
+  """Both write checkpoints, one the rest; one process goes on alone."""
+  place = f'{bucket}/w'
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  logs = [tmp_path / f'{i}.log' for i in range(2)]
+  pair = [start(place, tiny_scenes, log, {
+      'E2E_VLP_COORDINATOR': f'localhost:{port}', 'E2E_VLP_PROCESSES': '2',
+      'E2E_VLP_PROCESS': str(i), 'XLA_FLAGS': ''}, total_steps=4,
+                **{'mesh.fsdp': 2, 'log_every_steps': 1})
+          for i, log in enumerate(logs)]
+  for process, log in zip(pair, logs):
+    assert process.wait(runs.PATIENCE) == 0, log.read_text()[-3000:]
+  names = server.names(bucket)
+  for process in (0, 1):
+    assert any(f'w/checkpoints/4/params/ocdbt.process_{process}/' in n
+               for n in names)
+  steps = [x['step'] for x in lines(server, f'{place}/metrics.jsonl')
+           if 'train/loss' in x]
+  assert steps == [1, 2, 3, 4] and 'w/.lock' not in names
+  config = small_config(tiny_scenes, total_steps=4)
+  train.train(config, place)  # Nothing is left to do but the evaluation.
+  assert json.loads(server.read(f'{place}/eval.json'))['step'] == 4
 
 
 def test_sigterm_saves_and_uploads(server, bucket, tiny_scenes, tmp_path):
