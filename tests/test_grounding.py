@@ -241,6 +241,13 @@ def test_results():
                   {'text': 'b', 'box': [2, 2, 9, 9], 'score': .5}]}
   json.dumps(found.to_json())
   assert [b.style for b in task.draw(found).boxes] == ['bold', 'bold', 'thin']
+  record = dict(height=10, width=20, phrases=[
+      {**phrase([.1, .05, .4, .2], [(0, 1)], 0), 'text': 'a'},
+      {**phrase([.5, .5, 1, 1], [(0, 1)], 0), 'text': 'b'}])
+  boxes = task.draw(found, tasks_base.Truth(record, None)).boxes
+  assert [b.colour for b in boxes] == [
+      tasks_base.TRUTH, tasks_base.RIGHT, tasks_base.TRUTH] + [
+          tasks_base.WRONG] * 2
   found = task.result(None, arrays, (10, 20), [], classes='cat, dog',
                       threshold=.55)
   assert [(o.label, o.score) for o in found.objects] == [('dog', .9),
