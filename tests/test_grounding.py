@@ -257,7 +257,8 @@ def test_results():
 
 def test_sample_texts():
   task = tasks_base.load('ground')
-  record = dict(texts=['x', 'a dog and a cat'], refexps=[], objects=[], phrases=[
+  text = 'a dog and a cat'
+  record = dict(texts=['x', text], refexps=[], objects=[], phrases=[
       phrase([0] * 4, [(10, 15)], 1), phrase([0] * 4, [(0, 5)], 1),
       phrase([0] * 4, [(0, 1)], -1)])
   objects = dict(texts=[], refexps=[], phrases=[],

@@ -26,7 +26,6 @@ from e2e_vlp_jax.evaluation import refexp
 from e2e_vlp_jax.objectives import refer as refer_objective
 from e2e_vlp_jax.tasks import base as tasks_base
 from e2e_vlp_jax.tasks import detect
-from e2e_vlp_jax.tasks import refer as refer_task
 from e2e_vlp_jax.training import optim
 from tests import small_model
 
@@ -292,7 +291,8 @@ def test_a_run_on_scenes(tiny_scenes, tmp_path):
 # --- prepare refcoco --------------------------------------------------------
 BOX = [8, 4, 24, 20]
 REF = dict(image_id=7, ann_id=3, split='val', sentences=[
-    dict(raw='the  dog', sent='dog', sent_id=11), dict(sent='left', sent_id=12)])
+    dict(raw='the  dog', sent='dog', sent_id=11),
+    dict(sent='left', sent_id=12)])
 INSTANCES = dict(annotations=[dict(id=3, bbox=BOX)])
 FORMS = {
     'refs.json': ([REF], [('the dog', 11), ('left', 12)]),
