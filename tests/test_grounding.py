@@ -241,6 +241,13 @@ def test_results():
                   {'text': 'b', 'box': [2, 2, 9, 9], 'score': .5}]}
   json.dumps(found.to_json())
   assert [b.style for b in task.draw(found).boxes] == ['bold', 'bold', 'thin']
+  record = dict(height=10, width=20, phrases=[
+      {**phrase([.1, .05, .4, .2], [(0, 1)], 0), 'text': 'a'},
+      {**phrase([.5, .5, 1, 1], [(0, 1)], 0), 'text': 'b'}])
+  boxes = task.draw(found, tasks_base.Truth(record, None)).boxes
+  assert [b.colour for b in boxes] == [
+      tasks_base.TRUTH, tasks_base.RIGHT, tasks_base.TRUTH] + [
+          tasks_base.WRONG] * 2
   found = task.result(None, arrays, (10, 20), [], classes='cat, dog',
                       threshold=.55)
   assert [(o.label, o.score) for o in found.objects] == [('dog', .9),
@@ -250,7 +257,8 @@ def test_results():
 
 def test_sample_texts():
   task = tasks_base.load('ground')
-  record = dict(texts=['x', 'a dog and a cat'], refexps=[], objects=[], phrases=[
+  text = 'a dog and a cat'
+  record = dict(texts=['x', text], refexps=[], objects=[], phrases=[
       phrase([0] * 4, [(10, 15)], 1), phrase([0] * 4, [(0, 5)], 1),
       phrase([0] * 4, [(0, 1)], -1)])
   objects = dict(texts=[], refexps=[], phrases=[],

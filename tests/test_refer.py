@@ -291,7 +291,8 @@ def test_a_run_on_scenes(tiny_scenes, tmp_path):
 # --- prepare refcoco --------------------------------------------------------
 BOX = [8, 4, 24, 20]
 REF = dict(image_id=7, ann_id=3, split='val', sentences=[
-    dict(raw='the  dog', sent='dog', sent_id=11), dict(sent='left', sent_id=12)])
+    dict(raw='the  dog', sent='dog', sent_id=11),
+    dict(sent='left', sent_id=12)])
 INSTANCES = dict(annotations=[dict(id=3, bbox=BOX)])
 FORMS = {
     'refs.json': ([REF], [('the dog', 11), ('left', 12)]),

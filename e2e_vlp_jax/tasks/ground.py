@@ -125,23 +125,41 @@ class Task(base.Task):
     return [[_sample(r) if r else ''] for r in records]
 
   def draw(self, result, truth=None):
-    """Each phrase in the colour of its best box."""
+    """Each phrase in the colour of its best box; green and red if the truth is
+    known, with thin white lines for true boxes."""
     if result is None:
       return base.Drawing()
     if result.objects:
       return detect.Task().draw(detect.Result(
           'detect', result.height, result.width, result.objects))
+    known = _true_boxes(truth) if truth is not None else {}
     boxes, row, seen = [], [], {}
     for phrase in result.phrases:
       first = phrase.text not in seen
-      colour = seen.setdefault(phrase.text,
-                               base.COLOURS[len(seen) % len(base.COLOURS)])
-      boxes.append(base.Box(phrase.box, colour, phrase.text if first else '',
-                            'bold' if first else 'thin'))
       if first:
-        row += [('■', colour), (phrase.text, base.INK),
+        seen[phrase.text] = base.COLOURS[len(seen) % len(base.COLOURS)]
+        true = known.get(phrase.text)
+        if true:
+          right = detect.iou([phrase.box], true).max() >= refer.RIGHT_IOU
+          seen[phrase.text] = base.RIGHT if right else base.WRONG
+          boxes += [base.Box(box, base.TRUTH, style='thin') for box in true]
+        row += [('■', seen[phrase.text]), (phrase.text, base.INK),
                 (f'{phrase.score:.2f}', base.FAINT)]
+      boxes.append(base.Box(phrase.box, seen[phrase.text],
+                            phrase.text if first else '',
+                            'bold' if first else 'thin'))
     return base.Drawing(boxes, sentences=[row] if row else [])
+
+
+def _true_boxes(truth):
+  """{phrase: its boxes in pixels} of the captions of a `tasks.base.Truth`."""
+  record, found = truth.record, {}
+  size = np.array([record['width'], record['height']] * 2)
+  for p in record['phrases']:
+    if p['text_number'] >= 0:
+      found.setdefault(p['text'], []).append(
+          (p['bbox'][[1, 0, 3, 2]] * size).tolist())
+  return found
 
 
 def parse(text):
