@@ -113,10 +113,9 @@ check_train() {
 # stopped it: 75, to be started again, unless the last step is there.
 outcome() {
   if [[ $1 != 0 ]] || EPATH_USE_TF=false python -c 'import json, sys
-from etils import epath
-workdir = epath.Path(sys.argv[1])
-step = json.loads((workdir / "config.json").read_text())["total_steps"]
-sys.exit(not (workdir / "checkpoints" / str(step)).is_dir())' "$workdir"; then
+from etils.epath import Path
+step = json.loads(Path(sys.argv[1], "config.json").read_text())["total_steps"]
+sys.exit(not Path(sys.argv[1], "checkpoints", str(step)).is_dir())' "$workdir"; then
     echo "$1"
   else
     echo 75
