@@ -110,12 +110,22 @@ check_train() {
 }
 
 # The exit code of a run from that of train, which is 0 also where SIGTERM
-# stopped it: 75, to be started again, unless the last step is there.
+# stopped it: 75, to be started again, unless the last step is there or
+# early_stop has ended the run.
 outcome() {
   if [[ $1 != 0 ]] || EPATH_USE_TF=false python -c 'import json, sys
 from etils.epath import Path
-step = json.loads(Path(sys.argv[1], "config.json").read_text())["total_steps"]
-sys.exit(not Path(sys.argv[1], "checkpoints", str(step)).is_dir())' "$workdir"; then
+run = Path(sys.argv[1])
+read = lambda *names: json.loads(run.joinpath(*names).read_text())
+config = read("config.json")
+patience = config.get("early_stop", {}).get("patience", 0)
+last = max((int(p.name) for p in (run / "checkpoints").iterdir()
+            if p.name.isdigit()), default=-1)
+waited = patience and last >= 0 and read(
+    "checkpoints", str(last), "meta", "metadata").get("early_stop", {}).get(
+        "waited", 0)
+sys.exit(last < config["total_steps"] and not 0 < patience <= waited)
+' "$workdir"; then
     echo "$1"
   else
     echo 75

@@ -74,10 +74,10 @@ def test_a_run_stops_early_and_says_why(tiny_scenes, tmp_path, monkeypatch,
   scores_of_evaluations(monkeypatch, [.5, .4])
   run = during_training.Evaluation.run
 
-  def killed(self, state, monitor, final):
+  def killed(self, state, monitor, final, stop=None):
     if int(state.step) == 3:
       raise KeyboardInterrupt
-    return run(self, state, monitor, final)
+    return run(self, state, monitor, final, stop)
   monkeypatch.setattr(during_training.Evaluation, 'run', killed)
   config = config_of(tiny_scenes)
   with pytest.raises(KeyboardInterrupt):

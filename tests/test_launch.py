@@ -567,6 +567,20 @@ def test_worker_says_how_it_ended(place, step, train, code):
                                       *args]
 
 
+def test_a_run_that_early_stop_has_ended_is_not_started_again(place):
+  place.fake('python', 'exit 0')
+  args = place.at_step(4)
+  (place.workdir / 'config.json').write_text(json.dumps(
+      {'total_steps': 10, 'early_stop': {'patience': 2}}))
+  meta = place.workdir / 'checkpoints' / '4' / 'meta'
+  meta.mkdir()
+  for waited, wanted in ((1, 75), (2, 0)):
+    (meta / 'metadata').write_text(json.dumps(
+        {'early_stop': {'metric': 'eval/vqa/accuracy', 'waited': waited}}))
+    got, _, err = place.run('worker.sh', *args)
+    assert got == wanted, err
+
+
 def wait_for(path):
   for _ in range(200):
     if path.exists():
