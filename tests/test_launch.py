@@ -5,6 +5,7 @@ that note their arguments (test_slurm.py has a real Slurm). Values that a shell
 could split, expand or run must arrive as they were given.
 """
 import contextlib
+import json
 import os
 import pathlib
 import shutil
