@@ -2,6 +2,7 @@
 # Installs what the tests need and runs them.
 #
 #   bash launch/test.sh [-m 'not slow'] [tests/test_matching.py -k ties]
+#   bash launch/test.sh -m long     # trials of minutes, which are left out
 #
 # launch/common.sh lists environment variables.
 set -euo pipefail

@@ -148,6 +148,17 @@ def pytest_configure(config):
   config.pluginmanager.register(_Usage(), 'usage')
 
 
+def pytest_collection_modifyitems(config, items):
+  """Leaves out what takes minutes unless -m long, -k or a name asks for it."""
+  if 'long' in config.option.markexpr or config.option.keyword or any(
+      '::' in a for a in config.args):
+    return
+  long = [i for i in items if i.get_closest_marker('long')]
+  if long:
+    config.hook.pytest_deselected(items=long)
+    items[:] = [i for i in items if i not in long]
+
+
 def pytest_report_header():
   return [f'seeds: tiny_scenes {SEED}; a test that draws prints its own']
 

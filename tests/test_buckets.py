@@ -329,7 +329,7 @@ def losses(text):
           if 'train/loss' in x}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_ten_times(server, bucket, tiny_scenes, tmp_path):
   """Each time after some more steps; it ends as a run that nobody disturbed.
 

@@ -220,13 +220,13 @@ def check_finished(slurm, number, workdir, whole, starts=1):
   return said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_tasks_of_one_node(slurm, whole, tiny_scenes, tmp_path):
   number = submit_two(slurm, 1, tiny_scenes, tmp_path / 'w')
   check_finished(slurm, number, tmp_path / 'w', whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_job_of_two_nodes_goes_on_to_the_same_bits(
     slurm, whole, tiny_scenes, tmp_path):
   """SIGTERM, queued again, finished."""
