@@ -294,8 +294,9 @@ def test_a_run(server, bucket, tiny_scenes, tmp_path, capsys):
   texts = [('data.dir', str(tiny_scenes)), ('total_steps', '5')]
   run = runs_lib.Run('a', place, 'tests/small_run.py:light', texts)
   assert run.finished() and run.metrics()[0] == 5
-  sweep.main(['--config', 'tests/small_run.py:light', '--workdir',
-              f'{bucket}/sweep', '--mode', 'table'])
+  with pytest.raises(SystemExit, match='0'):
+    sweep.main(['--config', 'tests/small_run.py:light', '--workdir',
+                f'{bucket}/sweep', '--mode', 'table'])
   found = json.loads(server.read(f'{bucket}/sweep/sweep.json'))['runs']
   assert [(r['finished'], r['workdir']) for r in found] == [
       (False, f'{bucket}/sweep/seed={seed}') for seed in (0, 1)]
