@@ -37,7 +37,7 @@ TABLE = [
     # The task's head is trained by a command, which the line says.
     ([*PREDICT, 'answer', '--text', 'a ?'],
      "this checkpoint has no answer head, which task 'answer' needs; its "
-     'tasks: caption, detect, match; train it with: python -m '
+     'tasks: caption, detect, match, retrieve; train it with: python -m '
      'e2e_vlp_jax.train --config configs/finetune.py:answer,from={run} '
      '--workdir W'),
     ([*EVALUATE, '--tasks', 'answer'],
