@@ -7,6 +7,7 @@ import sys
 import time
 
 import jax
+import ml_collections
 
 from e2e_vlp_jax import checkpoint_files
 from e2e_vlp_jax import errors
@@ -121,7 +122,8 @@ def finished(workdir, config):
         os.path.join(workdir, 'config.json'))))
   except (OSError, ValueError, errors.UserError):
     return False
-  stop = early_stop.EarlyStop(config.early_stop)
+  new = old_names.modernise(to_dict(config))
+  stop = early_stop.EarlyStop(ml_collections.ConfigDict(new).early_stop)
   try:
     last = checkpoint_files.step_folder(workdir)
     checkpoint_files.check_items(last, optional=())
@@ -130,7 +132,6 @@ def finished(workdir, config):
     return False
   if meta['step'] < config.total_steps and not stop.reached:
     return False
-  new = old_names.modernise(to_dict(config))
   return not differences(held, new, FREE_KEYS)
 
 
