@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from e2e_vlp_jax.data.datasets import base
 from e2e_vlp_jax import prepare
 from e2e_vlp_jax.data import records
+from e2e_vlp_jax.data.datasets import base as datasets_base
 from e2e_vlp_jax.evaluation import detection
 from e2e_vlp_jax.evaluation import detection_page
 from e2e_vlp_jax.evaluation import details
@@ -249,8 +249,8 @@ def test_many_classes_and_none():
       from PIL import Image
       out = io.BytesIO()
       Image.new('RGB', (240, 20)).save(out, 'PNG')
-      return base.record(image=out.getvalue(), image_id='a', height=20,
-                         width=240)
+      return datasets_base.record(image=out.getvalue(), image_id='a',
+                                  height=20, width=240)
 
     def name(self, i):
       return str(i)
