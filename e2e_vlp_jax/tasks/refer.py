@@ -147,4 +147,4 @@ def _true_boxes(truth):
   record = truth.record
   size = np.array([record['height'], record['width']] * 2)
   return {r['text']: (r['bbox'] * size)[[1, 0, 3, 2]].tolist()
-          for r in record['refexps']}
+          for r in record.get('refexps', ())}
