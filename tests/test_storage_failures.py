@@ -30,6 +30,9 @@ MISTAKES = [
                 '"403"]'), 'Permission denied'),
     (OSError('Forbidden: https://storage.googleapis.com/b/o\nx does not have '
              'storage.objects.create access'), 'Permission denied'),
+    (ValueError(f'OUT_OF_RANGE: Error writing "{"x" * 300}": Failed to write '
+                "25289 bytes: File too large [os_error_code='27']"),
+     'File too large'),
     (HttpError(401, 'Invalid'), 'auth application-default login'),
     (HttpError(403, 'no'), 'Permission denied'),
     (Exception('Reauthentication is needed. Please run `gcloud auth`'),

@@ -46,7 +46,7 @@ def of(error, what, after=''):
     `errors.UserError`; `errors.TryAgain` if it may work the next time; or None
     if `error` does not look like a failure of storage.
   """
-  text = said(error)
+  text = ' '.join(str(error).split())  # Long, with the cause at its end.
   if isinstance(getattr(error, 'code', None), int):  # of HTTP, from gcsfs
     text += f' (code {error.code})'
   number = error.errno if isinstance(error, OSError) else None
@@ -56,7 +56,7 @@ def of(error, what, after=''):
     if re.search(pattern, text, re.IGNORECASE):
       return errors.UserError(f'{what}: {ours}{after}')
   if isinstance(error, OSError) or re.search(_PASSES, text):
-    return errors.TryAgain(f'{what}: {text}')
+    return errors.TryAgain(f'{what}: {said(error)}')
   return None
 
 
