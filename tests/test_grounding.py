@@ -165,7 +165,8 @@ def fake_predictor(length=16):
   return types.SimpleNamespace(
       tokenizer=ROBERTA, asked=asked, config=types.SimpleNamespace(
           data=types.SimpleNamespace(max_text=length)),
-      encode_texts=lambda variables, ids, mask: asked.append(ids) or ids)
+      program=lambda key, function:
+      lambda variables, ids, mask: asked.append(ids) or ids)
 
 
 def test_a_prompt():
@@ -304,13 +305,13 @@ def test_text_features_of_classes_are_computed_once(small, monkeypatch):
   """And the boxes are those of the whole computation for each image."""
   predictor, variables = small
   names = label_space.LabelSpace.load('scenes').classes
-  encode, encoded = predictor.encode_texts, []
+  encode, encoded = prompts._encoded, []  # pylint: disable=protected-access
   monkeypatch.setattr(
-      predictor, 'encode_texts',
-      lambda *args: encoded.append(args[1].shape) or encode(*args))
+      prompts, '_encoded',
+      lambda *args: encoded.append(args[2].shape) or encode(*args))
   results = predictor.predict(variables, pictures(10), 'ground', classes=names,
                               threshold=0.)
-  assert encoded == [(1, 1, 24)] and len(results) == 10  # two batches
+  assert encoded == [(1, 24)] and len(results) == 10  # two batches
   prompt = predictor.prompt(variables, names)
   text = prompts.phrase_inputs(predictor, [(prompt.captions[0], [])], 1)
   example = inputs.example(predictor, pictures(1)[0])

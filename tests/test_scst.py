@@ -282,7 +282,7 @@ def fed_by(config):
   config.total_steps = config.last_stage.steps
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    vocabularies, data, assembly = train._prepare(  # pylint: disable=protected-access
+    vocabularies, data, assembly, _ = train._prepare(  # pylint: disable=protected-access
         config, folder, False, stack)
     feeder = sampled_captions.Feeder(assembly.feeding(), assembly,
                                      vocabularies.tokenizer, data)
