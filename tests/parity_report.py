@@ -5,7 +5,7 @@
 The tests that compare note it by `record_property('parity', (component,
 against, worst difference, tolerance))`. Where a component was compared with
 stored results and live, the live row is kept. Without a file, only the tests
-that compare run (minutes). Refuses to write unless every test passed; what was
+that compare run (minutes). Refuses to write unless all of these passed; what was
 skipped (without torch, say) is listed on the page.
 """
 import ast
@@ -68,6 +68,10 @@ NOTES = '''
   The head of `soho_vqa` is one of `model.heads`. The reference has no arrays
   for half precision or dropout. Where the released code used random numbers,
   the tests use the recorded ones.
+- **FIBER's fine stage.** Rows "FIBER fine" are compared with arrays that the
+  original code produced (reference/fiber_fine). Norms of gradients are compared
+  relative to the norm + 1e-3: some of about 1e-5, of saturated attention, differ
+  by up to 1.7 %, which is below 1e-6. docs/fiber_fine.md has a table by file.
 - **FIBER.** Rows "FIBER coarse" are compared with arrays that the original code
   produced (reference/fiber_coarse). docs/fiber.md has a table by file that also
   lists what is not compared. Gradients of the text layers' key biases are zero
@@ -117,11 +121,12 @@ def read(path):
   """The Collector of a run whose --junitxml is `path`."""
   found, files = Collector(), {f.stem for f in comparing()}
   for case in xml.etree.ElementTree.parse(path).iter('testcase'):
+    if case.get('classname').split('.')[-1] not in files:
+      continue
     if case.find('failure') is not None or case.find('error') is not None:
       sys.exit(f'{path}: {case.get("name")} failed; docs/parity.md is as it '
                'was')
-    skipped = case.find('skipped')
-    if skipped is not None and case.get('classname').split('.')[-1] in files:
+    if (skipped := case.find('skipped')) is not None:
       found.skipped[case.get('name')] = skipped.get('message')
     for each in case.iter('property'):
       if each.get('name') == 'parity':
