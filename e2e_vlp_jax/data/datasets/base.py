@@ -166,6 +166,24 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Paths whose checksums go into the report."""
     return []
 
+  def named_splits(self, known, where=''):
+    """The splits that the option `splits` names, each once; [] without.
+
+    Args:
+      known: names of the splits that there are.
+      where: beginning of the error message, such as 'FILE has '.
+
+    Raises:
+      UserError: another name; suggests the nearest.
+    """
+    named = [s for s in self.options['splits'].replace(' ', '').split(',')
+             if s]
+    for split in named:
+      if split not in known:
+        raise errors.UserError(f'splits: {where}no split {split!r}'
+                               + errors.nearest(split, known))
+    return list(dict.fromkeys(named))
+
   def skip(self, split, reason, name=None, lost=None):
     """Counts something that is left out, and lists its `name` if given.
 

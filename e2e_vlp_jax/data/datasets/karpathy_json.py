@@ -54,12 +54,7 @@ class KarpathyRecords(base.RecordBuilder):
     self._files = self.photographs()
     for entry in self._entries(path):
       by_split[entry['split']].append(entry)
-    wanted = [s for s in self.options['splits'].replace(' ', '').split(',')
-              if s] or list(by_split)
-    for split in wanted:
-      if split not in by_split:
-        raise errors.UserError(f'splits: {path} has no split {split!r}'
-                               + errors.nearest(split, by_split))
+    wanted = self.named_splits(by_split, f'{path} has ') or list(by_split)
     # In the published order, whatever comes first in the file.
     order = [*self.PUBLISHED, *wanted]
     return {split: self._read(split, by_split[split])

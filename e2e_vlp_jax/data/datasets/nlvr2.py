@@ -50,12 +50,8 @@ class Builder(base.RecordBuilder):
 
   def _wanted(self):
     """The splits to write."""
-    named = [s for s in self.options['splits'].replace(' ', '').split(',')
-             if s]
+    named = self.named_splits(_SPLITS)
     for split in named:
-      if split not in _SPLITS:
-        raise errors.UserError(f'splits: no split {split!r}'
-                               + errors.nearest(split, _SPLITS))
       if not self._find(split):
         raise errors.UserError(f'no {split}.json in {self.source!r}')
     found = named or [s for s in _SPLITS if self._find(s)]
@@ -63,7 +59,7 @@ class Builder(base.RecordBuilder):
       raise errors.UserError(
           f'no train.json in {self.source!r} and no other statements of NLVR2; '
           '--source should be the folder that contains them')
-    return list(dict.fromkeys(found))
+    return found
 
   def _find(self, split):
     """The path of a split's statements, or None."""

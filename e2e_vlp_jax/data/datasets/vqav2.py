@@ -62,19 +62,13 @@ class Builder(base.RecordBuilder):
 
   def _wanted(self):
     """The splits to write."""
-    named = [s for s in self.options['splits'].replace(' ', '').split(',')
-             if s]
-    for split in named:
-      if split not in _SPLITS:
-        raise errors.UserError(f'splits: no split {split!r}'
-                               + errors.nearest(split, _SPLITS))
-    found = named or [s for s in _DEFAULT if self._find(_questions_of(s))]
+    found = self.named_splits(_SPLITS) or [s for s in _DEFAULT if self._find(_questions_of(s))]
     if not found:
       raise errors.UserError(
           f'no {_questions_of("train")} in {self.source!r} and no other '
           'questions of VQA v2; --source should be the folder that contains '
           'them')
-    return list(dict.fromkeys(found))
+    return found
 
   def _find(self, name):
     """The path of an official file, or None."""
