@@ -428,6 +428,24 @@ print(found.count('/jax/compilation_cache/cache_hits'))
   assert any(n.startswith('w/jax_cache/') for n in server.names(bucket))
 
 
+def test_launchers_see_whether_a_run_is_finished(bucket):
+  """A step that is half written is none."""
+  place = f'{bucket}/w'
+  outcome = lambda: subprocess.run(
+      ['bash', '-c', 'source launch/launcher.sh; workdir=$1; outcome 0', '-',
+       place], cwd=runs.REPO, check=True, text=True, stdout=subprocess.PIPE,
+      env={**os.environ, 'PATH': f'{os.path.dirname(sys.executable)}:'
+           + os.environ['PATH']}).stdout
+  assert outcome() == '75\n'
+  paths.write(f'{place}/config.json', '{"total_steps": 4}')
+  paths.write(f'{place}/checkpoints/4/meta/metadata', json.dumps(META))
+  assert outcome() == '75\n'
+  with damaged.saver(place) as s:
+    s.save(4, damaged.state(4))
+    s.wait()
+  assert outcome() == '0\n'
+
+
 KILLS, STEPS = 10, 60
 
 
