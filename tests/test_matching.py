@@ -13,6 +13,7 @@ import pytest
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.objectives import detection
+from e2e_vlp_jax.ops import kernels
 from e2e_vlp_jax.ops import matching
 from e2e_vlp_jax.ops import matching_tpu
 from tests import parity
@@ -119,7 +120,7 @@ def test_a_gpu_without_triton_runs_the_loops(monkeypatch, caplog):
     with monkeypatch.context() as patch:
       patch.setattr(jax, 'default_backend', lambda: 'gpu')
       patch.setattr(jax, 'local_devices', lambda d=device: [d])
-      assert matching._triton_runs() == runs
+      assert kernels.triton_runs() == runs
   assert 'compute capability 7.5' in caplog.text
   monkeypatch.setenv('E2E_VLP_MATCHING', 'xla')
   jax.clear_caches()
