@@ -250,7 +250,7 @@ def test_a_window_attention_by_the_kernel(monkeypatch):
   def interpreted(*args, **kwargs):
     calls.append(args)
     return kernel_(*args, **kwargs, interpret=True)
-  monkeypatch.setattr(attention_lib, '_kernel_applies', lambda *_: True)
+  monkeypatch.setattr(attention_lib, '_platform', lambda _: 'tpu')
   monkeypatch.setattr(attention_tpu, 'attention', interpreted)
   found = jax.value_and_grad(loss)(variables, x)
   assert len(calls) == 1 and len(calls[0]) == 1  # queries, keys, values in one

@@ -147,16 +147,19 @@ _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 def _kernel_applies(place, query, key, bias, table=None):
   """Whether a kernel can compute this attention, where it would run."""
-  device = place.mesh.devices.flat[0]
   batch = math.prod(place.mesh.shape[a] for a in place.axes)
   return (kernels.wanted('attention') and place.mesh.size == batch
           and query.shape[0] % batch == 0
           # A bias for each head may be learned; the kernels have no gradient.
           and (bias is None or bias.shape[2] < query.shape[3]
                and bias.shape[-1] == key.shape[2])
-          and (attention_tpu.applies(query, key) if device.platform == 'tpu'
-               else device.platform == 'gpu' and table is None
+          and (attention_tpu.applies(query, key) if _platform(place) == 'tpu'
+               else _platform(place) == 'gpu' and table is None
                and kernels.triton_runs() and attention_gpu.applies(query)))
+
+
+def _platform(place):
+  return place.mesh.devices.flat[0].platform
 
 
 def projects(shape, dtype, heads, bias):
@@ -169,7 +172,7 @@ def projects(shape, dtype, heads, bias):
   """
   place = _PLACE.get()
   x = jax.ShapeDtypeStruct((*shape[:-1], heads, shape[-1] // heads), dtype)
-  return (place is not None and place.mesh.devices.flat[0].platform == 'tpu'
+  return (place is not None and _platform(place) == 'tpu'
           and _kernel_applies(place, x, x, _expanded(bias)))
 
 
@@ -219,7 +222,7 @@ def _kernel(place, heads, arrays, bias, table, dropout):
     others['seeds'] = dropout.seeds, rows
 
   def run(arrays, others):
-    if place.mesh.devices.flat[0].platform == 'gpu':
+    if _platform(place) == 'gpu':
       return attention_gpu.attention(*arrays, heads=heads, rate=rate,
                                      result=RESULT, **others)
     return attention_tpu.attention(*arrays, heads=heads, rate=rate, **others)
