@@ -41,6 +41,13 @@ def test_nested_operations_count_once():
       ('after', 7), ('body', 20), ('body', 25), ('inner', 5), ('while', 50)]
 
 
+def test_operations_at_the_same_time_count_once():
+  events = [(0, 10, 'first'), (5, 15, 'second'), (8, 1, 'third'),
+            (30, 2, 'last')]
+  assert list(map(tuple, by_module._own_times(events))) == [
+      ('first', 5), ('second', 14), ('third', 1), ('last', 2)]
+
+
 def test_trace_finds_the_expensive_part(tmp_path):
   def step(x):
     with jax.named_scope('backbone'):

@@ -138,13 +138,17 @@ def _operation(event, parts):
 
 
 def _own_times(events):
-  """[(part, ns)] by start, each without the time of events nested in it."""
+  """[(part, ns)] by start, each without the time of events that start later.
+
+  Events are nested, or on a GPU at the same time; every moment counts once.
+  """
   out, open_until = [], []
   for start, duration, part in sorted(events, key=lambda e: (e[0], -e[1])):
     while open_until and open_until[-1][0] <= start:
       open_until.pop()
+    end = start + duration
     if open_until:
-      out[open_until[-1][1]][1] -= duration
-    open_until.append((start + duration, len(out)))
+      out[open_until[-1][1]][1] -= min(end, open_until[-1][0]) - start
+    open_until.append((end, len(out)))
     out.append([part, duration])
   return out
