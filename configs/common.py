@@ -123,7 +123,9 @@ def run_defaults():
   config.sharding_rules = ()
   config.checkpoint = dict(
       every_steps=1000,          # 0 = never; the last step is always saved
-      every_minutes=0.,          # whichever comes first; 0 = never
+      # Whichever comes first, as of the next log line; 0 = never. It bounds
+      # what is lost without notice: a preemption, a crash. Our choice.
+      every_minutes=10.,
       keep=2,                    # how many of the newest to keep;
       keep_every=0,              # also keep its multiples (0 = none)
       best='')                   # and the best, such as 'eval/itm/accuracy'

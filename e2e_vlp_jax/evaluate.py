@@ -23,7 +23,6 @@ import ml_collections
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
-from e2e_vlp_jax import files
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import evaluators as evaluators_lib
@@ -82,7 +81,7 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None,
                                          sharding.make_mesh(config.mesh), path)
   with staging.opened(workdir) as folder:
     # Check now, since an evaluation takes minutes.
-    files.check_folder('--workdir', os.fspath(folder))
+    staging.check_folder('--workdir', folder)
     details = {}
     scores, pictures = evaluators.run(variables, bar=jax.process_index() == 0,
                                       details=details)

@@ -122,6 +122,9 @@ def _holder(f):
 
 def check_writable(name, path):
   """UserError unless `path`, the value of argument `name`, can be written."""
+  if '://' in path:
+    raise errors.UserError(f'{name}: {path!r}; expected a file of the file '
+                           'system')
   try:
     with open(path, 'a', encoding='utf-8'):
       pass

@@ -16,12 +16,18 @@ import time
 
 from etils import epath
 import numpy as np
+from PIL import Image
 import pytest
+import safetensors.numpy
 
 from e2e_vlp_jax import checkpoint_files
+from e2e_vlp_jax import compare
+from e2e_vlp_jax import convert
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import evaluate
 from e2e_vlp_jax import files
+from e2e_vlp_jax import predict
+from e2e_vlp_jax import preflight
 from e2e_vlp_jax import runs as runs_lib
 from e2e_vlp_jax import sweep
 from e2e_vlp_jax import train
@@ -33,7 +39,9 @@ from e2e_vlp_jax.training import checkpoint
 from tests import buckets
 from tests import commands
 from tests import kill_and_resume as runs
+from tests import parity
 from tests import small_run
+from tests import test_convert as conversions
 from tests import test_damaged as damaged
 
 META = {'config': {'data': {}, 'model': {}}, 'tokenizer': {'kind': 'wordpiece'},
@@ -199,6 +207,8 @@ def test_a_mounted_bucket_needs_no_renaming(tmp_path, monkeypatch):
   def refuse(self, target):
     raise AssertionError(f'{self} is renamed')
   monkeypatch.setattr(type(epath.Path('/')), 'rename', refuse)
+  checkpoint.write(tmp_path / 'mnt/new', {'a': np.ones(3)}, {}, META)
+  assert checkpoint_files.step_folder(tmp_path / 'mnt/new').endswith('/0')
   with damaged.saver(place) as s:
     for step in (2, 4):
       s.save(step, damaged.state(step))
@@ -230,6 +240,19 @@ def test_other_paths(path, says, capsys, tmp_path):
   line = commands.refused(evaluate.main, '--checkpoint', path, '--workdir',
                           str(tmp_path), capsys=capsys)
   assert says in line
+
+
+@pytest.mark.parametrize('main, says, argv', [
+    (compare.main, 'expected a folder of the file system',
+     ['--study', 'configs/studies/finetuning.py:e2e_vlp']),
+    (sweep.main, 'sbatch reads the job array from a folder',
+     ['--config', 'tests/small_run.py', '--mode', 'slurm']),
+    (preflight.main, "--json: 'gs://bucket/x'; expected a file of the",
+     ['--config', 'tests/small_run.py', '--topology', 'local', '--json'])])
+def test_what_cannot_be_in_a_bucket(main, says, argv, capsys):
+  where = [] if argv[-1] == '--json' else ['--workdir']
+  assert says in commands.refused(main, *argv, *where, 'gs://bucket/x',
+                                  capsys=capsys)
 
 
 def test_data_stay_local(capsys):
@@ -289,6 +312,12 @@ def test_a_run(server, bucket, tiny_scenes, tmp_path, capsys):
   assert 'eval/itm/accuracy' in json.loads(
       server.read(f'{bucket}/evals/a/eval.json'))
   assert server.read(f'{bucket}/evals/a/report.html')
+  assert not server.read(f'{bucket}/evals/a/.probe')
+  capsys.readouterr()
+  line = commands.refused(  # before it evaluates
+      evaluate.main, '--checkpoint', place, '--workdir', 'gs://nowhere/e',
+      '--data_dir', str(tiny_scenes), capsys=capsys)
+  assert line.endswith('gs://nowhere/e: cannot be written: no such bucket')
 
   # A sweep sees which of its runs are finished.
   texts = [('data.dir', str(tiny_scenes)), ('total_steps', '5')]
@@ -307,6 +336,95 @@ def test_a_run(server, bucket, tiny_scenes, tmp_path, capsys):
   assert json.loads(server.read(f'{bucket}/runs/b/init_from.json'))['loaded']
   with pytest.raises(errors.UserError, match='holds a run with another config'):
     train.train(small_config(tiny_scenes, seed=4), place)
+
+
+def test_convert(server, bucket, tmp_path, capsys):
+  """Weights become a checkpoint there, from which one takes and exports."""
+  source = conversions.save(tmp_path / 'in.safetensors', conversions.published(
+      'hf_bert', conversions.load_config('bert')))
+  of = lambda output, *more: [
+      '--format', 'hf_bert', '--input', source, '--output', output,
+      *conversions.config_args('bert'), *more]
+  first, second = f'{bucket}/first', f'{bucket}/second'
+  convert.main(of(first))
+  convert.main(of(second, '--onto', first, '--config.seed=1'))
+  record = json.loads(server.read(f'{second}/conversion.json'))
+  assert record['kept'] and not record['missing']
+  ours, theirs = (parity.flat(checkpoint.load(p)[0]) for p in (first, second))
+  assert ours.keys() == theirs.keys()
+  assert all(np.array_equal(ours[k], theirs[k]) for k in ours)
+  back = tmp_path / 'back.safetensors'
+  convert.main(['--export', '--input', second, '--output', str(back)])
+  a, b = (safetensors.numpy.load_file(p) for p in (source, back))
+  assert b and all(np.array_equal(a[k], b[k]) for k in b)
+
+  capsys.readouterr()
+  says = lambda *argv: commands.refused(convert.main, *argv, capsys=capsys)
+  assert 'exists; name a new one' in says(*of(first))
+  assert 'none found' in says(*of(f'{bucket}/c', '--onto', f'{bucket}/d'))
+  assert 'no such bucket' in says(*of('gs://nowhere/c'))
+  assert 'expected a file of the file system' in says(
+      '--export', '--input', second, '--output', f'{bucket}/x.safetensors')
+  assert 'read from the file system' in says(
+      *of(f'{bucket}/c'), '--input', f'{bucket}/x.safetensors')
+  assert not [n for n in server.names(bucket)
+              if n.startswith(('c/', 'd/', 'x'))]
+
+
+def test_fine_tuning(server, bucket, tiny_scenes, tmp_path, capsys):
+  """From a run there, into another there, which goes on and is used."""
+  first, second = f'{bucket}/first', f'{bucket}/second'
+  train.train(small_config(tiny_scenes, total_steps=1), first)
+  spec = lambda path: ['--config', f'configs/finetune.py:match,from={path}',
+                       f'--config.data.dir={tiny_scenes}',
+                       '--config.batch_size=8', '--config.eval_batch_size=8',
+                       '--config.samples.count=0', '--config.total_steps=2',
+                       '--config.eval_every_steps=1']
+  train.main([*spec(first), '--workdir', second])
+  assert json.loads(server.read(f'{second}/init_from.json'))['loaded']
+  assert {n.split('/')[2] for n in server.names(bucket)
+          if n.startswith('second/checkpoints/')} >= {'2'}
+  held = json.loads(server.read(f'{second}/config.json'))
+  assert held['init_from'] == held['data']['vocabularies'] == first
+  train.main([*spec(first), '--workdir', second])  # finished: evaluates
+  picture = tmp_path / 'a.png'
+  Image.new('RGB', (60, 40)).save(picture)
+  predict.main(['--checkpoint', f'{second}/checkpoints/2', '--task', 'match',
+                '--image', str(picture), '--text', 'a red circle', '--json',
+                str(tmp_path / 'a.json')])
+  assert json.loads((tmp_path / 'a.json').read_text())['match']
+
+  capsys.readouterr()
+  says = lambda *argv: commands.refused(train.main, *argv, '--workdir',
+                                        f'{bucket}/third', capsys=capsys)
+  assert 'none found' in says(*spec(f'{bucket}/none'))
+  assert 'gs://BUCKET/NAME' in says(*spec('s3://bucket/run'))
+  small = ['--config', 'tests/small_run.py:light',
+           f'--config.data.dir={tiny_scenes}']
+  assert 'none found' in says(*small, f'--config.init_from={bucket}/none')
+  assert 'none found' in says(*small, '--config.init_from=gs://nowhere/run')
+
+
+def test_compiled_programs(server, bucket, tmp_path):
+  """A workdir's jax_cache, as launch/worker.sh sets it: written, then read."""
+  script = '''
+import jax
+from e2e_vlp_jax.training import compiler
+found = []
+jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+compiler.use_cache()
+jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8)))
+print(found.count('/jax/compilation_cache/cache_hits'))
+'''
+  hits = [int(subprocess.run(
+      [sys.executable, '-c', script], cwd=tmp_path, check=True, text=True,
+      stdout=subprocess.PIPE, env={
+          **os.environ, 'PYTHONPATH': str(runs.REPO),
+          'JAX_COMPILATION_CACHE_DIR': f'{bucket}/w/jax_cache',
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}).stdout)
+          for _ in range(2)]
+  assert hits[0] < hits[1] and not os.listdir(tmp_path)
+  assert any(n.startswith('w/jax_cache/') for n in server.names(bucket))
 
 
 KILLS, STEPS = 10, 60

@@ -89,6 +89,37 @@ def test_sigterm_to_one_process_stops_both_at_one_step(alone, tiny_scenes,
   assert_same_metrics(runs.metrics(workdir), runs.metrics(alone))
 
 
+@pytest.mark.slow
+def test_saves_by_time_carry_a_kill(tiny_scenes, tmp_path):
+  """No step is due by its number; two processes save by the clock of one.
+
+  Killed without notice, they go on from there and repeat steps to the bit.
+  """
+  workdir = tmp_path / 'w'
+  saved = lambda: max((int(p.name) for p in workdir.glob('checkpoints/*')
+                       if p.name.isdigit()), default=0)
+  start = lambda: runs.start(
+      PAIR, workdir, tiny_scenes, {
+          'checkpoint.every_steps': 0, 'checkpoint.every_minutes': .02,
+          'total_steps': 16}, config='tests/small_run.py:light')
+  processes = start()
+  while not 0 < saved() < runs.last_step(workdir) - 1:
+    assert all(p.poll() is None for p in processes)
+    time.sleep(.02)
+  runs.kill(processes)
+  step = saved()
+  runs.finish(start(), workdir)
+  assert f'resumed at step {step}' in (tmp_path / 'w.0.log').read_text()
+  found = {}
+  with open(workdir / 'metrics.jsonl', encoding='utf-8') as f:
+    for line in filter(lambda x: 'train/loss' in x, map(json.loads, f)):
+      found.setdefault(line['step'], []).append(
+          {k: v for k, v in line.items() if k.startswith('train/')})
+  assert list(found) == list(range(1, 17))
+  twice = [x for x in found.values() if len(x) == 2]
+  assert twice and all(a == b for a, b in twice)
+
+
 def test_peers_that_do_not_join_are_named(tiny_scenes, tmp_path, monkeypatch):
   """Process 0 waits for 1, and in another run 1 for 0."""
   monkeypatch.setenv('E2E_VLP_JOIN_TIMEOUT', '5')

@@ -104,8 +104,24 @@ def write(path, content):
     UserError, TryAgain: it cannot be written.
   """
   content = content.encode() if isinstance(content, str) else content
-  with _failures(path, 'cannot be written'):
+  with writing(path):
     at(path).write_bytes(content)
+
+
+@contextlib.contextmanager
+def writing(path):
+  """Context in which `path` is written: a bucket that fails is one line.
+
+  Raises:
+    UserError, TryAgain: it fails; the former if there is no such bucket.
+  """
+  try:
+    with _failures(path, 'cannot be written'):
+      yield
+  except FileNotFoundError as e:  # Nothing else can be absent in a bucket.
+    if not in_bucket(path):
+      raise
+    raise errors.UserError(f'{path}: cannot be written: no such bucket') from e
 
 
 def check_local(name, path):

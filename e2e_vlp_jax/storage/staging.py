@@ -13,6 +13,7 @@ import tempfile
 import threading
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax import files
 from e2e_vlp_jax.storage import paths
 
 SECONDS = 60  # between two uploads
@@ -123,6 +124,20 @@ def opened(workdir):
     raise
   else:
     folder.close()
+
+
+def check_folder(name, workdir):
+  """UserError or TryAgain unless WORKDIR, the value of `name`, can be written.
+
+  Without this, what is computed for a `Folder` would meet its bucket at the end.
+  """
+  if not isinstance(workdir, Folder):
+    files.check_folder(name, workdir)
+    return
+  with paths.writing(str(workdir)):
+    probe = paths.at(f'{workdir}/.probe')
+    probe.write_bytes(b'')
+    probe.unlink()
 
 
 def upload(workdir):

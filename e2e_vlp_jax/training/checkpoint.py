@@ -26,13 +26,29 @@ def write(workdir, params, model_state, meta):
   """Writes parameters without an optimizer as step 0 of a new WORKDIR.
 
   Such a checkpoint works for prediction, evaluation and `init_from`.
+
+  Raises:
+    UserError, TryAgain: WORKDIR is in a bucket that cannot be written.
   """
   folder = os.path.join(paths.absolute(workdir), checkpoint_files.CHECKPOINTS)
   items = {'params': params, 'model_state': model_state}
-  with ocp.CheckpointManager(folder) as manager:
+  with paths.writing(workdir), ocp.CheckpointManager(
+      folder, options=ocp.CheckpointManagerOptions(
+          create=True, atomicity_options=atomicity(folder))) as manager:
     manager.save(0, args=ocp.args.Composite(
         **{k: ocp.args.StandardSave(v) for k, v in items.items() if v},
         meta=ocp.args.JsonSave(meta)))
+
+
+def atomicity(folder):
+  """How Orbax finishes a step in `folder`: by its name, or by a last file.
+
+  The latter where folders are not renamed in one step: in a bucket, also a
+  mounted one.
+  """
+  mode = ocp.options.AtomicityMode
+  return ocp.options.AtomicityOptions(
+      mode=mode.AUTO if paths.renames_folders(folder) else mode.COMMIT_FILE)
 
 
 def load(path):

@@ -51,16 +51,12 @@ class Checkpointer:
     self._scores = {}  # of the steps that can be the best
     if options.best:
       kept.append(_KeepBest(self._best_of))
-    # What is not renamed is finished by a file that Orbax writes last.
-    mode = ocp.options.AtomicityMode
     with self._file_errors('use'):
       self._manager = ocp.CheckpointManager(
           self._root, options=ocp.CheckpointManagerOptions(
               preservation_policy=preservation_policy.AnyPreservationPolicy(
                   kept), create=True,
-              atomicity_options=ocp.options.AtomicityOptions(
-                  mode=mode.AUTO if paths.renames_folders(self._root)
-                  else mode.COMMIT_FILE)))
+              atomicity_options=checkpoint.atomicity(self._root)))
     for step in self._manager.all_steps():
       with contextlib.suppress(checkpoint_files.Damaged):  # See `restore`.
         self._rank(step, checkpoint_files.meta_of(

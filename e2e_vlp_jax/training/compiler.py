@@ -17,6 +17,7 @@ import jax
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
+from e2e_vlp_jax.storage import paths
 
 _DETERMINISTIC = {'xla_gpu_deterministic_ops': 'true'}
 # From maxtext's benchmarks/xla_flags_library.py.
@@ -55,9 +56,14 @@ def use_cache():
   them kept.
 
   Raises:
-    UserError: JAX_COMPILATION_CACHE_DIR cannot be written.
+    UserError: JAX_COMPILATION_CACHE_DIR cannot be written. It may be in a
+      bucket.
   """
   folder = jax.config.jax_compilation_cache_dir
+  if folder and paths.in_bucket(folder):
+    # jax itself reads and writes there; XLA's own cache, on GPUs, cannot.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+    return
   if folder:
     files.check_folder('JAX_COMPILATION_CACHE_DIR', folder)
     return

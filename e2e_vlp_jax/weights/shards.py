@@ -24,6 +24,10 @@ def find(path, endings):
     UserError: no such file, a folder with none or with several, or a single
       shard.
   """
+  if '://' in path:
+    raise errors.UserError(f'--input: {path!r}; weights files are read from '
+                           'the file system, to which gcloud storage cp copies '
+                           'them')
   if os.path.isdir(path):
     return _inside(path, endings)
   if not os.path.isfile(path):
