@@ -113,18 +113,18 @@ check_train() {
 # stopped it: 75, to be started again, unless the last step is there or
 # early_stop has ended the run.
 outcome() {
-  if [[ $1 != 0 ]] || EPATH_USE_TF=false python -c 'import json, sys
-from etils.epath import Path
-run = Path(sys.argv[1])
-read = lambda *names: json.loads(run.joinpath(*names).read_text())
-config = read("config.json")
+  if [[ $1 != 0 ]] || python -c 'import json, sys
+from e2e_vlp_jax import checkpoint_files
+from e2e_vlp_jax.storage import paths
+run = sys.argv[1]
+read = lambda *names: json.loads(paths.read_text("/".join(names)))
+config = read(run, "config.json")
+last = checkpoint_files.step_folder(run)  # the newest that is finished
 patience = config.get("early_stop", {}).get("patience", 0)
-last = max((int(p.name) for p in (run / "checkpoints").iterdir()
-            if p.name.isdigit()), default=-1)
-waited = patience and last >= 0 and read(
-    "checkpoints", str(last), "meta", "metadata").get("early_stop", {}).get(
-        "waited", 0)
-sys.exit(last < config["total_steps"] and not 0 < patience <= waited)
+waited = patience and read(last, "meta", "metadata").get("early_stop", {}).get(
+    "waited", 0)
+sys.exit(int(last.rpartition("/")[2]) < config["total_steps"]
+         and not 0 < patience <= waited)
 ' "$workdir"; then
     echo "$1"
   else

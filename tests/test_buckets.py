@@ -36,6 +36,7 @@ from e2e_vlp_jax.storage import bucket_lock
 from e2e_vlp_jax.storage import paths
 from e2e_vlp_jax.storage import staging
 from e2e_vlp_jax.training import checkpoint
+from e2e_vlp_jax.training import checkpointer
 from tests import buckets
 from tests import commands
 from tests import kill_and_resume as runs
@@ -427,6 +428,24 @@ print(found.count('/jax/compilation_cache/cache_hits'))
   assert any(n.startswith('w/jax_cache/') for n in server.names(bucket))
 
 
+def test_launchers_see_whether_a_run_is_finished(bucket):
+  """A step that is half written is none."""
+  place = f'{bucket}/w'
+  outcome = lambda: subprocess.run(
+      ['bash', '-c', 'source launch/launcher.sh; workdir=$1; outcome 0', '-',
+       place], cwd=runs.REPO, check=True, text=True, stdout=subprocess.PIPE,
+      env={**os.environ, 'PATH': f'{os.path.dirname(sys.executable)}:'
+           + os.environ['PATH']}).stdout
+  assert outcome() == '75\n'
+  paths.write(f'{place}/config.json', '{"total_steps": 4}')
+  paths.write(f'{place}/checkpoints/4/meta/metadata', json.dumps(META))
+  assert outcome() == '75\n'
+  with damaged.saver(place) as s:
+    s.save(4, damaged.state(4))
+    s.wait()
+  assert outcome() == '0\n'
+
+
 KILLS, STEPS = 10, 60
 
 
@@ -522,7 +541,7 @@ def test_sigterm_saves_and_uploads(server, bucket, tiny_scenes, tmp_path):
 
 def test_a_bucket_that_may_not_be_written(bucket, tiny_scenes, capsys,
                                           monkeypatch):
-  """Nothing is computed; and the same where only saving is refused."""
+  """Nothing is computed."""
   from google.api_core import exceptions
   from google.cloud import storage
 
@@ -533,3 +552,35 @@ def test_a_bucket_that_may_not_be_written(bucket, tiny_scenes, capsys,
       train.main, '--config', 'tests/small_run.py:light', '--workdir',
       f'{bucket}/w', f'--config.data.dir={tiny_scenes}', capsys=capsys)
   assert line.endswith('cannot be written: Permission denied')
+
+
+def test_credentials_that_expire_in_the_middle(server, bucket, tiny_scenes,
+                                               capsys, monkeypatch):
+  """One line; what is saved is intact, and the same command goes on."""
+  import gcsfs
+  from gcsfs import retry
+  place = f'{bucket}/w'
+  save = checkpointer.Checkpointer.save
+
+  async def expired(*unused, **unused_too):
+    raise retry.HttpError({'code': 401, 'message': 'Invalid Credentials'})
+
+  def save_and_expire(self, step, *args, **more):
+    if step == 4:
+      self.wait()
+      monkeypatch.setattr(gcsfs.GCSFileSystem, '_call', expired)
+    save(self, step, *args, **more)
+  monkeypatch.setattr(checkpointer.Checkpointer, 'save', save_and_expire)
+  command = ['--config', 'tests/small_run.py:light', '--workdir', place,
+             f'--config.data.dir={tiny_scenes}', '--config.total_steps=5']
+  with pytest.raises(SystemExit) as e:
+    train.main(command)
+  said = [x for x in capsys.readouterr().err.splitlines()
+          if x.startswith('error:')]
+  assert e.value.code == 2 and len(said) == 1, said
+  assert 'they have expired: gcloud auth application-default login' in said[0]
+  monkeypatch.undo()
+  train.main(command)
+  assert 'resumed at step 2' in capsys.readouterr().out
+  seen = losses(server.read(f'{place}/metrics.jsonl'))
+  assert sorted(seen) == [1, 2, 3, 4, 5]

@@ -179,7 +179,8 @@ def slurm(tmp_path_factory):
     cluster.stop()
 
 
-# Small images, as it is Slurm that is looked at.
+# Few objectives, small images, as it is Slurm that is looked at.
+LIGHT = 'tests/small_run.py:light'
 VALUES = {'data.buckets': '((48,48),)', 'total_steps': runs.STEPS}
 
 
@@ -187,9 +188,8 @@ def job(data_dir, workdir, **more):
   """launch/slurm.sbatch and its arguments, the values of `runs.start`."""
   values = {'data.dir': data_dir, 'checkpoint.every_steps': runs.SAVE_EVERY,
             **VALUES, **more}
-  return ['launch/slurm.sbatch', '--config', 'tests/small_run.py',
-          '--workdir', workdir, *(f'--config.{k}={v}'
-                                  for k, v in values.items())]
+  return ['launch/slurm.sbatch', '--config', LIGHT, '--workdir', workdir,
+          *(f'--config.{k}={v}' for k, v in values.items())]
 
 
 @pytest.fixture(scope='module')
@@ -198,8 +198,8 @@ def whole(tiny_scenes, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('whole') / 'w'
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv(*NO_CACHE)
-    runs.finish(runs.start(runs.Layout(2, 2), workdir, tiny_scenes, VALUES),
-                workdir)
+    runs.finish(runs.start(runs.Layout(2, 2), workdir, tiny_scenes, VALUES,
+                           config=LIGHT), workdir)
   return workdir
 
 
