@@ -52,21 +52,36 @@ def runs_of(study, seeds, workdir, common=()):
         here = {**folders, **{k.partition('/')[2]: v
                               for k, v in folders.items()
                               if k.partition('/')[0] == arm}}
-        spec = step.spec
-        for key, folder in here.items():
-          spec = spec.replace('{' + key + '}', folder)
-        if '{' in spec:
-          raise errors.UserError(
-              f'--study: step {name!r} of {arm!r}: {spec!r} names a step that '
-              f'does not come before it; before it: '
-              f'{", ".join(here) or "none"}')
+        fill = lambda text, here=here, step=f'step {name!r} of {arm!r}': (
+            _filled(text, here, step) if isinstance(text, str) else text)
         folder = os.path.join(workdir, _plain(arm), name, f'seed={seed}')
         folders[f'{arm}/{name}'] = folder
         found[arm, name, seed] = runs_lib.Run(
-            f'{arm}, {name}, seed {seed}', folder, spec,
+            f'{arm}, {name}, seed {seed}', folder, fill(step.spec),
             (('seed', str(seed)), *common,
-             *((k, runs_lib.text_of(v)) for k, v in step.overrides.items())))
+             *((k, runs_lib.text_of(fill(v)))
+               for k, v in step.overrides.items())))
   return found
+
+
+def _filled(text, folders, step):
+  """A text of a step, with the folders of earlier steps in it.
+
+  Args:
+    text: with `{name}` for a folder.
+    folders: {name: folder} of those that come before.
+    step: what an error calls the step.
+
+  Raises:
+    UserError: it names another step.
+  """
+  for name, folder in folders.items():
+    text = text.replace('{' + name + '}', folder)
+  if '{' in text:
+    raise errors.UserError(
+        f'--study: {step}: {text!r} names a step that does not come before '
+        f'it; before it: {", ".join(folders) or "none"}')
+  return text
 
 
 def _plain(name):

@@ -11,7 +11,7 @@ class Step:
     spec: 'path.py:ARG' of its config. `{name}` stands for the folder of the
       arm's step of this name; `{other arm/name}` for that of another arm,
       which must come before.
-    overrides: {config key: value}.
+    overrides: {config key: value}; in texts, `{name}` stands for a folder too.
   """
   spec: str
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)

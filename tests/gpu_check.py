@@ -1,11 +1,12 @@
 """Checks on one GPU, in about ten minutes, what tests on CPUs cannot see.
 
-  python -m tests.gpu_check [--parts assignment,numbers,...] [--json OUT]
+  python -m tests.gpu_check [--parts assignment,attention,...] [--json OUT]
 
 | part | what it does |
 |---|---|
 | assignment | 500 problems with ties, padding and NaN against scipy; its time |
-| numbers | losses and gradients of the three systems, GPU against CPU |
+| attention | results and gradients of the kernels against plain XLA; times |
+| numbers_SYSTEM | losses and gradients of each system, GPU against CPU |
 | resume | SIGKILL and resume under `--deterministic` settings, to the bit |
 | r50, detr, soho, fiber | `benchmark` of these configs; `detr` with a peer |
 
@@ -14,6 +15,7 @@ its own time limit; one that fails or hangs does not stop the others. At the end
 it prints a table in Markdown, for docs/pods.md.
 """
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -34,7 +36,9 @@ _BENCHMARKS = {  # part: (arguments, seconds)
               '8', '--peer', 'hf_detr', '--config.dtype=bfloat16'], 300),
     'fiber': (['--config', 'configs/fiber.py:base', '--batch-size', '8'], 300),
 }
-_LIMITS = {'assignment': 120, 'numbers': 240, 'resume': 240,
+_SYSTEMS = 'e2e_vlp', 'soho', 'fiber'
+_LIMITS = {'assignment': 120, 'attention': 120,
+           **{f'numbers_{name}': 150 for name in _SYSTEMS}, 'resume': 240,
            **{k: seconds for k, (_, seconds) in _BENCHMARKS.items()}}
 
 
@@ -84,34 +88,98 @@ def _assignment_times(draw):
   return out
 
 
+# --- Attention --------------------------------------------------------------
+_ATTENTIONS = {  # rows, queries, keys, heads, width of a head, causal
+    'encoder': (32, 364, 364, 8, 32, False),
+    'decoder': (8, 140, 140, 8, 32, True),
+    'cross': (8, 140, 364, 8, 32, False),
+    'soho': (16, 580, 580, 12, 64, False),
+}
+
+
+def attention():
+  """{case: differences between the kernels and plain XLA, and both times}."""
+  import jax  # pylint: disable=g-import-not-at-top
+  found = {name: _compare_attention(jax, *shape)
+           for name, shape in _ATTENTIONS.items()}
+  return {'ok': all(r['kernel_ran'] and r['worst'] <= 1e-4
+                    for r in found.values()), **found}
+
+
+def _compare_attention(jax, b, t, n, heads, width, causal):
+  """One of `_ATTENTIONS`, with padded keys and dropout of a tenth.
+
+  Returns:
+    {'worst': largest difference in float32, relative to the largest value, of
+    the result and the three gradients, 'kernel_ran', 'ms', 'plain_ms': forward
+    and backward in bfloat16}.
+  """
+  from e2e_vlp_jax.ops import attention as attention_lib  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.training import sharding  # pylint: disable=g-import-not-at-top
+  np_, draw = jax.numpy, np.random.default_rng(SEED)
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
+                            jax.devices()[:1])
+  arrays = [draw.normal(size=(b, 1, size, heads, width)).astype('f')
+            for size in (t, n, n, t)]
+  mask = np.arange(n) < draw.integers(n // 2, n + 1, (b, 1, 1, 1, 1))
+  if causal:
+    mask = mask & np.tri(t, n, dtype=bool)
+  bias = np.where(mask, 0., -1e9).astype('f')
+  dropout = attention_lib.draw_dropout(jax.random.key(SEED), .1, b)
+
+  def both(query, key, value, cotangent):
+    out, back = jax.vjp(lambda *x: attention_lib.attention(
+        *x, bias=bias, dropout=dropout), query, key, value)
+    return out, *back(cotangent)
+
+  def inside(*x):
+    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+      return both(*x)
+  with jax.default_matmul_precision('highest'):
+    got, want = (jax.device_get(jax.jit(f)(*arrays)) for f in (inside, both))
+  narrow = [np_.asarray(x, np_.bfloat16) for x in arrays]
+  return {'worst': max(float(np.abs(a - b).max() / np.abs(b).max())
+                       for a, b in zip(got, want)),
+          'kernel_ran': 'pallas_call' in str(jax.make_jaxpr(inside)(*narrow)),
+          'ms': _milliseconds(jax, jax.jit(inside), narrow),
+          'plain_ms': _milliseconds(jax, jax.jit(both), narrow)}
+
+
+def _milliseconds(jax, function, inputs, times=20):
+  """Milliseconds of one of `times` calls in a row."""
+  jax.block_until_ready(function(*inputs))  # Compiles.
+  start = time.perf_counter()
+  for _ in range(times):
+    out = function(*inputs)
+  jax.block_until_ready(out)
+  return (time.perf_counter() - start) / times * 1e3
+
+
 # --- Losses and gradients ---------------------------------------------------
-def numbers():
-  """Largest difference between GPU and CPU, in float32, for `tiny` models.
+def numbers(name):
+  """Largest difference between GPU and CPU, in float32, for a `tiny` model.
 
   Losses relative to themselves, gradients relative to the largest of their
   tensor, and at the 99th percentile of the tensors, because a ReLU whose input
   is nearly zero may open on one device alone.
   """
+  # Which kernels are fastest does not matter here, and takes time to find out.
+  os.environ['XLA_FLAGS'] = ' '.join(
+      [*os.environ.get('XLA_FLAGS', '').split(), '--xla_gpu_autotune_level=0'])
   import jax  # pylint: disable=g-import-not-at-top
   jax.config.update('jax_default_matmul_precision', 'highest')
-  out, ok = {}, True
-  for name in ('e2e_vlp', 'soho', 'fiber'):
-    found = [_losses_and_gradients(name, jax.devices(p)[:1])
-             for p in (jax.default_backend(), 'cpu')]
-    (losses, grads), (want, want_grads) = found
-    loss = max(float(abs(losses[k] - want[k]) / max(abs(want[k]), 1e-3))
-               for k in want)
-    errors = [float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))
-              for a, b in zip(jax.tree.leaves(grads),
-                              jax.tree.leaves(want_grads))
-              if np.abs(b).max() > 1e-7]
-    out[name] = {'losses': len(want), 'worst_loss': loss,
-                 'tensors': len(errors),
-                 'gradient_p50': float(np.percentile(errors, 50)),
-                 'gradient_p99': float(np.percentile(errors, 99)),
-                 'gradient_worst': max(errors)}
-    ok &= loss <= 1e-4 and out[name]['gradient_p99'] <= 1e-2
-  return {'ok': bool(ok), **out}
+  (losses, grads), (want, want_grads) = (
+      _losses_and_gradients(name, jax.devices(p)[:1])
+      for p in (jax.default_backend(), 'cpu'))
+  loss = max(float(abs(losses[k] - want[k]) / max(abs(want[k]), 1e-3))
+             for k in want)
+  errors = [float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))
+            for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads))
+            if np.abs(b).max() > 1e-7]
+  p50, p99 = (float(np.percentile(errors, p)) for p in (50, 99))
+  return {'ok': loss <= 1e-4 and p99 <= 1e-2, 'losses': len(want),
+          'worst_loss': loss, 'tensors': len(errors), 'gradient_p50': p50,
+          'gradient_p99': p99, 'gradient_worst': max(errors)}
 
 
 def _losses_and_gradients(name, devices):
@@ -266,11 +334,13 @@ def table(results):
               f'{r["worst_relative_cost"]:.1e}; 192 problems of 100 queries: '
               f'{r["ms_uniform"]:.2f} ms with 0 to 100 targets, '
               f'{r["ms_about_7"]:.2f} ms with about 7')
-    elif part == 'numbers':
+    elif part == 'attention':
       text = '; '.join(
-          f'{k}: losses {v["worst_loss"]:.1e}, gradients '
-          f'{v["gradient_p50"]:.1e} (99 %: {v["gradient_p99"]:.1e})'
-          for k, v in r.items() if isinstance(v, dict))
+          f'{k}: {v["worst"]:.1e} from plain XLA, {v["ms"]:.2f} ms for its '
+          f'{v["plain_ms"]:.2f}' for k, v in r.items() if isinstance(v, dict))
+    elif part.startswith('numbers'):
+      text = (f'losses off by at most {r["worst_loss"]:.1e}, gradients by '
+              f'{r["gradient_p50"]:.1e} (99 %: {r["gradient_p99"]:.1e})')
     elif part == 'resume':
       text = ', '.join(
           f'killed at step {t["killed_at"]}, resumed at {t["resumed_at"]}: '
@@ -288,7 +358,8 @@ def _benchmark_row(r):
   height, width = r['bucket']
   text = (f'{r["device"]}, batch {r["batch_size"]} of {height}x{width}, '
           f'{r["dtype"]}: {r["images_per_s"]:.0f} images/s, a step '
-          f'{r["step_time_s"]["p50"] * 1e3:.1f} ms, MFU {r["mfu"]:.1%}')
+          f'{r["step_time_s"]["p50"] * 1e3:.1f} ms (without waiting for each '
+          f'{r["ahead_images_per_s"]:.0f} images/s), MFU {r["mfu"]:.1%}')
   if roof['share']:
     text += f', {roof["share"]:.0%} of the {roof["bound"]} bound'
   text += (f'; {r["operations_per_step"]} kernels; compiled in '
@@ -315,8 +386,10 @@ def main(argv=None):
     child_run(args.child)
     return 0
   if args.only:
-    functions = {'assignment': assignment, 'numbers': numbers,
-                 'resume': resume}
+    functions = {'assignment': assignment, 'attention': attention,
+                 'resume': resume,
+                 **{f'numbers_{name}': functools.partial(numbers, name)
+                    for name in _SYSTEMS}}
     found = (functions[args.only]() if args.only in functions
              else benchmark(args.only))
     print(json.dumps(found))

@@ -12,10 +12,12 @@ import pytest
 from e2e_vlp_jax.models import layers
 from e2e_vlp_jax.models import swin
 from e2e_vlp_jax.ops import attention as attention_lib
+from e2e_vlp_jax.ops import attention_gpu
 from e2e_vlp_jax.ops import attention_tpu
 from e2e_vlp_jax.ops import cheap_keys
 from e2e_vlp_jax.profiling import program as program_lib
 from e2e_vlp_jax.training import sharding
+from tests import triton_programs
 
 # [B, W, T, N, heads, D], shape of the bias, table of positions, dropout.
 CASES = [
@@ -68,6 +70,63 @@ def test_the_kernel_computes_the_same(case):
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
       with_gradients(kernel, *inputs), with_gradients(plain, *inputs))
+
+
+# --- On a GPU -----------------------------------------------------------------
+def kernel_of_a_gpu(query, key, value, bias, table, dropout):
+  assert table is None
+  flat = lambda x: x.reshape(*x.shape[:3], -1)
+  return attention_gpu.attention(
+      flat(query), flat(key), flat(value), heads=query.shape[3], bias=bias,
+      rate=dropout.rate if dropout else 0.,
+      seeds=dropout.seeds if dropout else None,
+      interpret=True).reshape(query.shape)
+
+
+@pytest.mark.parametrize('case', [
+    CASES[0],  # padded keys
+    ((2, 2, 70, 70, 2, 16), (2, 1, 70, 70), False, .1),  # more than a block
+    ((1, 1, 5, 130, 1, 64), None, False, 0.)], ids=str)
+def test_the_kernels_of_a_gpu_compute_the_same(case):
+  inputs = drawn(*case)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+      with_gradients(kernel_of_a_gpu, *inputs), with_gradients(plain, *inputs))
+
+
+def lowered_for_a_gpu(monkeypatch, heads=8, table=None):
+  """A loss's gradients as a train step on a GPU would lower them."""
+  monkeypatch.setattr(attention_lib, '_platform', lambda _: 'gpu')
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
+                            jax.devices()[:1])
+  x = jax.ShapeDtypeStruct((4, 1, 364, heads, 256 // heads), jnp.bfloat16)
+
+  def loss(q, k, v, mask, seeds):
+    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+      return attention_lib.attention(
+          q, k, v, layers.mask_bias(mask)[:, None, None, None], table,
+          attention_lib.Dropout(.1, seeds)).astype(jnp.float32).sum()
+  return jax.jit(jax.grad(loss, (0, 1, 2))).trace(
+      x, x, x, jax.ShapeDtypeStruct((4, 364), bool),
+      jax.ShapeDtypeStruct((4,), jnp.int32)).lower(
+          lowering_platforms=('cuda',))
+
+
+def test_a_step_on_a_gpu_runs_the_kernels(monkeypatch, tmp_path):
+  programs = triton_programs.programs(lowered_for_a_gpu(monkeypatch))
+  assert len(programs) == 3
+  for program in programs:
+    triton_programs.compile_program(
+        program, tmp_path, attention_gpu._WARPS, attention_gpu._STAGES)
+
+
+def test_where_the_kernels_of_a_gpu_do_not_apply_xla_computes(monkeypatch):
+  table = jnp.zeros((8, 364, 364), jnp.bfloat16)
+  for options in ({'heads': 32}, {'table': table}):  # 8 wide; learned
+    assert not triton_programs.programs(
+        lowered_for_a_gpu(monkeypatch, **options))
+  monkeypatch.setenv('E2E_VLP_ATTENTION', 'xla')
+  assert not triton_programs.programs(lowered_for_a_gpu(monkeypatch))
 
 
 def test_windows_are_projected_and_attended_to_in_one(monkeypatch):
@@ -250,7 +309,7 @@ def test_a_window_attention_by_the_kernel(monkeypatch):
   def interpreted(*args, **kwargs):
     calls.append(args)
     return kernel_(*args, **kwargs, interpret=True)
-  monkeypatch.setattr(attention_lib, '_kernel_applies', lambda *_: True)
+  monkeypatch.setattr(attention_lib, '_platform', lambda _: 'tpu')
   monkeypatch.setattr(attention_tpu, 'attention', interpreted)
   found = jax.value_and_grad(loss)(variables, x)
   assert len(calls) == 1 and len(calls[0]) == 1  # queries, keys, values in one

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,13 @@ def test_nested_operations_count_once():
             (50, 20, 'body'), (100, 7, 'after')]
   assert sorted(map(tuple, by_module._own_times(events))) == [
       ('after', 7), ('body', 20), ('body', 25), ('inner', 5), ('while', 50)]
+
+
+def test_operations_at_the_same_time_count_once():
+  events = [(0, 10, 'first'), (5, 15, 'second'), (8, 1, 'third'),
+            (30, 2, 'last')]
+  assert list(map(tuple, by_module._own_times(events))) == [
+      ('first', 5), ('second', 14), ('third', 1), ('last', 2)]
 
 
 def test_trace_finds_the_expensive_part(tmp_path):
@@ -79,7 +87,32 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
   found = by_module.of_operations(hlo, {'backbone', 'encoder'})
   assert found['f'] == 'backbone' and found['copy'] == 'backbone'
-  assert 'outside' not in found
+  assert found['outside'] == by_module.OTHER
+
+
+def test_kernels_of_a_command_buffer_count_for_their_parts(
+    monkeypatch, tmp_path):
+  """As traced on an H100: their operation is the whole graph."""
+  def event(start, name, operation):
+    return types.SimpleNamespace(start_ns=start, duration_ns=10, name=name,
+                                 stats=[('hlo_op', operation)])
+  graph = 'command_buffer_7'
+  line = types.SimpleNamespace(events=[
+      event(40, 'memcpy', graph),
+      event(0, 'sm90_conv', 'cudnn-conv.3'), event(10, 'loop_fusion_2', graph),
+      event(20, 'nvjet_sm90_64x8', graph), event(30, 'input_fusion', graph),
+      event(50, 'loop_fusion_4', graph)])
+  data = types.SimpleNamespace(planes=[
+      types.SimpleNamespace(name='/device:GPU:0', lines=[line])])
+  (tmp_path / 'a.xplane.pb').touch()
+  monkeypatch.setattr(jax.profiler, 'ProfileData', types.SimpleNamespace(
+      from_file=lambda path: data))
+  found, count = by_module.measured(str(tmp_path), {
+      'cudnn-conv.3': 'backbone', 'loop_fusion.2': 'encoder',
+      'input_fusion': 'decoder', 'loop_fusion.4': by_module.OTHER})
+  assert count == 6
+  assert {k: round(v * 1e9) for k, v in found.items()} == {
+      'backbone': 10, 'encoder': 20, 'decoder': 20, 'other': 10}
 
 
 # --- The command ------------------------------------------------------------

@@ -21,7 +21,8 @@ def get_study(arg=None):
   return study.Study(
       title='a <b> study',
       arms={'one arm': {'first': study.Step(CONFIG),
-                        'second': study.Step(CONFIG + ':{first}')},
+                        'second': study.Step(CONFIG + ':{first}', {
+                            'init_from': '{first}'})},
             'other': {'second': study.Step(CONFIG + (
                 ':{nowhere}' if arg == 'wrong' else ':{one arm/first}'))}},
       measures={'score': ('second', 'eval/itm/accuracy')}, seeds=2)
@@ -72,6 +73,8 @@ def test_arms_are_chains(place, tmp_path, capsys):
   assert score['values'] == {'0': 0., '1': .2}
   assert (score['mean'], score['least'], score['most']) == (.1, 0., .2)
   assert not found['unfinished'] and len(found['seconds']) == 6
+  held = json.loads((workdir / 'one_arm/second/seed=1/config.json').read_text())
+  assert held['init_from'] == str(workdir / 'one_arm/first/seed=1')
   page = (workdir / 'study.html').read_text()
   assert 'a &lt;b&gt; study' in page and '0.100 (0.000-0.200)' in page
   assert (workdir / 'study.png').stat().st_size > 1000
@@ -114,7 +117,9 @@ def test_no_such_study(tmp_path, capsys):
 
 @pytest.mark.parametrize('name', ['finetuning.py:soho,tasks=answer+match',
                                   'objectives.py:tasks=answer',
-                                  'dictionary.py:tasks=answer'])
+                                  'dictionary.py:tasks=answer',
+                                  'grounding.py:steps=9,fine=9',
+                                  'fusion.py:tasks=answer'])
 def test_our_studies(name, tmp_path):
   """Every first run of an arm has a valid config."""
   study = compare.load(f'configs/studies/{name}')

@@ -13,9 +13,11 @@ import pytest
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.objectives import detection
+from e2e_vlp_jax.ops import kernels
 from e2e_vlp_jax.ops import matching
 from e2e_vlp_jax.ops import matching_tpu
 from tests import parity
+from tests import triton_programs
 from tests.assignment_problems import KINDS, best, problems
 from tests.assignment_problems import cost_of as ours
 
@@ -119,7 +121,7 @@ def test_a_gpu_without_triton_runs_the_loops(monkeypatch, caplog):
     with monkeypatch.context() as patch:
       patch.setattr(jax, 'default_backend', lambda: 'gpu')
       patch.setattr(jax, 'local_devices', lambda d=device: [d])
-      assert matching._triton_runs() == runs
+      assert kernels.triton_runs() == runs
   assert 'compute capability 7.5' in caplog.text
   monkeypatch.setenv('E2E_VLP_MATCHING', 'xla')
   jax.clear_caches()
@@ -128,50 +130,10 @@ def test_a_gpu_without_triton_runs_the_loops(monkeypatch, caplog):
   assert 'stablehlo.while' in text and '__gpu$xla.gpu.triton' not in text
 
 
-def triton_module(lowered):
-  """The text of the Triton program inside; parsing it verifies it."""
-  from jax._src.lib import triton  # pylint: disable=g-import-not-at-top
-  from jaxlib.mlir import ir  # pylint: disable=g-import-not-at-top
-  found = []
-
-  def visit(op):
-    op = op.operation
-    if (op.name == 'stablehlo.custom_call'
-        and 'triton' in str(op.attributes['call_target_name'])):
-      config = ir.DictAttr(op.attributes['mhlo.backend_config'])
-      found.append(ir.StringAttr(config['ir']).value_bytes)
-    return ir.WalkResult.ADVANCE
-  lowered.compiler_ir('stablehlo').operation.walk(visit)
-  code, = found
-  with ir.Context() as context:
-    triton.dialect.register_dialect(context)
-    return str(ir.Module.parse(code))
-
-
 @pytest.mark.parametrize('shape', ((100, 100), (5, 5), (300, 100)), ids=str)
 def test_triton_compiles_the_kernel(tmp_path, shape):
-  """For an H100, without one: a program may lower and yet not compile.
-
-  E2E_VLP_TRITON names a folder with triton: pip install --target FOLDER triton.
-  It crashes on some loops, so it runs in a process of its own.
-  """
-  path = tmp_path / 'matching.ttir'
-  path.write_text(triton_module(lowered_for_a_gpu(*shape)))
-  folder = os.environ.get('E2E_VLP_TRITON')
-  if not folder:
-    pytest.skip('E2E_VLP_TRITON is not set')
-  code = f"""
-import triton
-from triton.backends.compiler import GPUTarget
-kernel = triton.compile({str(path)!r}, target=GPUTarget('cuda', 90, 32),
-                        options=dict(num_warps=1))
-assert kernel.asm['cubin']
-"""
-  run = subprocess.run([sys.executable, '-c', code], check=False,
-                       capture_output=True, text=True,
-                       env={**os.environ, 'PYTHONPATH': folder,
-                            'TRITON_CACHE_DIR': str(tmp_path)})
-  assert run.returncode == 0, run.stderr[-2000:]
+  program, = triton_programs.programs(lowered_for_a_gpu(*shape))
+  triton_programs.compile_program(program, tmp_path, warps=1)
 
 
 def test_one_kernel_on_a_tpu():

@@ -37,15 +37,19 @@ class BatchNorm(nn.Module):
   epsilon: float = 1e-5
 
   @nn.compact
-  def __call__(self, x, train=False, repeats=1):
-    """Normalises x [B, H, W, C].
+  def __call__(self, x, train=False, repeats=1, conv=None):
+    """Normalises x [B, H, W, C], or what a convolution makes of it.
+
+    Constants of a BatchNorm that is not trained scale the convolution's kernel
+    and not its result, which saves a GPU a pass over it.
 
     Args:
       x: features.
       train: use and update the batch's statistics, unless frozen.
       repeats: the unbiased variance counts each row this many times.
+      conv: a `Conv`, or None.
     """
-    c = x.shape[-1]
+    c = conv.features if conv else x.shape[-1]
     frozen = layers.is_frozen(self.frozen, '/'.join((*self.path, 'scale')))
     init = (nn.initializers.zeros if self.zero_init and not frozen
             else nn.initializers.ones)
@@ -57,8 +61,9 @@ class BatchNorm(nn.Module):
       scale, bias = jax.lax.stop_gradient((scale, bias))
     if frozen or not train:
       factor = scale * jax.lax.rsqrt(var.value + self.epsilon)
-      shift = bias - mean.value * factor
-      return x * factor.astype(x.dtype) + shift.astype(x.dtype)
+      x = conv(x, factor) if conv else x * factor.astype(x.dtype)
+      return x + (bias - mean.value * factor).astype(x.dtype)
+    x = conv(x) if conv else x
     y = x.astype(jnp.float32)
     m, v = y.mean((0, 1, 2)), y.var((0, 1, 2))
     if not self.is_initializing() and self.is_mutable_collection(
@@ -71,14 +76,27 @@ class BatchNorm(nn.Module):
     return y.astype(x.dtype)
 
 
-def conv(features, kernel, stride=1, dilation=1, dtype=jnp.float32, name=None):
+class Conv(nn.Module):
   """A bias-free convolution with torch's symmetric padding, He fan-out."""
-  pad = dilation * (kernel - 1) // 2
-  return nn.Conv(
-      features, (kernel, kernel), (stride, stride), [(pad, pad)] * 2,
-      kernel_dilation=(dilation, dilation), use_bias=False, dtype=dtype,
-      kernel_init=nn.initializers.variance_scaling(2., 'fan_out', 'normal'),
-      name=name)
+  features: int
+  kernel: int
+  stride: int = 1
+  dilation: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, factor=None):
+    """x [B, H, W, C], and factors [features] of the kernel's last axis."""
+    kernel = self.param(
+        'kernel', nn.initializers.variance_scaling(2., 'fan_out', 'normal'),
+        (self.kernel, self.kernel, x.shape[-1], self.features))
+    if factor is not None:
+      kernel = kernel * factor
+    pad = self.dilation * (self.kernel - 1) // 2
+    return jax.lax.conv_general_dilated(
+        x.astype(self.dtype), kernel.astype(self.dtype), [self.stride] * 2,
+        [(pad, pad)] * 2, rhs_dilation=[self.dilation] * 2,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 class Block(nn.Module):
@@ -102,15 +120,15 @@ class Block(nn.Module):
     for i, (features, kernel, stride, dilation) in enumerate(plan, 1):
       if kernel > 1:
         y = layers.hide_padding(y, mask)
-      y = conv(features, kernel, stride, dilation, self.dtype, f'conv{i}')(y)
-      y = BatchNorm(self.frozen, zero_init=i == len(plan),
-                    name=f'bn{i}')(y, train)
+      y = BatchNorm(self.frozen, zero_init=i == len(plan), name=f'bn{i}')(
+          y, train, conv=Conv(features, kernel, stride, dilation, self.dtype,
+                              name=f'conv{i}'))
       if i < len(plan):
         y = jax.nn.relu(y)
     if x.shape[-1] != out or self.stride != 1:
-      x = conv(out, 1, self.stride, dtype=self.dtype,
-               name='downsample_conv')(x)
-      x = BatchNorm(self.frozen, name='downsample_bn')(x, train)
+      x = BatchNorm(self.frozen, name='downsample_bn')(
+          x, train, conv=Conv(out, 1, self.stride, dtype=self.dtype,
+                              name='downsample_conv'))
     return jax.nn.relu(x + y)
 
 
@@ -168,11 +186,8 @@ class ResNet(nn.Module):
     frozen_stages = self._frozen_stages()
     stop = lambda y, stage: (jax.lax.stop_gradient(y)
                              if stage == frozen_stages - 1 else y)
-    x = nn.Conv(self.stem, (7, 7), (2, 2), [(3, 3)] * 2, use_bias=False,
-                dtype=self.dtype, name='conv1',
-                kernel_init=nn.initializers.variance_scaling(
-                    2., 'fan_out', 'normal'))(x.astype(self.dtype))
-    x = BatchNorm(self.frozen, name='bn1')(x, train)
+    x = BatchNorm(self.frozen, name='bn1')(x, train, conv=Conv(
+        self.stem, 7, 2, dtype=self.dtype, name='conv1'))
     # After the ReLU, zero padding does not change a maximum.
     x = layers.hide_padding(jax.nn.relu(x), mask)
     x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2)

@@ -1,14 +1,14 @@
-"""Softmax attention with one meaning and two forms.
+"""Softmax attention with one meaning and three forms.
 
 `attention` in plain XLA writes the logits and weights of all heads to memory:
-for 364 tokens and 8 heads some 25 times the bytes of its inputs. On a TPU, a
-train step therefore runs the kernel of `attention_tpu`, which keeps them on the
-chip. A kernel runs on one chip's rows, so it needs to know how the batch is
-split: `sharded` says it, and outside of it, or where the kernel does not apply,
-the plain form runs.
+for 364 tokens and 8 heads some 25 times the bytes of its inputs. A train step
+therefore runs the kernels of `attention_tpu` or `attention_gpu`, which keep them
+on the chip. A kernel runs on one chip's rows, so it needs to know how the batch
+is split: `sharded` says it, and outside of it, or where the kernel does not
+apply, the plain form runs.
 
 Dropout of the weights draws its bits by a hash of their position, which costs a
-few integer operations and is equal in both forms and on every mesh.
+few integer operations and is equal in all forms and on every mesh.
 """
 import contextlib
 import contextvars
@@ -21,11 +21,13 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from e2e_vlp_jax.ops import attention_gpu
 from e2e_vlp_jax.ops import attention_tpu
 from e2e_vlp_jax.ops import cheap_keys
+from e2e_vlp_jax.ops import kernels
 
 Array = jax.Array
-kept = attention_tpu.kept
+kept = cheap_keys.kept
 # By this name, rematerialisation (`layers.remat`) knows attention's results.
 RESULT = 'attention_result'
 _PLACE = contextvars.ContextVar('attention_place', default=None)
@@ -86,7 +88,7 @@ def attention(query: Array, key: Array, value: Array,
     [B, W, T, H, D].
   """
   place, bias = _PLACE.get(), _expanded(bias)
-  if place is not None and _kernel_applies(place, query, key, bias):
+  if place is not None and _kernel_applies(place, query, key, bias, table):
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
     return _kernel(place, query.shape[3],
                    (flat(query), flat(key), flat(value)), bias, table,
@@ -143,20 +145,25 @@ def _softmax_bwd(dtype, kept_, gradient):
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
-def _kernel_applies(place, query, key, bias):
-  """Whether the kernel can compute this attention, where it would run."""
-  device = place.mesh.devices.flat[0]
+def _kernel_applies(place, query, key, bias, table=None):
+  """Whether a kernel can compute this attention, where it would run."""
   batch = math.prod(place.mesh.shape[a] for a in place.axes)
-  return (device.platform == 'tpu' and place.mesh.size == batch
+  return (kernels.wanted('attention') and place.mesh.size == batch
           and query.shape[0] % batch == 0
-          # A bias for each head may be learned; the kernel has no gradient.
+          # A bias for each head may be learned; the kernels have no gradient.
           and (bias is None or bias.shape[2] < query.shape[3]
                and bias.shape[-1] == key.shape[2])
-          and attention_tpu.applies(query, key))
+          and (attention_tpu.applies(query, key) if _platform(place) == 'tpu'
+               else _platform(place) == 'gpu' and table is None
+               and kernels.triton_runs() and attention_gpu.applies(query)))
+
+
+def _platform(place):
+  return place.mesh.devices.flat[0].platform
 
 
 def projects(shape, dtype, heads, bias):
-  """Whether `projected` can compute the attention of x to itself.
+  """Whether `projected` can compute the attention of x to itself: on TPUs.
 
   Args:
     shape, dtype: of x [B, W, T, C].
@@ -165,7 +172,8 @@ def projects(shape, dtype, heads, bias):
   """
   place = _PLACE.get()
   x = jax.ShapeDtypeStruct((*shape[:-1], heads, shape[-1] // heads), dtype)
-  return place is not None and _kernel_applies(place, x, x, _expanded(bias))
+  return (place is not None and _platform(place) == 'tpu'
+          and _kernel_applies(place, x, x, _expanded(bias)))
 
 
 def projected(x, kernel, offset, heads, bias=None, table=None):
@@ -195,7 +203,7 @@ def _expanded(bias):
 
 
 def _kernel(place, heads, arrays, bias, table, dropout):
-  """The kernel, on every chip for its own rows.
+  """The chip's kernel, on every chip for its own rows.
 
   Args:
     place: _Place.
@@ -214,6 +222,9 @@ def _kernel(place, heads, arrays, bias, table, dropout):
     others['seeds'] = dropout.seeds, rows
 
   def run(arrays, others):
+    if _platform(place) == 'gpu':
+      return attention_gpu.attention(*arrays, heads=heads, rate=rate,
+                                     result=RESULT, **others)
     return attention_tpu.attention(*arrays, heads=heads, rate=rate, **others)
   # Not checked: a kernel does not say over which axes its results vary.
   run = jax.shard_map(

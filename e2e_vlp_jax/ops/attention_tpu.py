@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from e2e_vlp_jax.ops import cheap_keys
+
 _LANES = 128
 # Logits of a head in float32: the backward kernel holds about five arrays of
 # this size.
@@ -28,22 +30,6 @@ def applies(query, key):
   return (query.dtype in (jnp.bfloat16, jnp.float32) and t > 1
           and (h * d) % _LANES == 0 and _LANES % d == 0
           and t * n <= _MAX_LOGITS)
-
-
-def kept(position, seed, rate):
-  """True with probability 1 - rate, by a hash of position and seed (int32).
-
-  The steps before the last are those of MurmurHash3's finaliser. In unsigned
-  integers these are `cheap_keys.mix`; kernels compute with signed ones.
-  """
-  shift = jax.lax.shift_right_logical
-  constant = lambda n: jnp.int32(n - 2**32 if n >= 2**31 else n)
-  x = position ^ seed
-  x = (x ^ shift(x, jnp.int32(16))) * constant(0x85ebca6b)
-  x = (x ^ shift(x, jnp.int32(13))) * constant(0xc2b2ae35)
-  # Without the factor, seeds would only permute the positions.
-  x = (x ^ shift(x, jnp.int32(16))) * (seed | jnp.int32(1))
-  return shift(x, jnp.int32(8)) >= jnp.int32(round(rate * 2**24))
 
 
 def pack(x):
@@ -222,8 +208,8 @@ class _Head(NamedTuple):
     first = (window * self.heads + head) * t
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (t, n), axis)
                    for axis in (0, 1))
-    keep = kept((first + row) * n + column,
-                self.refs['seeds'][batch], self.rate)
+    keep = cheap_keys.kept((first + row) * n + column,
+                           self.refs['seeds'][batch], self.rate)
     return [jnp.where(keep, x / (1 - self.rate), 0.) for x in arrays]
 
 

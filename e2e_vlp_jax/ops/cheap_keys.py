@@ -3,7 +3,7 @@
 Every dropout layer folds its name into the step's key. With jax's default
 generator (threefry) that is about a hundred scalar operations a layer: of the
 37,000 instructions of a step of E2E-VLP `r50`, most. These keys take some
-fifteen. They only serve to seed hashes (`attention_tpu.kept`); losses and
+fifteen. They only serve to seed hashes (`kept`); losses and
 samples keep jax's generator.
 """
 import jax
@@ -60,3 +60,19 @@ def words(key):
   """Two uint32 scalars that tell a key (of any kind) from all others."""
   data = jax.random.key_data(key)
   return data[0], data[-1]
+
+
+def kept(position, seed, rate):
+  """True with probability 1 - rate, by a hash of position and seed (int32).
+
+  The steps before the last are those of MurmurHash3's finaliser. In unsigned
+  integers these are `mix`; kernels compute with signed ones.
+  """
+  shift = jax.lax.shift_right_logical
+  constant = lambda n: jnp.int32(n - 2**32 if n >= 2**31 else n)
+  x = position ^ seed
+  x = (x ^ shift(x, jnp.int32(16))) * constant(0x85ebca6b)
+  x = (x ^ shift(x, jnp.int32(13))) * constant(0xc2b2ae35)
+  # Without the factor, seeds would only permute the positions.
+  x = (x ^ shift(x, jnp.int32(16))) * (seed | jnp.int32(1))
+  return shift(x, jnp.int32(8)) >= jnp.int32(round(rate * 2**24))

@@ -14,18 +14,16 @@ in the vectors of a TPU (ops/matching_tpu.py), and one problem in the registers
 of one warp on a GPU (`_solve_kernel`).
 """
 import functools
-import logging
-import os
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from e2e_vlp_jax import errors
+from e2e_vlp_jax.ops import kernels
 from e2e_vlp_jax.ops import matching_tpu
 
 _FREE = -1
-_CAPABILITY = 8.  # Compute capability that XLA's Triton needs: Ampere.
 
 
 @functools.partial(jax.jit, static_argnames=('mesh', 'axes'))
@@ -76,48 +74,36 @@ def _assign(cost, mask):
   bad = jnp.sum(~finite & real, (1, 2)).astype(jnp.int32)
 
   # One row per target, the real ones first.
-  order = jnp.argsort(~mask, axis=1, stable=True)
-  rows = jnp.take_along_axis(cost.swapaxes(1, 2), order[..., None], 1)
   count = mask.sum(1).astype(jnp.int32)
+  place = jnp.where(mask, _rank(mask), count[:, None] + _rank(~mask))
+  rows = jnp.take_along_axis(cost.swapaxes(1, 2),
+                             _inverse(place, m)[..., None], 1)
+  kernel = kernels.wanted('matching')
   owner = jax.lax.platform_dependent(
-      rows, count, cuda=_solve_on_gpu if _triton_runs() else _solve_batch,
-      tpu=matching_tpu.solve if _mosaic_runs(m, q) else _solve_batch,
-      default=_solve_batch)  # [B, Q]
+      rows, count, default=_solve_batch,
+      cuda=_solve_on_gpu if kernel and kernels.triton_runs() else _solve_batch,
+      tpu=(matching_tpu.solve if kernel and matching_tpu.applies(m, q)
+           else _solve_batch))  # [B, Q]
 
   # Queries in the order of the targets that own them, free ones last.
-  query = jnp.argsort(jnp.where(owner == _FREE, m, owner), axis=1,
-                      stable=True)[:, :m].astype(jnp.int32)
-  index = jnp.zeros((b, m), jnp.int32).at[
-      jnp.arange(b)[:, None], order].set(query)
-  return index, bad
+  free = owner == _FREE
+  query = _inverse(jnp.where(free, count[:, None] + _rank(free), owner), m)
+  return jnp.take_along_axis(query, place, 1), bad
 
 
-def _wants_loops():
-  """Whether E2E_VLP_MATCHING=xla asks for XLA's loops on every device.
-
-  It is for devices or drivers on which a kernel fails.
-  """
-  return os.environ.get('E2E_VLP_MATCHING') == 'xla'
-
-
-def _mosaic_runs(m, q):
-  """Whether TPUs run the kernel for M targets and Q queries."""
-  return matching_tpu.applies(m, q) and not _wants_loops()
+# Not by sorting: on a GPU, two sorts took three times as long as the kernel.
+def _rank(chosen):
+  """Number of the chosen before each element: bool [B, N] -> int32 [B, N]."""
+  n = chosen.shape[1]
+  return (chosen[:, None] & jnp.tri(n, k=-1, dtype=bool)).sum(
+      -1, dtype=jnp.int32)
 
 
-def _triton_runs():
-  """Whether the GPUs run Triton; True where none are attached."""
-  if _wants_loops():
-    return False
-  if jax.default_backend() != 'gpu':
-    return True
-  capability = getattr(jax.local_devices()[0], 'compute_capability', '8.0')
-  if float(capability) >= _CAPABILITY:
-    return True
-  logging.warning('matching: a GPU of compute capability %s runs no Triton '
-                  'kernel; expected %s or more; XLA loops are used, which are '
-                  'slower', capability, _CAPABILITY)
-  return False
+def _inverse(place, size):
+  """Which element has place 0, ..., size - 1: int32 [B, N] -> [B, size]."""
+  here = place[:, None] == jnp.arange(size)[:, None]
+  return jnp.where(here, jnp.arange(place.shape[1]), 0).sum(
+      -1, dtype=jnp.int32)
 
 
 def _solve_batch(cost, count):

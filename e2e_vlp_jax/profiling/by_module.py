@@ -46,7 +46,7 @@ def part_of(op_name, modules):
 
 
 def of_operations(hlo, modules):
-  """{operation: part} of `compiled.as_text()`.
+  """{operation: part or OTHER} of `compiled.as_text()`.
 
   A fusion that is named after no part (a GPU's are often named after a
   conversion or a copy) counts for the part of most operations inside it.
@@ -73,10 +73,12 @@ def of_operations(hlo, modules):
     if part:
       parts[name] = part
       inside[computation][part] += 1
-    elif not scopes:
+      continue
+    parts[name] = OTHER
+    if not scopes:
       nameless.append((name, _OPERAND.findall(rest)))
   for name, operands in nameless:
-    known = [parts[x] for x in operands if x in parts]
+    known = [parts[x] for x in operands if parts.get(x, OTHER) != OTHER]
     if known:
       parts[name] = known[0]
   return parts
@@ -93,6 +95,10 @@ def trace(run, folder):
 def measured(folder, parts):
   """What a trace in `folder` says of the parts.
 
+  A GPU runs many operations as one graph (XLA's command buffers), of which the
+  trace tells only the kernels. A kernel that XLA made bears its operation's
+  name. One of a library counts for the part of the kernel before it.
+
   Args:
     folder: folder of `trace`.
     parts: from `of_operations`, for the one program that ran.
@@ -102,20 +108,22 @@ def measured(folder, parts):
     that ran; on a GPU these are kernels and copies.
   """
   path, = glob.glob(os.path.join(folder, '**', '*.xplane.pb'), recursive=True)
-  planes = jax.profiler.ProfileData.from_file(path).planes
+  kernels = {k.replace('.', '_'): part for k, part in parts.items()}
   lines = {True: [], False: []}
-  for plane in planes:
+  for plane in jax.profiler.ProfileData.from_file(path).planes:
     for line in plane.lines:
-      events = [(e.start_ns, e.duration_ns, _operation(e, parts))
-                for e in line.events]
-      lines[plane.name.startswith('/device:')].append(
-          [e for e in events if e[2]])
+      lines[plane.name.startswith('/device:')].append([
+          (e.start_ns, e.duration_ns,
+           parts.get(operation) or kernels.get(e.name))
+          for e in line.events if (operation := _operation(e, parts))])
   # With an accelerator the host's events only say when work was submitted.
   chosen = lines[True] if any(lines[True]) else lines[False]
   out = collections.Counter()
   for events in chosen:
-    for operation, nanoseconds in _own_times(events):
-      out[parts.get(operation, OTHER)] += nanoseconds / 1e9
+    before = OTHER
+    for part, nanoseconds in _own_times(events):
+      before = part or before
+      out[before] += nanoseconds / 1e9
   return out, sum(map(len, chosen))
 
 
@@ -130,14 +138,17 @@ def _operation(event, parts):
 
 
 def _own_times(events):
-  """[(operation, ns)], each without the time of events nested in it."""
+  """[(part, ns)] by start, each without the time of events that start later.
+
+  Events are nested, or on a GPU at the same time; every moment counts once.
+  """
   out, open_until = [], []
-  for start, duration, operation in sorted(
-      events, key=lambda e: (e[0], -e[1])):
+  for start, duration, part in sorted(events, key=lambda e: (e[0], -e[1])):
     while open_until and open_until[-1][0] <= start:
       open_until.pop()
+    end = start + duration
     if open_until:
-      out[open_until[-1][1]][1] -= duration
-    open_until.append((start + duration, len(out)))
-    out.append([operation, duration])
+      out[open_until[-1][1]][1] -= min(end, open_until[-1][0]) - start
+    open_until.append((end, len(out)))
+    out.append([part, duration])
   return out

@@ -5,6 +5,7 @@ attached, `benchmark` times them. All three use this module, so that they run
 the same program.
 """
 import jax
+import numpy as np
 
 from e2e_vlp_jax import objectives as objectives_lib
 from e2e_vlp_jax.profiling import program
@@ -52,7 +53,9 @@ class Assembly:
       for view in options['views']:
         needed[view] = tuple(sorted({*needed.get(view, ()), name}))
     self.requests = dict(sorted(needed.items()))
-    self.shapes = jax.eval_shape(self._init)
+    # An argument of the program, so that all seeds share it.
+    self._root = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+    self.shapes = jax.eval_shape(self._init, self._root)
     self.shardings = sharding.state_shardings(
         self.shapes, mesh, tuple(config.sharding_rules))
 
@@ -83,15 +86,15 @@ class Assembly:
         self.config.optim, self.shapes.params if params is None else params,
         self.schedule(stage), self.model.towers)
 
-  def _init(self):
+  def _init(self, root):
     return train_step.init_state(
         self.model, lambda params: self.optimizer(self.stages[0], params),
-        self._example, self.requests, self.config.seed,
+        self._example, self.requests, jax.random.wrap_key_data(root),
         ema=self.config.ema_decay > 0)
 
   def init(self):
     """A new TrainState; each array is created on the devices that store it."""
-    return jax.jit(self._init, out_shardings=self.shardings)()
+    return jax.jit(self._init, out_shardings=self.shardings)(self._root)
 
   def begin_stage(self, index, state):
     """Prepares `state` for a stage: resets the optimizer where it starts.

@@ -44,7 +44,7 @@ class TrainState:
     return {'params': params, **self.model_state}
 
 
-def init_state(model, tx, batch, requests, seed, ema):
+def init_state(model, tx, batch, requests, root, ema):
   """The state at step 0; to be traced or jitted.
 
   Args:
@@ -52,10 +52,9 @@ def init_state(model, tx, batch, requests, seed, ema):
     tx: function parameters -> optax transformation.
     batch: one batch; only shapes matter.
     requests: views and heads to create parameters for.
-    seed: int.
+    root: random key of the run.
     ema: whether to keep an average of the parameters.
   """
-  root = jax.random.key(seed)
   batch = jax.tree.map(jnp.asarray, batch)
   variables = dict(model.init({'params': root, 'dropout': root}, batch,
                               requests, train=False))
