@@ -26,18 +26,14 @@ for _flag, _value in xla_flags.flags(devices=8):
         f'{os.environ.get("XLA_FLAGS", "")} {_flag}={_value}')
 
 import collections  # noqa: E402
-import contextlib  # noqa: E402
-import ctypes  # noqa: E402
-import functools  # noqa: E402
-import gc  # noqa: E402
 import importlib.util  # noqa: E402
-import sys  # noqa: E402
 
 import pytest  # noqa: E402
 
+from tests import memory  # noqa: E402
+
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SEED = 0  # of `tiny_scenes`
-_CACHED = type(functools.cache(len))
 
 
 def _missing(reason, require):
@@ -54,47 +50,41 @@ def _release_memory(request):
 
   What the next file shares with this one comes from the compilation cache.
   """
-  with contextlib.suppress(OSError):  # Linux: the peak of this file alone.
-    pathlib.Path('/proc/self/clear_refs').write_text('5')
   yield
-  for value in vars(request.module).values():
-    if (isinstance(value, _CACHED)
-        and value.__module__ == request.module.__name__):
-      value.cache_clear()
-  _release()
+  memory.forget(request.module)
 
 
 @pytest.fixture
 def compiles_much():
   """For a test of a large program: others of its file are dropped before."""
-  _release()
+  memory.release()
   yield
-  _release()
+  memory.release()
 
 
-def _release():
-  """Drops compiled programs; returns what is free to the operating system."""
-  jax = sys.modules.get('jax')
-  if jax is not None:
-    jax.clear_caches()
-  gc.collect()
-  if sys.platform == 'linux':
-    ctypes.CDLL('libc.so.6').malloc_trim(0)
+@pytest.fixture
+def one_device(monkeypatch):
+  """For a test whose mesh would else be of eight devices.
+
+  Each of eight holds all parameters, and their program takes twice the memory
+  and time to compile.
+  """
+  import jax  # pylint: disable=import-outside-toplevel
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda: devices)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown():
+  """Releases memory between the tests of a file too, if there is much."""
+  result = yield
+  memory.release_if_grown()
+  return result
 
 
 def _cpu_seconds():
   """Of this process and of the ended ones that it has started."""
   return sum(os.times()[:4])
-
-
-def _peak_memory():
-  """GiB of this process, from Linux's /proc; 0 elsewhere."""
-  try:
-    lines = pathlib.Path('/proc/self/status').read_text().splitlines()
-  except OSError:
-    return 0.
-  found = [int(x.split()[1]) for x in lines if x.startswith('VmHWM')]
-  return found[0] / 2**20 if found else 0.
 
 
 class _Usage:
@@ -107,6 +97,13 @@ class _Usage:
     self._before = _cpu_seconds()
     self._wall, self._cpu = collections.Counter(), collections.Counter()
     self._peak_of_file, self._peak_of_worker = {}, {}
+    self._peak_of_started = {}
+    self._started = memory.Started()
+
+  @pytest.hookimpl(tryfirst=True)
+  def pytest_runtest_setup(self):
+    if not self._started.is_alive():
+      self._started.start()
 
   @pytest.hookimpl(wrapper=True)
   def pytest_runtest_makereport(self):
@@ -114,7 +111,8 @@ class _Usage:
     report = yield
     now = _cpu_seconds()
     report.user_properties += [('cpu', now - self._before),
-                               ('peak', _peak_memory())]
+                               ('peak', memory.take_peak()),
+                               ('started', self._started.take_peak())]
     self._before = now
     return report
 
@@ -125,23 +123,29 @@ class _Usage:
     used = dict(report.user_properties)
     self._wall[path] += report.duration
     self._cpu[path] += used.get('cpu', 0.)  # A worker that died says nothing.
-    for peaks, name in ((self._peak_of_file, path),
-                        (self._peak_of_worker, worker)):
-      peaks[name] = max(peaks.get(name, 0.), used.get('peak', 0.))
+    for peaks, name, key in ((self._peak_of_file, path, 'peak'),
+                             (self._peak_of_worker, worker, 'peak'),
+                             (self._peak_of_started, path, 'started')):
+      peaks[name] = max(peaks.get(name, 0.), used.get(key, 0.))
 
   def pytest_terminal_summary(self, terminalreporter):
     write = terminalreporter.write_line
     terminalreporter.section('memory and time')
     write('peak memory: ' + ', '.join(
-        f'{name} {peak:.1f} GiB'
+        f'{name} {peak:.2f} GiB'
         for name, peak in sorted(self._peak_of_worker.items())))
     write(f'all files: {sum(self._wall.values()):.0f} s in tests, '
           f'{sum(self._cpu.values()):.0f} CPU seconds; the slowest:')
     for path, seconds in self._cpu.most_common(10):
       write(f'  {seconds:6.0f} CPU s {self._wall[path]:6.0f} s  {path}')
-    write('the largest:')
-    for path, peak in collections.Counter(self._peak_of_file).most_common(10):
-      write(f'  {peak:6.1f} GiB  {path}')
+    for title, peaks in (
+        ('the largest:', self._peak_of_file),
+        ('the largest of the processes that they start:',
+         self._peak_of_started)):
+      write(title)
+      for path, peak in collections.Counter(peaks).most_common(10):
+        if peak > .1:
+          write(f'  {peak:6.2f} GiB  {path}')
 
 
 def pytest_configure(config):
