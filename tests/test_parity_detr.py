@@ -5,13 +5,15 @@ logits, boxes, every part of the set loss, gradients. The stored results are
 for everybody; the live ones need the extra [torch].
 """
 import functools
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from tests import parity
 from e2e_vlp_jax.objectives import detection
+from tests import memory
+from tests import parity
 
 GRADIENT_TOLERANCE = 1e-3  # of the largest magnitude in the tensor
 slow = pytest.mark.slow
@@ -19,6 +21,16 @@ STORED = ['r18', 'r50', pytest.param('published', marks=slow)]
 LIVE = ['r18', pytest.param('r50', marks=slow),
         pytest.param('published', marks=slow)]
 REQUEST = {'image_only': ('detection',)}
+
+
+@pytest.fixture(scope='module')
+def name(request):
+  """Name of a case; pytest runs the tests of one case after one another.
+
+  The programs and gradients of all cases together would take 2 GiB.
+  """
+  yield request.param
+  memory.forget(sys.modules[__name__])
 
 
 @functools.lru_cache(None)
@@ -124,18 +136,18 @@ def compare(record_property, name, aux, live):
       max(ratios), GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize('name', STORED)
+@pytest.mark.parametrize('name', STORED, indirect=True)
 def test_equals_stored_results(record_property, name):
   compare(record_property, name, True, live=False)
 
 
-@pytest.mark.parametrize('name', LIVE)
+@pytest.mark.parametrize('name', LIVE, indirect=True)
 def test_equals_transformers(record_property, torch_extra, name):
   compare(record_property, name, True, live=True)
 
 
 @pytest.mark.parametrize('live', [False, True], ids=['stored', 'live'])
-@pytest.mark.parametrize('name', LIVE[:2])
+@pytest.mark.parametrize('name', LIVE[:2], indirect=True)
 def test_without_auxiliary_losses(record_property, request, name, live):
   if live:
     request.getfixturevalue('torch_extra')
@@ -143,7 +155,7 @@ def test_without_auxiliary_losses(record_property, request, name, live):
 
 
 @pytest.mark.parametrize('live', [False, True], ids=['stored', 'live'])
-@pytest.mark.parametrize('name', LIVE[:2])
+@pytest.mark.parametrize('name', LIVE[:2], indirect=True)
 def test_padding_is_kept_out(record_property, request, name, live):
   """mask_padding: an image in a batch equals that image alone."""
   if live:

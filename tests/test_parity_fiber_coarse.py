@@ -325,19 +325,24 @@ def losses(model, variables, batch):
   return out, {k: value(f, out, batch) for k, f in OBJECTIVES.items()}
 
 
-@pytest.fixture(scope='module')
-def trained(queued):
-  """(outputs, {name: loss}, sum of the losses, its gradients {path: array}).
+def gradients(queued):
+  """params -> ((sum of the losses, (outputs, {name: loss})), its gradients).
 
   One program for all: its forward pass is what `losses` alone would compile.
+  tests/test_parity_optim.py runs the same one.
   """
   model, variables, batch = queued
 
   def total(params):
     out, terms = losses(model, {**variables, 'params': params}, batch)
     return sum(terms.values()), (out, terms)
-  (loss, (out, terms)), grads = jax.jit(jax.value_and_grad(
-      total, has_aux=True))(variables['params'])
+  return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+@pytest.fixture(scope='module')
+def trained(queued):
+  """(outputs, {name: loss}, sum of the losses, its gradients {path: array})."""
+  (loss, (out, terms)), grads = gradients(queued)(queued[1]['params'])
   return out, terms, loss, parity.flat({'params': grads})
 
 
