@@ -1,9 +1,13 @@
 """Peers: what they compute, and that one which hangs or dies is reported."""
+from concurrent import futures
 import functools
+import importlib.util
 import json
-import os
+import multiprocessing
 import sys
+import time
 
+import numpy as np
 import pytest
 
 from e2e_vlp_jax import benchmark
@@ -65,7 +69,7 @@ def test_detr_is_compiled_without_its_loss(torch_extra, monkeypatch):
 
 
 @pytest.mark.slow
-def test_benchmark_against_detr(torch_extra, tmp_path):
+def test_benchmark_against_detr(torch_extra, one_device, tmp_path):
   out = tmp_path / 'report.json'
   benchmark.main([*SMALL_DETR, '--batch-size', '8', '--steps', '2', '--peer',
                   'hf_detr', '--json', str(out)])
@@ -83,23 +87,37 @@ def test_benchmark_against_detr(torch_extra, tmp_path):
 ANSWER = 'configs/finetune.py:answer,system=e2e_vlp,size=tiny'
 
 
-def test_two_stage_answers(torch_extra):
-  """The features of 36 boxes inside the image, and a score for each answer."""
-  pytest.importorskip('torchvision', reason='needs the extra [two-stage]')
+def two_stage_answer():
+  """(parameters, scores, details(), features, boxes) of one question."""
   peer = peers.build('two_stage', *request('--config', ANSWER, batch_size=1,
                                            num_answers=11))
   peer._detector.rpn._post_nms_top_n['testing'] = 40  # Of 300: costs less.
-  assert peer.step().shape == (1, 11)
-  assert peer.details() == {'image': [600, 600], 'proposals': 40,
-                            'regions': 36}
+  scores, details = peer.step(), peer.details()
   with peer._torch.inference_mode():
     features, boxes = peer._regions()
+  return peer.parameters, scores.numpy(), details, features.numpy(
+      ), boxes.numpy()
+
+
+def test_two_stage_answers(torch_extra):
+  """The features of 36 boxes inside the image, and a score for each answer.
+
+  In another process, as the two models and their maps take 1.8 GiB.
+  """
+  if importlib.util.find_spec('torchvision') is None:
+    pytest.skip('needs the extra [two-stage]')
+  with futures.ProcessPoolExecutor(
+      1, multiprocessing.get_context('spawn')) as pool:
+    parameters, scores, details, features, boxes = pool.submit(
+        two_stage_answer).result()
+  assert scores.shape == (1, 11)
+  assert details == {'image': [600, 600], 'proposals': 40, 'regions': 36}
   assert features.shape == (1, 36, 2048) and features.std() > 0
   assert (boxes[..., 2:] > boxes[..., :2]).all()
   assert boxes.min() >= 0 and boxes.max() <= 1
-  assert len(boxes[0].unique(dim=0)) == 36
+  assert len(np.unique(boxes[0], axis=0)) == 36
   # ResNet-101 and LXMERT, as published.
-  assert 250e6 < peer.parameters < 300e6
+  assert 250e6 < parameters < 300e6
 
 
 @pytest.mark.slow
@@ -176,6 +194,15 @@ def test_a_peer_has_the_same_batch(stub):
   assert peer._child.poll() is not None
 
 
+def alive(process):
+  """Whether it is neither gone nor waits to be collected."""
+  try:
+    with open(f'/proc/{process}/stat', encoding='utf-8') as f:
+      return f.read().split()[2] != 'Z'
+  except OSError:
+    return False
+
+
 def test_a_peer_that_hangs_is_killed_with_all_that_it_started(stub, tmp_path):
   stub(f'''if self.count == 2:
       compiler = subprocess.Popen(['sleep', '1000'])
@@ -189,8 +216,11 @@ def test_a_peer_that_hangs_is_killed_with_all_that_it_started(stub, tmp_path):
                           'waited_s': 1.}
   assert peer._child.poll() is not None
   compiler = (tmp_path / 'pid').read_text()
-  state = f'/proc/{compiler}/stat'  # Gone, or waiting to be collected.
-  assert not os.path.exists(state) or open(state).read().split()[2] == 'Z'
+  for _ in range(100):  # On a busy machine it takes a while to die.
+    if not alive(compiler):
+      break
+    time.sleep(.1)
+  assert not alive(compiler)
   peer.step()  # It is not asked again.
   assert len(peer.times) == 1 and peer.details() == {}
 
@@ -208,7 +238,7 @@ def test_a_peer_that_fails_is_one_line(stub, step, expected):
   assert expected in benchmark._peer_rows(report)[0][1]
 
 
-def test_the_rest_of_the_report_comes(stub, tmp_path, capsys):
+def test_the_rest_of_the_report_comes(stub, one_device, tmp_path, capsys):
   stub('while True: pass')
   out = tmp_path / 'report.json'
   benchmark.main([*TINY, '--steps', '1', '--peer', 'stub', '--peer-timeout',
