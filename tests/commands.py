@@ -7,6 +7,6 @@ def refused(main, *argv, capsys):
   with pytest.raises(SystemExit) as e:
     main(list(argv))
   assert e.value.code == 2
-  line = capsys.readouterr().err.strip()
-  assert '\n' not in line
-  return line
+  said = capsys.readouterr().err
+  assert said.startswith('error: ') and said.count('\n') == 1, said
+  return said.strip()

@@ -28,6 +28,7 @@ from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.weights import files as weights_io
 from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet
+from tests import commands
 from tests import parity
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -128,12 +129,7 @@ def run(*args):
 
 def refused(capsys, *args):
   """The error line of a conversion that must fail with exit code 2."""
-  with pytest.raises(SystemExit) as e:
-    run(*args)
-  assert e.value.code == 2
-  error = capsys.readouterr().err
-  assert error.startswith('error: ') and error.count('\n') == 1, error
-  return error
+  return commands.refused(convert.main, *map(str, args), capsys=capsys)
 
 
 ROUND_TRIPS = {

@@ -17,6 +17,7 @@ from e2e_vlp_jax import tasks
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.tasks import match
+from tests import commands
 from tests import small_model
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -50,12 +51,7 @@ def photo(tmp_path_factory):
 
 def fails(capsys, *argv):
   """Runs predict, which must end with one line; returns that line."""
-  with pytest.raises(SystemExit) as e:
-    predict.main(list(argv))
-  assert e.value.code == 2
-  message = capsys.readouterr().err
-  assert message.count('\n') == 1 and message.startswith('error: '), message
-  return message
+  return commands.refused(predict.main, *argv, capsys=capsys)
 
 
 def test_detect_writes_json_and_picture(trained, photo, tmp_path, capsys):

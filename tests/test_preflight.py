@@ -1,4 +1,5 @@
 """What a step costs, counted by hand and by preflight; what cannot fit."""
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from e2e_vlp_jax.ops import matching
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program as program_lib
 from e2e_vlp_jax.training import sharding
+from tests import commands
 
 TINY = 'configs/e2e_vlp.py:tiny'
 
@@ -372,13 +374,7 @@ def test_roofline_names_what_binds():
 
 
 # --- Bad input --------------------------------------------------------------
-def refused(*argv, capsys):
-  with pytest.raises(SystemExit) as e:
-    preflight.main(['--config', TINY, *argv])
-  assert e.value.code == 2
-  line = capsys.readouterr().err.strip()
-  assert '\n' not in line
-  return line
+refused = functools.partial(commands.refused, preflight.main, '--config', TINY)
 
 
 def test_unknown_topologies_are_named_with_the_valid_ones(capsys):

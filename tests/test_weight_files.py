@@ -21,6 +21,7 @@ from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet
 from e2e_vlp_jax.weights import sets
 from e2e_vlp_jax.weights import torchvision_resnet
+from tests import commands
 
 # The least that torchvision_resnet takes for its own.
 TENSORS = {name: np.full((2, 3), i, np.float32) for i, name in enumerate(
@@ -59,16 +60,14 @@ def hub(tmp_path):
 
 def refused(capsys, path, *args):
   """The one line of a conversion that is refused."""
-  with pytest.raises(SystemExit) as e:
-    convert.main(['--format', 'torchvision_resnet', '--config',
-                  'configs/e2e_vlp.py:detr,data=scenes', '--input', str(path),
-                  '--output', str(pathlib.Path(path).parent / 'never'),
-                  '--config.data.labels=scenes', *args])
-  error = capsys.readouterr().err
-  print(error)
-  assert e.value.code == 2 and error.count('\n') == 1, error
-  assert error.startswith('error: ') and str(path) in error
-  return error
+  line = commands.refused(
+      convert.main, '--format', 'torchvision_resnet', '--config',
+      'configs/e2e_vlp.py:detr,data=scenes', '--input', str(path), '--output',
+      str(pathlib.Path(path).parent / 'never'), '--config.data.labels=scenes',
+      *args, capsys=capsys)
+  print(line)
+  assert str(path) in line
+  return line
 
 
 # --- Shards -------------------------------------------------------------------
