@@ -62,6 +62,18 @@ def compiles_much():
   memory.release()
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+  """For a test whose mesh would else be of eight devices.
+
+  Each of eight holds all parameters, and their program takes twice the memory
+  and time to compile.
+  """
+  import jax  # pylint: disable=import-outside-toplevel
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda: devices)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown():
   """Releases memory between the tests of a file too, if there is much."""
@@ -132,7 +144,8 @@ class _Usage:
          self._peak_of_started)):
       write(title)
       for path, peak in collections.Counter(peaks).most_common(10):
-        write(f'  {peak:6.2f} GiB  {path}')
+        if peak > .1:
+          write(f'  {peak:6.2f} GiB  {path}')
 
 
 def pytest_configure(config):

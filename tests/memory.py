@@ -13,7 +13,7 @@ import threading
 # A process that has imported jax, tensorflow and torch has 1.1 GiB. It keeps
 # compiled programs up to _KEPT, as the next test may share them, and lets go
 # again whenever it has grown by _GROWTH.
-_KEPT, _GROWTH = 1.5, .4  # GiB
+_KEPT, _GROWTH = 1.5, .5  # GiB
 _SECONDS = .5  # between two looks at the started processes
 _CACHED = type(functools.cache(len))
 _left = 0.  # GiB after the last release

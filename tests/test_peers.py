@@ -7,7 +7,6 @@ import multiprocessing
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -34,13 +33,6 @@ def request(*argv, batch_size=2, **sizes):
   sizes = dict(vocab_size=5, num_classes=7, num_attributes=0, **sizes)
   return config, synthetic.synthetic_batch(
       config.data, batch_size=batch_size, **sizes), sizes
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-  """For our side; each of eight would hold all parameters: 2 GiB."""
-  device, *_ = jax.devices()
-  monkeypatch.setattr(jax, 'devices', lambda: [device])
 
 
 # --- hf_detr ----------------------------------------------------------------
