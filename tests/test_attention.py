@@ -96,7 +96,7 @@ def test_the_kernels_of_a_gpu_compute_the_same(case):
 
 def lowered_for_a_gpu(monkeypatch, heads=8, table=None):
   """A loss's gradients as a train step on a GPU would lower them."""
-  monkeypatch.setattr(attention_lib, '_platform', lambda _: 'gpu')
+  monkeypatch.setattr(attention_lib, 'platform', lambda: 'gpu')
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
                             jax.devices()[:1])
   x = jax.ShapeDtypeStruct((4, 1, 364, heads, 256 // heads), jnp.bfloat16)
@@ -309,7 +309,7 @@ def test_a_window_attention_by_the_kernel(monkeypatch):
   def interpreted(*args, **kwargs):
     calls.append(args)
     return kernel_(*args, **kwargs, interpret=True)
-  monkeypatch.setattr(attention_lib, '_platform', lambda _: 'tpu')
+  monkeypatch.setattr(attention_lib, 'platform', lambda: 'tpu')
   monkeypatch.setattr(attention_tpu, 'attention', interpreted)
   found = jax.value_and_grad(loss)(variables, x)
   assert len(calls) == 1 and len(calls[0]) == 1  # queries, keys, values in one

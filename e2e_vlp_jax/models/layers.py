@@ -231,14 +231,16 @@ class KeysValues(NamedTuple):
 
 
 def product(x, kernel, *args, **kwargs):
-  """The product of a dense layer that runs twice in a step.
+  """The product of a dense layer that may run twice in a step.
 
-  Its kernel's gradient is a sum of two products. XLA would compute it as one
-  product of both inputs side by side, and copies them for that: 2 of the 54 ms
-  of a step of E2E-VLP `r50` on an H100. The barrier keeps the two apart.
+  Its kernel's gradient is then a sum of two products. On a GPU, XLA would
+  compute it as one product of both inputs side by side, and copies them for
+  that: 2 of the 54 ms of a step of E2E-VLP `r50` on an H100. The barrier keeps
+  the two apart.
   """
-  return jax.lax.dot_general(x, jax.lax.optimization_barrier(kernel), *args,
-                             **kwargs)
+  if attention_ops.platform() == 'gpu':
+    kernel = jax.lax.optimization_barrier(kernel)
+  return jax.lax.dot_general(x, kernel, *args, **kwargs)
 
 
 class MultiHeadAttention(nn.Module):

@@ -153,13 +153,15 @@ def _kernel_applies(place, query, key, bias, table=None):
           # A bias for each head may be learned; the kernels have no gradient.
           and (bias is None or bias.shape[2] < query.shape[3]
                and bias.shape[-1] == key.shape[2])
-          and (attention_tpu.applies(query, key) if _platform(place) == 'tpu'
-               else _platform(place) == 'gpu' and table is None
+          and (attention_tpu.applies(query, key) if platform() == 'tpu'
+               else platform() == 'gpu' and table is None
                and kernels.triton_runs() and attention_gpu.applies(query)))
 
 
-def _platform(place):
-  return place.mesh.devices.flat[0].platform
+def platform():
+  """That of the step which is being traced; None outside of `sharded`."""
+  place = _PLACE.get()
+  return place and place.mesh.devices.flat[0].platform
 
 
 def projects(shape, dtype, heads, bias):
@@ -172,7 +174,7 @@ def projects(shape, dtype, heads, bias):
   """
   place = _PLACE.get()
   x = jax.ShapeDtypeStruct((*shape[:-1], heads, shape[-1] // heads), dtype)
-  return (place is not None and _platform(place) == 'tpu'
+  return (place is not None and platform() == 'tpu'
           and _kernel_applies(place, x, x, _expanded(bias)))
 
 
@@ -222,7 +224,7 @@ def _kernel(place, heads, arrays, bias, table, dropout):
     others['seeds'] = dropout.seeds, rows
 
   def run(arrays, others):
-    if _platform(place) == 'gpu':
+    if platform() == 'gpu':
       return attention_gpu.attention(*arrays, heads=heads, rate=rate,
                                      result=RESULT, **others)
     return attention_tpu.attention(*arrays, heads=heads, rate=rate, **others)
