@@ -109,7 +109,8 @@ def benchmark(config, steps=20, peer=None, data=False, score=False,
       'steps': steps, 'images_per_s': config.batch_size / seconds,
       'step_time_s': timing.percentiles(times),
       'ahead_images_per_s': config.batch_size / ahead,
-      'compile_s': ours.compile_s, 'flops_per_step': ours.flops, 'mfu': ours.flops / seconds / peak,
+      'compile_s': ours.compile_s, 'flops_per_step': ours.flops,
+      'mfu': ours.flops / seconds / peak,
       'mfu_of': peak_from, 'roofline': {
           **bound, 'share': bound['step_time_s'] and (
               bound['step_time_s'] / seconds)},

@@ -122,11 +122,24 @@ def test_a_step_on_a_gpu_runs_the_kernels(monkeypatch, tmp_path):
 
 def test_where_the_kernels_of_a_gpu_do_not_apply_xla_computes(monkeypatch):
   table = jnp.zeros((8, 364, 364), jnp.bfloat16)
-  for options in ({'heads': 32}, {'table': table}):  # 8 wide; learned
+  # Too narrow; too wide for the shared memory; learned.
+  for options in ({'heads': 32}, {'heads': 2}, {'table': table}):
     assert not triton_programs.programs(
         lowered_for_a_gpu(monkeypatch, **options))
   monkeypatch.setenv('E2E_VLP_ATTENTION', 'xla')
   assert not triton_programs.programs(lowered_for_a_gpu(monkeypatch))
+
+
+def test_products_of_layers_that_run_twice_stay_apart_on_a_gpu(monkeypatch):
+  def barriers():
+    x = jnp.ones((2, 4))
+    layer = layers.FeedForward(4, 8)
+    variables = layer.init(jax.random.key(0), x)
+    return str(jax.make_jaxpr(layer.apply)(variables, x)).count(
+        'optimization_barrier')
+  assert barriers() == 0
+  monkeypatch.setattr(attention_lib, 'platform', lambda: 'gpu')
+  assert barriers() == 2
 
 
 def test_windows_are_projected_and_attended_to_in_one(monkeypatch):

@@ -19,7 +19,10 @@ from jax.experimental import pallas as pl
 from e2e_vlp_jax.ops import cheap_keys
 
 _BLOCK = 64  # queries, and keys, of a block
-_WIDTHS = (16, 32, 64, 128)
+_WIDTHS = (16, 32, 64)
+# Bytes of a token of one head. Twice as many take 140 kB of shared memory, and
+# some GPUs that run Triton have 99.
+_MAX_TOKEN = 128
 _LOW = -1e30  # below every logit; finite, because inf - inf is NaN
 _WARPS, _STAGES = 4, 3  # the fastest of 4 or 8 and 2 or 3 on an H100
 
@@ -27,7 +30,8 @@ _WARPS, _STAGES = 4, 3  # the fastest of 4 or 8 and 2 or 3 on an H100
 def applies(query):
   """Whether the kernels can compute attention of queries [B, W, T, H, D]."""
   return (query.dtype in (jnp.bfloat16, jnp.float32) and query.shape[2] > 1
-          and query.shape[-1] in _WIDTHS)
+          and query.shape[-1] in _WIDTHS
+          and query.shape[-1] * query.dtype.itemsize <= _MAX_TOKEN)
 
 
 def attention(query, key, value, *, heads, rate=0., bias=None, seeds=None,
@@ -171,21 +175,21 @@ class _Head(NamedTuple):
   def read(self, name, block):
     """Tokens of a block: [_BLOCK, D], or [_BLOCK]; zeros beyond the end."""
     ref = self.refs[name]
-    length = ref.shape[0]
-    rows = block * _BLOCK + jnp.arange(_BLOCK)
-    mask = rows < length
-    if len(ref.shape) == 2:
-      mask = jnp.broadcast_to(mask[:, None], (_BLOCK, self.width))
-    return self.triton.load(
-        ref.at[pl.ds(block * _BLOCK, _BLOCK)], mask=mask, other=0.)
+    return self.triton.load(ref.at[pl.ds(block * _BLOCK, _BLOCK)],
+                            mask=self._inside(ref, block), other=0.)
 
   def write(self, ref, block, value):
-    rows = block * _BLOCK + jnp.arange(_BLOCK)
-    mask = rows < ref.shape[0]
-    if len(ref.shape) == 2:
-      mask = jnp.broadcast_to(mask[:, None], (_BLOCK, self.width))
+    """Writes a block's tokens, those before the end."""
     self.triton.store(ref.at[pl.ds(block * _BLOCK, _BLOCK)],
-                      value.astype(ref.dtype), mask=mask)
+                      value.astype(ref.dtype), mask=self._inside(ref, block))
+
+  def _inside(self, ref, block):
+    """Which values of a block are before the end."""
+    rows = block * _BLOCK + jnp.arange(_BLOCK)
+    inside = rows < ref.shape[0]
+    if len(ref.shape) == 1:
+      return inside
+    return jnp.broadcast_to(inside[:, None], (_BLOCK, self.width))
 
   def logits(self, query, key, i, j):
     """[_BLOCK, _BLOCK] float32 of block i of the queries and j of the keys."""
@@ -196,8 +200,9 @@ class _Head(NamedTuple):
       ref = self.refs['bias']
       columns = pl.ds(j * _BLOCK, _BLOCK)
       if ref.shape[0] == 1:
-        bias = self.triton.load(ref.at[pl.ds(0, 1), columns], other=0.,
-                                mask=(j * _BLOCK + jnp.arange(_BLOCK) < self.keys)[None])
+        here = j * _BLOCK + jnp.arange(_BLOCK) < self.keys
+        bias = self.triton.load(ref.at[pl.ds(0, 1), columns], mask=here[None],
+                                other=0.)
       else:
         bias = self.triton.load(
             ref.at[pl.ds(i * _BLOCK, _BLOCK), columns], other=0.,

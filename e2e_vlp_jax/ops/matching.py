@@ -91,7 +91,7 @@ def _assign(cost, mask):
   return jnp.take_along_axis(query, place, 1), bad
 
 
-# Not by sorting: on a GPU, two sorts took three times as long as the kernel.
+# Not by sorting: on an H100, sorts took three times as long as the kernel.
 def _rank(chosen):
   """Number of the chosen before each element: bool [B, N] -> int32 [B, N]."""
   n = chosen.shape[1]
