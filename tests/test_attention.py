@@ -94,12 +94,12 @@ def test_the_kernels_of_a_gpu_compute_the_same(case):
       with_gradients(kernel_of_a_gpu, *inputs), with_gradients(plain, *inputs))
 
 
-def lowered_for_a_gpu(monkeypatch, heads=8, table=None):
+def lowered_for_a_gpu(monkeypatch, heads=8, table=None, dtype=jnp.bfloat16):
   """A loss's gradients as a train step on a GPU would lower them."""
   monkeypatch.setattr(attention_lib, 'platform', lambda: 'gpu')
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
                             jax.devices()[:1])
-  x = jax.ShapeDtypeStruct((4, 1, 364, heads, 256 // heads), jnp.bfloat16)
+  x = jax.ShapeDtypeStruct((4, 1, 364, heads, 256 // heads), dtype)
 
   def loss(q, k, v, mask, seeds):
     with attention_lib.sharded(mesh, sharding.BATCH_AXES):
@@ -122,8 +122,9 @@ def test_a_step_on_a_gpu_runs_the_kernels(monkeypatch, tmp_path):
 
 def test_where_the_kernels_of_a_gpu_do_not_apply_xla_computes(monkeypatch):
   table = jnp.zeros((8, 364, 364), jnp.bfloat16)
-  # Too narrow; too wide for the shared memory; learned.
-  for options in ({'heads': 32}, {'heads': 2}, {'table': table}):
+  # Too narrow; too wide; too much for the shared memory; learned.
+  for options in ({'heads': 32}, {'heads': 2},
+                  {'heads': 4, 'dtype': jnp.float32}, {'table': table}):
     assert not triton_programs.programs(
         lowered_for_a_gpu(monkeypatch, **options))
   monkeypatch.setenv('E2E_VLP_ATTENTION', 'xla')
