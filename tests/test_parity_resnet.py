@@ -12,6 +12,7 @@ import pytest
 from tests import parity
 from e2e_vlp_jax import models
 from e2e_vlp_jax.models import resnet
+from e2e_vlp_jax.ops import attention
 from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet as names
 
@@ -91,6 +92,28 @@ def test_names_are_those_of_transformers(torch_extra, depth):
       parity.resnet_config(depth))}
   assert hf == {k for k in model.state_dict()
                 if not k.endswith('num_batches_tracked')}
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_a_convolution_of_one_cell_is_a_product_on_a_cpu(monkeypatch, stride):
+  """The same results and gradients as the convolution of other devices."""
+  conv = resnet.Conv(5, 1, stride)
+  x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+  factor = jax.random.uniform(jax.random.key(1), (5,))
+  params = conv.init(jax.random.key(2), x)
+
+  def results():
+    def loss(params, x):
+      y = conv.apply(params, x, factor)
+      return (y * jax.numpy.cos(y)).sum(), y
+    return (jax.grad(loss, (0, 1), has_aux=True)(params, x),
+            str(jax.make_jaxpr(loss)(params, x)).count('conv_general'))
+  product, without = results()
+  monkeypatch.setattr(attention, 'platform', lambda: 'gpu')
+  convolution, with_ = results()
+  assert (without, with_) == (0, 1)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+               product, convolution)
 
 
 def test_frozen_parts_pass_no_gradient():

@@ -159,9 +159,13 @@ def _kernel_applies(place, query, key, bias, table=None):
 
 
 def platform():
-  """That of the step which is being traced; None outside of `sharded`."""
+  """Where what is being traced will run: 'cpu', 'gpu' or 'tpu'.
+
+  That of the mesh in `sharded`, elsewhere jax's own choice.
+  """
   place = _PLACE.get()
-  return place and place.mesh.devices.flat[0].platform
+  return (place.mesh.devices.flat[0].platform if place
+          else jax.default_backend())
 
 
 def projects(shape, dtype, heads, bias):
