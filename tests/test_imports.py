@@ -32,6 +32,8 @@ DOORS = {
     'evaluation': ['data', 'models', 'training', 'tasks'],
     'weights': ['ops', 'models', 'training'],
     'peers': ['models'],
+    'timings': ['data', 'evaluation', 'models', 'peers', 'profiling', 'tasks',
+                'training'],
 }
 ACCELERATOR_ROOMS = ('models', 'ops', 'objectives', 'tasks', 'training')
 # Optional and large: imported where they are used, never with a module.

@@ -16,6 +16,8 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.peers import process
+from e2e_vlp_jax.timings import peer as peer_lib
+from e2e_vlp_jax.timings import tables
 from tests import commands
 
 TINY = ['--config', 'configs/e2e_vlp.py:tiny', '--batch-size', '8',
@@ -234,8 +236,8 @@ def test_a_peer_that_fails_is_one_line(stub, step, expected):
   peer, _ = started()
   peer.step()
   assert peer.failure == {'failed': expected, 'during': 'its first step'}
-  report = benchmark._peer(peer, 1., 2)
-  assert expected in benchmark._peer_rows(report)[0][1]
+  report = peer_lib.report(peer, 1., 2)
+  assert expected in tables.peer_rows(report)[0][1]
 
 
 def test_the_rest_of_the_report_comes(stub, one_device, tmp_path, capsys):

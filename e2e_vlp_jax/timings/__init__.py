@@ -1,0 +1,1 @@
+"""What `benchmark` times: a train step, an inference, the input pipeline."""
