@@ -139,6 +139,24 @@ def test_results_file_of_real_captions(shared, tmp_path, monkeypatch):
   assert scores == again
 
 
+@pytest.mark.parametrize('found', [(.25, [.2, .3]), None])
+def test_meteor_on_request_and_where_it_runs(monkeypatch, found):
+  from e2e_vlp_jax.evaluation import caption_metrics  # pylint: disable=import-outside-toplevel
+  from e2e_vlp_jax.evaluation import dataset_checks  # pylint: disable=import-outside-toplevel
+  monkeypatch.setattr(dataset_checks, 'check_caption', lambda *_: {})
+  asked = []
+  monkeypatch.setattr(caption_metrics, 'meteor',
+                      lambda *args: asked.append(args) or found)
+  written, texts = ['a dog runs', 'a cat'], [['the dog runs'], ['two cats']]
+  predictor, pipeline, _ = run_of(
+      [dict(image_id=str(i), texts=t) for i, t in enumerate(texts)], written)
+  assert 'METEOR' not in captioning.evaluate(predictor, None, pipeline)
+  assert not asked
+  scores = captioning.evaluate(predictor, None, pipeline, meteor=True)
+  assert scores.get('METEOR') == (found and found[0])
+  assert asked == [(written, texts)]
+
+
 def test_results_without_references_and_bad_ids(tmp_path, caplog):
   records = [dict(image_id='7', texts=[]), dict(image_id='5', texts=[])]
   predictor, pipeline, _ = run_of(records, ['a', 'b'])

@@ -1,4 +1,6 @@
 """Evaluators: exact sums over the right rows, whatever the batching."""
+import fnmatch
+import importlib
 import json
 
 import jax
@@ -373,3 +375,24 @@ def test_tasks_select_evaluators(config):
                                       'itm', 'itm_unseen'}
   with pytest.raises(errors.UserError, match='no evaluator or task'):
     left('everything')
+
+
+@pytest.mark.parametrize('name', evaluators_lib.names())
+def test_an_evaluator_says_what_it_gives(name):
+  """What it gives beyond that fails every test in which it runs."""
+  module = importlib.import_module(f'e2e_vlp_jax.evaluation.{name}')
+  given = evaluators_lib.gives(name)
+  for metric in (*getattr(module, 'HEADLINES', ()),
+                 *getattr(module, 'NO_CURVE', ())):
+    assert any(fnmatch.fnmatchcase(metric, g) for g in given), metric
+
+
+def test_a_metric_that_an_evaluator_does_not_name(config, built, monkeypatch):
+  config = config.copy_and_resolve_references()
+  config.evals, config.samples.count = {'itm': config.evals.itm}, 0
+  monkeypatch.setattr(itm, 'evaluate', lambda *a, max_examples, progress: {
+      'accuracy': 1., 'recall': 1.})
+  evaluators = evaluators_lib.Evaluators(config, built[0].model,
+                                         built[0].vocabularies)
+  with pytest.raises(UserWarning, match="itm: GIVES lacks 'recall'"):
+    evaluators.run({})

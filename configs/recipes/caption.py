@@ -38,7 +38,8 @@ def _cider(steps, learning_rate, warmup_steps=0, schedule='linear', **options):
 
 
 # The evaluator's options; here, so that the command line can set them.
-_EVALUATOR = {'evals.captioning.options': dict(beams=5, submission='')}
+_EVALUATOR = {
+    'evals.captioning.options': dict(beams=5, submission='', meteor=True)}
 
 # Ours throughout. The published figures are without CIDEr optimisation as far
 # as is known: it is off until last_stage.steps is set.

@@ -219,8 +219,6 @@ class Pipeline:
     self._reads_text = any(key.name == 'text' for op in ops
                            for key in pp_lib.OPS[op].keys)
     self._swaps_text = 'itm' in ops
-    self._reads_text = any(key.name == 'text' for op in ops
-                           for key in pp_lib.OPS[op].keys)
     self._shows_item = self._reads_text and bool(self._unit.field) and (
         ops.get('text', {}).get('field', '') is not None)
     self._two_images = 'second_image' in ops

@@ -14,10 +14,11 @@ from e2e_vlp_jax.evaluation import inputs
 
 HEADLINES = {'CIDEr': 'CIDEr', 'facts_right': 'facts right'}
 NO_CURVE = ('BLEU1', 'BLEU2', 'BLEU3')
+GIVES = (*caption_metrics.METRICS, 'METEOR', 'facts_*')
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
-             progress=None, beams=1, submission=''):
+             progress=None, beams=1, submission='', meteor=False):
   """BLEU, ROUGE-L and CIDEr, and the dataset's own checks.
 
   Args:
@@ -28,11 +29,13 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     progress: called with the number of examples done.
     beams: width of the search; 1 = the likeliest token each time.
     submission: path of COCO's results file to write; '' = none.
+    meteor: also METEOR, which takes some seconds, where Java and the extra
+      `meteor` are installed.
 
   Returns:
-    {'BLEU1'..'BLEU4', 'ROUGE_L', 'CIDEr'}, and means of the results of the
-    dataset's `check_caption`. On scenes that is 'facts_right': the share of
-    captions whose every object, attribute, count and relation is true. Empty
+    {'BLEU1'..'BLEU4', 'ROUGE_L', 'CIDEr', 'METEOR'}, and means of the results
+    of the dataset's `check_caption`. On scenes that is 'facts_right': the share
+    of captions whose every object, attribute, count and relation is true. Empty
     if there are no captions to compare with, as in test splits.
 
   Raises:
@@ -67,6 +70,9 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   if not captions:
     return {}
   scores, _ = caption_metrics.caption_metrics(captions, references)
+  found = meteor and caption_metrics.meteor(captions, references)
+  if found:
+    scores['METEOR'], _ = found
   return {**scores, **{k: sum(v) / len(v) for k, v in checks.items()}}
 
 

@@ -7,6 +7,7 @@ from e2e_vlp_jax.tasks import detect
 
 HEADLINES = {'AP': 'AP by names', 'AP50': 'AP50 by names'}
 NO_CURVE = detection.METRICS[3:]
+GIVES = (*detection.METRICS, 'AP/*')
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,

@@ -1,7 +1,7 @@
 """Checks of a result that only the dataset itself can make.
 
 A dataset's module may define `check_caption(text, record) -> {metric: bool}`,
-{} for a record that it cannot judge.
+{} for a record that it cannot judge. The metrics' names begin with `facts_`.
 """
 import functools
 

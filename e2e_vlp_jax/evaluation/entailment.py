@@ -4,6 +4,7 @@ import collections
 from e2e_vlp_jax.evaluation import inputs
 
 HEADLINES = {'accuracy': 'entailment accuracy'}
+GIVES = ('accuracy', 'majority', 'accuracy/*')
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,

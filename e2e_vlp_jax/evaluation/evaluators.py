@@ -3,6 +3,7 @@ import fnmatch
 import importlib
 import inspect
 import os
+import warnings
 
 import numpy as np
 import tqdm
@@ -86,8 +87,6 @@ class Evaluators:
   def check_metric(self, key, metric):
     """UserError unless `metric` is '' or measured during training.
 
-    An evaluator that does not say what it measures is asked when it has run.
-
     Args:
       key: config key, for the error message.
       metric: 'eval/<name>/<metric>'.
@@ -103,7 +102,7 @@ class Evaluators:
           f'({", ".join(during) or "there is none"})')
     if metric:
       given = gives(self._config.evals[parts[1]].type)
-      if given and not any(fnmatch.fnmatchcase(parts[2], g) for g in given):
+      if not _among(parts[2], given):
         raise errors.UserError(
             f'{key}: {metric!r}; no metric {parts[2]!r} of the evaluator '
             f'{parts[1]!r}' + errors.nearest(parts[2], given))
@@ -142,6 +141,10 @@ class Evaluators:
         found = self._functions[name](
             self.predictor, variables, pipeline, max_examples=count or None,
             progress=after_batch, **more)
+      for metric in found:
+        if not _among(metric, gives(options.type)):
+          warnings.warn(f'{_PACKAGE}.{options.type}: GIVES lacks {metric!r}',
+                        stacklevel=2)
       scores.update({f'eval/{name}/{k}': v for k, v in found.items()})
     images = pictures.sample_sheet(
         self.predictor, variables, self._samples,
@@ -150,9 +153,12 @@ class Evaluators:
 
 
 def gives(kind):
-  """Patterns of the metrics that an evaluator gives; () if it does not say."""
-  module = importlib.import_module(f'{_PACKAGE}.{kind}')
-  return getattr(module, 'GIVES', ())
+  """Patterns of the metrics that an evaluator gives."""
+  return importlib.import_module(f'{_PACKAGE}.{kind}').GIVES
+
+
+def _among(metric, patterns):
+  return any(fnmatch.fnmatchcase(metric, p) for p in patterns)
 
 
 def _function(name, options):

@@ -9,6 +9,7 @@ from e2e_vlp_jax.tasks import ground
 HEADLINES = {'R1': 'phrases right', 'R5': 'among 5', 'R10': 'among 10'}
 NO_CURVE = ('R_any', 'merged_R1', 'merged_R5', 'merged_R10', 'merged_R_any',
             'lost_phrases')
+GIVES = (*HEADLINES, *NO_CURVE, 'R*/*', 'merged_R*/*')
 _RANKS = (1, 5, 10)
 _RIGHT = .5  # IoU of a right box
 

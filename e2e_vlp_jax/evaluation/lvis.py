@@ -15,6 +15,7 @@ from e2e_vlp_jax.evaluation import class_prompts
 from e2e_vlp_jax.tasks import detect
 
 HEADLINES = {'AP': 'LVIS AP', 'APr': 'rare', 'APc': 'common', 'APf': 'frequent'}
+GIVES = (*HEADLINES, 'AP50', 'AP75')
 _THRESHOLDS = np.linspace(.5, .95, 10)
 _RECALLS = np.linspace(0, 1, 101)
 _MOST = 10_000  # detections of a class

@@ -13,6 +13,7 @@ from e2e_vlp_jax.evaluation import inputs
 
 HEADLINES = {'accuracy': 'statements judged rightly',
              'consistency': 'sentences judged rightly throughout'}
+GIVES = ('accuracy', 'consistency', 'majority')
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,

@@ -21,6 +21,8 @@ HEADLINES = {'TR1': 'text R@1', 'IR1': 'image R@1',
 # Those at 5 and at 10 would double the curves.
 NO_CURVE = tuple(f'{way}R{k}{which}' for way in 'TI' for k in (5, 10)
                  for which in ('_folds', '_itm_folds'))
+GIVES = ('mean', *(f'{way}R{k}{which}' for way in 'TI' for k in (1, 5, 10)
+                   for which in ('', '_folds', '_itm', '_itm_folds')))
 
 _RECALLS = (1, 5, 10)
 _SCORES = {'odds': lambda x: x[..., 1] - x[..., 0],
