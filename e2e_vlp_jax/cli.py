@@ -151,7 +151,10 @@ def call(spec, function, argument='--config', folder='configs'):
   module_spec = importlib.util.spec_from_file_location('_config', path)
   module = importlib.util.module_from_spec(module_spec)
   with _named_errors(f'{argument} {spec}', path):
-    module_spec.loader.exec_module(module)
+    # Not exec_module, which keeps bytecode: it would take a file that changes
+    # twice in a second, and not in length, for the old one.
+    source = module_spec.loader.get_data(path)
+    exec(module_spec.loader.source_to_code(source, path), vars(module))
   if not hasattr(module, function):
     raise errors.UserError(f'{argument}: {path!r} has no function {function}')
   with _named_errors(f'{argument} {spec}', path):

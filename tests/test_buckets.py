@@ -498,7 +498,7 @@ def test_a_run_that_is_killed_ten_times(server, bucket, tiny_scenes, tmp_path):
   assert seen() == theirs and len(theirs) == STEPS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes(server, bucket, tiny_scenes, tmp_path):
   """Both write checkpoints, one the rest; one process goes on alone."""
   place = f'{bucket}/w'

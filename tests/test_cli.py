@@ -1,4 +1,5 @@
 """Mistakes on the command line: exit code 2 and one line that helps."""
+import os
 import subprocess
 import sys
 
@@ -153,3 +154,12 @@ def test_processes_end_with_code_2(command):
                        text=True)
   assert run.returncode == 2
   assert run.stderr.startswith('error: ') and run.stderr.count('\n') == 1
+
+
+def test_a_config_that_changes_twice_in_a_second(tmp_path):
+  """Python's cache of bytecode goes by whole seconds and the file's length."""
+  path = tmp_path / 'c.py'
+  for number in (1, 2):
+    path.write_text('def get_number():\n  return %d\n' % number)
+    os.utime(path, (1e9, 1e9))
+    assert cli.call(str(path), 'get_number') == number

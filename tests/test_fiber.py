@@ -371,7 +371,7 @@ def train_config(**model):
   return config
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_devices_train_as_one():
   """Contrast and negatives are of the global batch."""
   one, two = (two_steps(train_config(), n)[0] for n in (1, 2))

@@ -89,7 +89,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step(alone, tiny_scenes,
   assert_same_metrics(runs.metrics(workdir), runs.metrics(alone))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_saves_by_time_carry_a_kill(tiny_scenes, tmp_path):
   """No step is due by its number; two processes save by the clock of one.
 

@@ -104,7 +104,7 @@ def case(reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_features(variant, record_property, case):
+def test_features(variant, record_property, case, compiles_much):
   """Text layers, Swin's blocks, stages, pyramid, head."""
   out, seen, *_ = case(variant).trained
   want = case(variant).data

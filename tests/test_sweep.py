@@ -234,7 +234,7 @@ def test_sweeps_of_our_configs(file, config):
   assert len(runs) == len(config.get_sweep(file.partition(':')[2]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_one(tiny_scenes, tmp_path, capfd):
   argv = ['--config', 'tests/small_run.py:short', '--workdir', tmp_path / 'W',
           f'--config.data.dir={tiny_scenes}', '--metric', 'train/loss']
