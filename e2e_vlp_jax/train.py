@@ -56,8 +56,8 @@ def train(config, workdir, allow_changes=False):
                                   int(state.bad_steps))
 
     # --- Train --------------------------------------------------------------
-    with (stop_signal.StopSignal() as stop,
-          profiler_lib.Profiler(workdir, **config.profile) as profiler):
+    stop = stack.enter_context(stop_signal.StopSignal())
+    with profiler_lib.Profiler(workdir, **config.profile) as profiler:
       for number, stage in enumerate(assembly.stages):
         if (int(state.step) >= stage.end or stop.requested
             or early_stop.reached):
@@ -98,12 +98,15 @@ def train(config, workdir, allow_changes=False):
       saver.wait()
 
     # --- The end ------------------------------------------------------------
+    scores = None
+    stop.look()
     if not stop.requested:
       clock.enter('evaluation')
-      scores = evaluation.run(state, monitor, final=True)
+      scores = evaluation.run(state, monitor, final=True, stop=stop)
+    if scores is not None:
       monitor.say(saver.describe_best())
     monitor.write(int(state.step), clock.fractions())
-    if stop.requested:
+    if scores is None:
       monitor.say(f'stopped at step {int(state.step)}; run the same command '
                   'to continue')
       raise SystemExit(stop.exit_code)

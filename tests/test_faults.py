@@ -77,14 +77,22 @@ def test_sigterm_saves_and_leaves_with_0(tiny_scenes, tmp_path):
   assert 'stopped at step' in (tmp_path / 'w.0.log').read_text()
 
 
-def test_sigterm_in_an_evaluation(tiny_scenes, tmp_path, monkeypatch):
+@pytest.mark.parametrize('steps, every, evaluated', [
+    # Of step 4 and of the end; and of the whole run also of step 2.
+    (5, 2, 1 + 4 + 6),
+    (2, 0, 1 + 2 + 2)])
+def test_sigterm_in_an_evaluation(tiny_scenes, tmp_path, monkeypatch, steps,
+                                  every, evaluated):
   """It is broken off after a batch; the run goes on to the same bits."""
   from e2e_vlp_jax.evaluation import itm
   batches = []
 
   def evaluate(predictor, variables, pipeline, *, max_examples=None,
                progress=None):
-    """Two batches; the signal comes in the first one of step 2."""
+    """Two batches; the signal comes in the first one of step 2.
+
+    With 2 steps in all that is the final evaluation.
+    """
     del predictor, variables, pipeline, max_examples
     for done in (8, 16):
       batches.append(done)
@@ -93,7 +101,7 @@ def test_sigterm_in_an_evaluation(tiny_scenes, tmp_path, monkeypatch):
       progress(done)
     return {'accuracy': 1.}
   monkeypatch.setattr(itm, 'evaluate', evaluate)
-  config = light_config(tiny_scenes, total_steps=5, eval_every_steps=2,
+  config = light_config(tiny_scenes, total_steps=steps, eval_every_steps=every,
                         **{'checkpoint.every_steps': 0})
   config.evals = {'itm': dict(
       type='itm', source=dict(name='scenes', split='validation'),
@@ -107,9 +115,10 @@ def test_sigterm_in_an_evaluation(tiny_scenes, tmp_path, monkeypatch):
   for name in ('w', 'whole'):
     train.train(config, str(tmp_path / name))
   ours, theirs = (runs.metrics(tmp_path / name) for name in ('w', 'whole'))
-  assert ours == theirs and max(step for step, _ in ours) == 5
-  # Of step 4 and of the end; and of the whole run also of step 2.
-  assert len(batches) == 1 + 4 + 6
+  assert ours == theirs and max(step for step, _ in ours) == steps
+  found = json.loads((tmp_path / 'w' / 'eval.json').read_text())
+  assert found['step'] == steps and found['eval/itm/accuracy'] == 1.
+  assert len(batches) == evaluated
 
 
 def test_damaged_records_are_skipped_counted_and_named(tiny_scenes, tmp_path,

@@ -144,6 +144,7 @@ def test_signals_are_requests_inside_only(ctrl_c):
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
+    stop.look()
   assert stop.requested and stop.exit_code == 130
   after = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
   assert after == before

@@ -92,7 +92,7 @@ class Evaluation:
     """Whether to evaluate at `step`; the last one has the final evaluation."""
     return bool(self._every) and step % self._every == 0 and step != self._last
 
-  def run(self, state, monitor, final, stop=None):
+  def run(self, state, monitor, final, stop):
     """Evaluates `state`; `final` evaluates more examples.
 
     Args:
@@ -109,7 +109,7 @@ class Evaluation:
     try:
       scores, pictures = self._evaluators.run(
           state.variables, final=final, details=details,
-          between=stop.break_off if stop else lambda: None)
+          between=stop.break_off)
     except stop_signal.Stopped:
       monitor.say(f'step {step}: told to stop, evaluation broken off')
       return None

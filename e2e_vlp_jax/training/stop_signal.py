@@ -24,8 +24,8 @@ class StopSignal:
   of `look` that all of them reach, so that all must call it equally often.
 
   Attributes:
-    requested: the run should save and end. Changes in `look` and on exit, so
-      that its value is constant in the body of a loop.
+    requested: the run should save and end. Changes in `look` alone, so that its
+      value is constant in the body of a loop.
     exit_code: exit code of such a process: 0, or 130 after Ctrl-C.
   """
 
@@ -45,7 +45,6 @@ class StopSignal:
   def __exit__(self, *unused):
     for number, handler in self._old_handlers.items():
       signal.signal(number, handler)
-    self.requested |= self._signalled
 
   def look(self):
     """Sets `requested` if the run ends here, on all hosts."""
