@@ -382,6 +382,7 @@ def test_an_evaluator_says_what_it_gives(name):
   """What it gives beyond that fails every test in which it runs."""
   module = importlib.import_module(f'e2e_vlp_jax.evaluation.{name}')
   given = evaluators_lib.gives(name)
+  assert given
   for metric in (*getattr(module, 'HEADLINES', ()),
                  *getattr(module, 'NO_CURVE', ())):
     assert any(fnmatch.fnmatchcase(metric, g) for g in given), metric

@@ -154,7 +154,8 @@ class Evaluators:
 
 def gives(kind):
   """Patterns of the metrics that an evaluator gives."""
-  return importlib.import_module(f'{_PACKAGE}.{kind}').GIVES
+  module = importlib.import_module(f'{_PACKAGE}.{kind}')
+  return getattr(module, 'GIVES', ())
 
 
 def _among(metric, patterns):
