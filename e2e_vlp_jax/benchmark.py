@@ -17,10 +17,10 @@ from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax import peers
-from e2e_vlp_jax.timings import inference
-from e2e_vlp_jax.timings import peer as peer_lib
-from e2e_vlp_jax.timings import tables
-from e2e_vlp_jax.timings import train_step
+from e2e_vlp_jax.benchmarks import inference
+from e2e_vlp_jax.benchmarks import peer as peer_lib
+from e2e_vlp_jax.benchmarks import tables
+from e2e_vlp_jax.benchmarks import train_step
 from e2e_vlp_jax.training import compiler
 
 
@@ -65,7 +65,7 @@ def main(argv=None):
     compiler.set_flags(args.deterministic)
     compiler.use_cache()
     if args.input:
-      from e2e_vlp_jax.timings import input_pipeline  # pylint: disable=g-import-not-at-top
+      from e2e_vlp_jax.benchmarks import input_pipeline  # pylint: disable=g-import-not-at-top
       report = input_pipeline.measure(config)
       print(tables.input_pipeline(report))
     elif args.peer and peers.load(args.peer).task:

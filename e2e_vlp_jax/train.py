@@ -97,20 +97,7 @@ def train(config, workdir, allow_changes=False):
       clock.enter('save')
       saver.wait()
 
-    # --- The end ------------------------------------------------------------
-    scores = None
-    stop.look()
-    if not stop.requested:
-      clock.enter('evaluation')
-      scores = evaluation.run(state, monitor, final=True, stop=stop)
-    if scores is not None:
-      monitor.say(saver.describe_best())
-    monitor.write(int(state.step), clock.fractions())
-    if scores is None:
-      monitor.say(f'stopped at step {int(state.step)}; run the same command '
-                  'to continue')
-      raise SystemExit(stop.exit_code)
-  return scores
+    return _end(state, saver, evaluation, monitor, clock, stop)
 
 
 def _prepare(config, workdir, allow_changes, stack):
@@ -161,6 +148,26 @@ def _start(config, workdir, assembly, vocabularies, data, stack):
   if not int(state.step):
     evaluation.show_labels(data)
   return saver, state, evaluation
+
+
+def _end(state, saver, evaluation, monitor, clock, stop):
+  """Evaluates the last step, which is saved; returns the scores.
+
+  Raises:
+    SystemExit: a signal stopped the training, or does so meanwhile.
+  """
+  scores = None
+  if not stop.requested:
+    clock.enter('evaluation')
+    scores = evaluation.run(state, monitor, final=True, stop=stop)
+  if scores is not None:
+    monitor.say(saver.describe_best())
+  monitor.write(int(state.step), clock.fractions())
+  if scores is None:
+    monitor.say(f'stopped at step {int(state.step)}; run the same command to '
+                'continue')
+    raise SystemExit(stop.exit_code)
+  return scores
 
 
 def _fresh_state(config, workdir, assembly):

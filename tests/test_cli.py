@@ -156,8 +156,9 @@ def test_processes_end_with_code_2(command):
   assert run.stderr.startswith('error: ') and run.stderr.count('\n') == 1
 
 
-def test_a_config_that_changes_twice_in_a_second(tmp_path):
+def test_a_config_that_changes_twice_in_a_second(tmp_path, monkeypatch):
   """Python's cache of bytecode goes by whole seconds and the file's length."""
+  monkeypatch.setattr(sys, 'dont_write_bytecode', False)
   path = tmp_path / 'c.py'
   for number in (1, 2):
     path.write_text('def get_number():\n  return %d\n' % number)

@@ -32,7 +32,7 @@ DOORS = {
     'evaluation': ['data', 'models', 'training', 'tasks'],
     'weights': ['ops', 'models', 'training'],
     'peers': ['models'],
-    'timings': ['data', 'evaluation', 'models', 'peers', 'profiling', 'tasks',
+    'benchmarks': ['data', 'evaluation', 'models', 'peers', 'profiling', 'tasks',
                 'training'],
 }
 ACCELERATOR_ROOMS = ('models', 'ops', 'objectives', 'tasks', 'training')

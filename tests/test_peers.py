@@ -16,8 +16,8 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import peers
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.peers import process
-from e2e_vlp_jax.timings import peer as peer_lib
-from e2e_vlp_jax.timings import tables
+from e2e_vlp_jax.benchmarks import peer as peer_lib
+from e2e_vlp_jax.benchmarks import tables
 from tests import commands
 
 TINY = ['--config', 'configs/e2e_vlp.py:tiny', '--batch-size', '8',

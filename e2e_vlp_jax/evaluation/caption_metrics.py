@@ -18,7 +18,8 @@ _TINY, _SMALL = 1e-15, 1e-9
 _ROUGE_BETA = 1.2
 _CIDER_SIGMA = 6.0
 
-METRICS = ('CIDEr', 'BLEU1', 'BLEU2', 'BLEU3', 'BLEU4', 'ROUGE_L')  # no Java
+# Of `caption_metrics`; METEOR has a function of its own.
+METRICS = ('BLEU1', 'BLEU2', 'BLEU3', 'BLEU4', 'ROUGE_L', 'CIDEr')
 
 
 def caption_metrics(candidates, references):

@@ -153,7 +153,7 @@ class Evaluators:
 
 
 def gives(kind):
-  """Patterns of the metrics that an evaluator gives."""
+  """Patterns of the metrics that an evaluator gives; () if it does not say."""
   module = importlib.import_module(f'{_PACKAGE}.{kind}')
   return getattr(module, 'GIVES', ())
 

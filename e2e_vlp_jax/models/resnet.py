@@ -95,7 +95,7 @@ class Conv(nn.Module):
       kernel = kernel * factor
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     if self.kernel == 1 and attention_ops.platform() == 'cpu':
-      # Gradients of XLA's convolution take 3 to 7 times as long on a CPU.
+      # Gradients of XLA's convolution take 2 to 7 times as long on a CPU.
       return x[:, ::self.stride, ::self.stride] @ kernel[0, 0]
     pad = self.dilation * (self.kernel - 1) // 2
     return jax.lax.conv_general_dilated(

@@ -14,7 +14,7 @@ from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.profiling import roofline
 from e2e_vlp_jax.profiling import timing
-from e2e_vlp_jax.timings import peer as peer_lib
+from e2e_vlp_jax.benchmarks import peer as peer_lib
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import sharding
 
@@ -166,9 +166,9 @@ class _OurStep:
 def _with_data(assembly, ours, vocabularies, steps):
   """{'data_wait': share, 'data_images_per_s': n} with the config's data."""
   # Imports TensorFlow, which nothing else here needs.
-  from e2e_vlp_jax.timings import input_pipeline  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.benchmarks import input_pipeline  # pylint: disable=g-import-not-at-top
   config = assembly.config
-  data = input_pipeline.training(
+  data = input_pipeline.training_pipeline(
       config, vocabularies, sharding.host_rows(assembly.mesh,
                                                config.batch_size))
   step = assembly.step()  # Compiles one program for each bucket.

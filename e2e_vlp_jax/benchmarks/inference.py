@@ -13,7 +13,7 @@ from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.profiling import program
 from e2e_vlp_jax.profiling import timing
 from e2e_vlp_jax.tasks import base as tasks
-from e2e_vlp_jax.timings import peer as peer_lib
+from e2e_vlp_jax.benchmarks import peer as peer_lib
 
 
 def measure(config, peer, steps=20, peer_timeout=peer_lib.TIMEOUT, say=print):

@@ -3,7 +3,7 @@ from e2e_vlp_jax.profiling import chips
 
 
 def train_step(report):
-  """The report of `timings.train_step`."""
+  """The report of `benchmarks.train_step`."""
   r = report
   ms = _milliseconds
   rows = [
@@ -34,7 +34,7 @@ def train_step(report):
 
 
 def inference(report):
-  """The report of `timings.inference`."""
+  """The report of `benchmarks.inference`."""
   r = report
   rows = [
       ('model', f'{r["config"]}, {r["parameters"]:,} parameters for '
@@ -48,7 +48,7 @@ def inference(report):
 
 
 def input_pipeline(report):
-  """The report of `timings.input_pipeline`."""
+  """The report of `benchmarks.input_pipeline`."""
   return (f'pipeline {report["pipeline_images_per_s"]:.1f} images/s, plain '
           f'decoding {report["decoding_images_per_s"]:.1f}: ratio '
           f'{report["share"]:.2f}')

@@ -28,7 +28,8 @@ def measure(config, images=512, rounds=5):
   Raises:
     UserError: no such data.
   """
-  data = training(config, vocabularies_lib.Vocabularies.load(config.data))
+  data = training_pipeline(
+      config, vocabularies_lib.Vocabularies.load(config.data))
   threads = config.data.get('threads', 0) or os.cpu_count()
   count = -(-images // config.batch_size)  # batches in a turn
   speeds = {'pipeline': [], 'decoding': []}
@@ -63,7 +64,7 @@ def _decode(images, threads):
         lambda: list(pool.map(photographs.decode_image, images)))
 
 
-def training(config, vocabularies, rows=None):
+def training_pipeline(config, vocabularies, rows=None):
   """The training Pipeline of a config."""
   return pipeline.Pipeline(
       config.data, vocabularies=vocabularies,
