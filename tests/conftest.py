@@ -153,7 +153,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out what takes minutes unless -m long, -k or a name asks for it."""
+  """Puts large files first; leaves out trials of minutes.
+
+  A process grows with its age, whatever is released. Trials of minutes run if
+  -m long, -k or a name asks for them.
+  """
+  items.sort(key=lambda item: item.get_closest_marker('large') is None)
   if 'long' in config.option.markexpr or config.option.keyword or any(
       '::' in a for a in config.args):
     return

@@ -116,6 +116,7 @@ def _compare_attention(jax, b, t, n, heads, width, causal):
     in bfloat16}.
   """
   from e2e_vlp_jax.ops import attention as attention_lib  # pylint: disable=g-import-not-at-top
+  from e2e_vlp_jax.ops import place  # pylint: disable=g-import-not-at-top
   from e2e_vlp_jax.training import sharding  # pylint: disable=g-import-not-at-top
   np_, draw = jax.numpy, np.random.default_rng(SEED)
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
@@ -134,7 +135,7 @@ def _compare_attention(jax, b, t, n, heads, width, causal):
     return out, *back(cotangent)
 
   def inside(*x):
-    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+    with place.on(mesh, sharding.BATCH_AXES):
       return both(*x)
   with jax.default_matmul_precision('highest'):
     exact = [x[..., :32] for x in arrays]

@@ -15,6 +15,7 @@ from e2e_vlp_jax.ops import attention as attention_lib
 from e2e_vlp_jax.ops import attention_gpu
 from e2e_vlp_jax.ops import attention_tpu
 from e2e_vlp_jax.ops import cheap_keys
+from e2e_vlp_jax.ops import place
 from e2e_vlp_jax.profiling import program as program_lib
 from e2e_vlp_jax.training import sharding
 from tests import triton_programs
@@ -96,13 +97,13 @@ def test_the_kernels_of_a_gpu_compute_the_same(case):
 
 def lowered_for_a_gpu(monkeypatch, heads=8, table=None, dtype=jnp.bfloat16):
   """A loss's gradients as a train step on a GPU would lower them."""
-  monkeypatch.setattr(attention_lib, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(place.Place, 'platform', 'gpu')
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1},
                             jax.devices()[:1])
   x = jax.ShapeDtypeStruct((4, 1, 364, heads, 256 // heads), dtype)
 
   def loss(q, k, v, mask, seeds):
-    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+    with place.on(mesh, sharding.BATCH_AXES):
       return attention_lib.attention(
           q, k, v, layers.mask_bias(mask)[:, None, None, None], table,
           attention_lib.Dropout(.1, seeds)).astype(jnp.float32).sum()
@@ -139,7 +140,7 @@ def test_products_of_layers_that_run_twice_stay_apart_on_a_gpu(monkeypatch):
     return str(jax.make_jaxpr(layer.apply)(variables, x)).count(
         'optimization_barrier')
   assert barriers() == 0
-  monkeypatch.setattr(attention_lib, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(place, 'platform', lambda: 'gpu')
   assert barriers() == 2
 
 
@@ -159,7 +160,7 @@ def test_windows_are_projected_and_attended_to_in_one(monkeypatch):
         *[y.reshape(query.shape) for y in parts], bias, table).reshape(x.shape)
 
   def together(x, kernel, offset, table):
-    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+    with place.on(mesh, sharding.BATCH_AXES):
       return attention_lib.projected(x, kernel, offset, heads, bias, table)
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 1, 'tensor': 1},
                             jax.devices()[:2])
@@ -197,7 +198,7 @@ def test_every_device_computes_its_own_rows(case, monkeypatch):
       attention_tpu.attention, interpret=True))
 
   def run():
-    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+    with place.on(mesh, sharding.BATCH_AXES):
       return with_gradients(plain, *inputs)
   text = str(jax.make_jaxpr(run)())
   assert 'shard_map' in text and 'pallas_call' in text
@@ -219,6 +220,7 @@ ON_A_TPU = '''
 import jax, jax.numpy as jnp
 jax.config.update('jax_platforms', 'cpu')
 from e2e_vlp_jax.ops import attention as attention_lib
+from e2e_vlp_jax.ops import place
 from e2e_vlp_jax.profiling import chips
 from e2e_vlp_jax.training import sharding
 mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1},
@@ -226,7 +228,7 @@ mesh = sharding.make_mesh({'data': -1, 'fsdp': 1, 'tensor': 1},
 rows = jax.NamedSharding(mesh, jax.P(('data', 'fsdp')))
 make = lambda s, t: jax.ShapeDtypeStruct(s, t, sharding=rows)
 def loss(q, k, v, mask, seeds):
-  with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+  with place.on(mesh, sharding.BATCH_AXES):
     return attention_lib.attention(
         q, k, v, jnp.where(mask, 0., -1e9)[:, None, None, None],
         dropout=attention_lib.Dropout(.1, seeds)).astype(jnp.float32).sum()
@@ -314,7 +316,7 @@ def test_a_window_attention_by_the_kernel(monkeypatch):
   variables = module.init(jax.random.key(1), x, (3, 3), None)
 
   def loss(variables, x):
-    with attention_lib.sharded(mesh, sharding.BATCH_AXES):
+    with place.on(mesh, sharding.BATCH_AXES):
       y = module.apply(variables, x, (3, 3), None)
     return (y * jnp.cos(jnp.arange(256))).sum()
   expected = jax.value_and_grad(loss)(variables, x)
@@ -323,7 +325,7 @@ def test_a_window_attention_by_the_kernel(monkeypatch):
   def interpreted(*args, **kwargs):
     calls.append(args)
     return kernel_(*args, **kwargs, interpret=True)
-  monkeypatch.setattr(attention_lib, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(place.Place, 'platform', 'tpu')
   monkeypatch.setattr(attention_tpu, 'attention', interpreted)
   found = jax.value_and_grad(loss)(variables, x)
   assert len(calls) == 1 and len(calls[0]) == 1  # queries, keys, values in one

@@ -28,6 +28,7 @@ from e2e_vlp_jax.weights import fiber_coarse
 from e2e_vlp_jax.weights import mapping
 from tests import parity
 
+pytestmark = pytest.mark.large
 AGAINST = 'the original code (stored)'
 VOCABULARY, QUEUE = 120, 8
 FEATURES, LOGITS = 1e-4, 5e-5  # the reference's tolerances

@@ -21,6 +21,8 @@ from tests import parity
 from tests import test_parity_fiber_fine as parts
 from tests import xla_flags
 
+pytestmark = pytest.mark.large
+
 reference, compare = parts.reference, parts.compare
 AGAINST = parts.AGAINST
 VARIANTS = ('v2', 'v3')

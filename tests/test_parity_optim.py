@@ -15,6 +15,8 @@ from e2e_vlp_jax.training import optim as optim_lib
 from tests import parity
 from tests import test_parity_fiber_coarse as fiber_tests
 
+pytestmark = pytest.mark.large
+
 reference, queued = fiber_tests.reference, fiber_tests.queued
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests import parity
 from e2e_vlp_jax import models
 from e2e_vlp_jax.models import resnet
-from e2e_vlp_jax.ops import attention
+from e2e_vlp_jax.ops import place
 from e2e_vlp_jax.weights import mapping
 from e2e_vlp_jax.weights import resnet as names
 
@@ -109,7 +109,7 @@ def test_a_convolution_of_one_cell_is_a_product_on_a_cpu(monkeypatch, stride):
     return (jax.grad(loss, (0, 1), has_aux=True)(params, x),
             str(jax.make_jaxpr(loss)(params, x)).count('conv_general'))
   product, without = results()
-  monkeypatch.setattr(attention, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(place, 'platform', lambda: 'gpu')
   convolution, with_ = results()
   assert (without, with_) == (0, 1)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),

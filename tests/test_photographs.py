@@ -10,6 +10,8 @@ from e2e_vlp_jax import train
 from e2e_vlp_jax.training import checkpoint
 from tests import narrow_resnet
 
+pytestmark = pytest.mark.large
+
 
 @pytest.fixture(scope='module')
 def photographs(shared, tmp_path_factory):

@@ -15,6 +15,7 @@ import numpy as np
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.ops import attention as attention_ops
+from e2e_vlp_jax.ops import place
 
 Array = jax.Array
 # Added to the logits of masked positions. Finite, so that a row without any
@@ -237,7 +238,7 @@ def product(x, kernel, *args, **kwargs):
   compute it as one product of both inputs joined. Joining them took 2 of 54 ms
   of a step of E2E-VLP `r50` on an H100. The barrier keeps the two apart.
   """
-  if attention_ops.platform() == 'gpu':
+  if place.platform() == 'gpu':
     kernel = jax.lax.optimization_barrier(kernel)
   return jax.lax.dot_general(x, kernel, *args, **kwargs)
 

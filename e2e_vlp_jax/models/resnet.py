@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.models import layers
-from e2e_vlp_jax.ops import attention as attention_ops
+from e2e_vlp_jax.ops import place
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3),
           101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -94,7 +94,7 @@ class Conv(nn.Module):
     if factor is not None:
       kernel = kernel * factor
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    if self.kernel == 1 and attention_ops.platform() == 'cpu':
+    if self.kernel == 1 and place.platform() == 'cpu':
       # Gradients of XLA's convolution take 2 to 7 times as long on a CPU.
       return x[:, ::self.stride, ::self.stride] @ kernel[0, 0]
     pad = self.dilation * (self.kernel - 1) // 2

@@ -3,18 +3,15 @@
 `attention` in plain XLA writes the logits and weights of all heads to memory:
 for 364 tokens and 8 heads some 25 times the bytes of its inputs. A train step
 therefore runs the kernels of `attention_tpu` or `attention_gpu`, which keep them
-on the chip. A kernel runs on one chip's rows, so it needs to know how the batch
-is split: `sharded` says it, and outside of it, or where the kernel does not
+on the chip. Where the place (`place.on`) is not known, or the kernel does not
 apply, the plain form runs.
 
 Dropout of the weights draws its bits by a hash of their position, which costs a
 few integer operations and is equal in all forms and on every mesh.
 """
-import contextlib
-import contextvars
 import functools
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -25,32 +22,12 @@ from e2e_vlp_jax.ops import attention_gpu
 from e2e_vlp_jax.ops import attention_tpu
 from e2e_vlp_jax.ops import cheap_keys
 from e2e_vlp_jax.ops import kernels
+from e2e_vlp_jax.ops import place as place_lib
 
 Array = jax.Array
 kept = cheap_keys.kept
 # By this name, rematerialisation (`layers.remat`) knows attention's results.
 RESULT = 'attention_result'
-_PLACE = contextvars.ContextVar('attention_place', default=None)
-
-
-class _Place(NamedTuple):
-  mesh: Any
-  axes: Tuple[str, ...]
-
-
-@contextlib.contextmanager
-def sharded(mesh, axes):
-  """Within it, leading axes of attention's inputs are split over a mesh.
-
-  Args:
-    mesh: the mesh of the step that is being traced.
-    axes: names of the mesh's axes over which batches are split.
-  """
-  token = _PLACE.set(_Place(mesh, tuple(axes)))
-  try:
-    yield
-  finally:
-    _PLACE.reset(token)
 
 
 class Dropout(NamedTuple):
@@ -87,7 +64,7 @@ def attention(query: Array, key: Array, value: Array,
   Returns:
     [B, W, T, H, D].
   """
-  place, bias = _PLACE.get(), _expanded(bias)
+  place, bias = place_lib.current(), _expanded(bias)
   if place is not None and _kernel_applies(place, query, key, bias, table):
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
     return _kernel(place, query.shape[3],
@@ -153,19 +130,9 @@ def _kernel_applies(place, query, key, bias, table=None):
           # A bias for each head may be learned; the kernels have no gradient.
           and (bias is None or bias.shape[2] < query.shape[3]
                and bias.shape[-1] == key.shape[2])
-          and (attention_tpu.applies(query, key) if platform() == 'tpu'
-               else platform() == 'gpu' and table is None
+          and (attention_tpu.applies(query, key) if place.platform == 'tpu'
+               else place.platform == 'gpu' and table is None
                and kernels.triton_runs() and attention_gpu.applies(query)))
-
-
-def platform():
-  """Where what is being traced will run: 'cpu', 'gpu' or 'tpu'.
-
-  That of the mesh in `sharded`, elsewhere jax's own choice.
-  """
-  place = _PLACE.get()
-  return (place.mesh.devices.flat[0].platform if place
-          else jax.default_backend())
 
 
 def projects(shape, dtype, heads, bias):
@@ -176,9 +143,9 @@ def projects(shape, dtype, heads, bias):
     heads: number of heads.
     bias: see `attention`.
   """
-  place = _PLACE.get()
+  place = place_lib.current()
   x = jax.ShapeDtypeStruct((*shape[:-1], heads, shape[-1] // heads), dtype)
-  return (place is not None and platform() == 'tpu'
+  return (place is not None and place.platform == 'tpu'
           and _kernel_applies(place, x, x, _expanded(bias)))
 
 
@@ -198,8 +165,8 @@ def projected(x, kernel, offset, heads, bias=None, table=None):
   # The barrier keeps the compiler from reordering x instead of the weights.
   kernel, offset = jax.lax.optimization_barrier(
       (attention_tpu.pack(kernel), attention_tpu.pack(offset)))
-  return _kernel(_PLACE.get(), heads, (x @ kernel + offset,), _expanded(bias),
-                 table, None)
+  return _kernel(place_lib.current(), heads, (x @ kernel + offset,),
+                 _expanded(bias), table, None)
 
 
 def _expanded(bias):
@@ -212,7 +179,7 @@ def _kernel(place, heads, arrays, bias, table, dropout):
   """The chip's kernel, on every chip for its own rows.
 
   Args:
-    place: _Place.
+    place: a Place.
     heads: number of heads.
     arrays: query, key and value [B, W, T or N, C], or packed.
     bias, table, dropout: see `attention`.
@@ -228,7 +195,7 @@ def _kernel(place, heads, arrays, bias, table, dropout):
     others['seeds'] = dropout.seeds, rows
 
   def run(arrays, others):
-    if platform() == 'gpu':
+    if place.platform == 'gpu':
       return attention_gpu.attention(*arrays, heads=heads, rate=rate,
                                      result=RESULT, **others)
     return attention_tpu.attention(*arrays, heads=heads, rate=rate, **others)

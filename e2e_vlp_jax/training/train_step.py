@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from e2e_vlp_jax import objectives as objectives_lib
-from e2e_vlp_jax.ops import attention
 from e2e_vlp_jax.ops import cheap_keys
+from e2e_vlp_jax.ops import place
 from e2e_vlp_jax.training import sharding
 
 
@@ -75,7 +75,7 @@ def loss_terms(model, objectives, requests, params, model_state, batch, rng,
     metrics: {name: (sum, weight)}.
     model_state: the model's new state.
   """
-  with attention.sharded(mesh, sharding.BATCH_AXES):
+  with place.on(mesh, sharding.BATCH_AXES):
     outputs, new_state = model.apply(
         {'params': params, **model_state}, batch, requests, train=True,
         rngs={'dropout': cheap_keys.from_key(rng),
