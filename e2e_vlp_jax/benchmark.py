@@ -21,6 +21,7 @@ from e2e_vlp_jax.benchmarks import inference
 from e2e_vlp_jax.benchmarks import peer as peer_lib
 from e2e_vlp_jax.benchmarks import tables
 from e2e_vlp_jax.benchmarks import train_step
+from e2e_vlp_jax.training import allocator
 from e2e_vlp_jax.training import compiler
 
 
@@ -83,4 +84,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+  allocator.keep_freed_memory()
   main()

@@ -31,6 +31,7 @@ from e2e_vlp_jax.evaluation import variables as variables_lib
 from e2e_vlp_jax.storage import paths
 from e2e_vlp_jax.storage import staging
 from e2e_vlp_jax.tasks import base
+from e2e_vlp_jax.training import allocator
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import sharding
 from e2e_vlp_jax.training import workdir as workdir_lib
@@ -177,4 +178,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+  allocator.keep_freed_memory()
   main()

@@ -12,6 +12,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.training import allocator
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.training import checkpoint
 from e2e_vlp_jax.training import checkpointer
@@ -202,4 +203,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+  allocator.keep_freed_memory()
   main()
