@@ -16,6 +16,7 @@ from e2e_vlp_jax import models
 from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.models import feature_queue
 from e2e_vlp_jax.models import fiber
+from e2e_vlp_jax.models import roberta
 from e2e_vlp_jax.objectives import itc
 from e2e_vlp_jax.training import assemble
 from e2e_vlp_jax.profiling import program
@@ -103,6 +104,20 @@ def test_views_do_not_depend_on_which_others_run(built, outputs):
     alone = apply(*built, **{view: heads})[view]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5),
                  alone, outputs[view])
+
+
+def test_a_large_image_does_not_drown_the_text():
+  """From scratch, Swin's stream grows to 8 times a text's values.
+
+  Two texts must stay apart in a layer that attends to it.
+  """
+  layer = roberta.Layer(128, 4, 256, dropout=0., from_scratch=True)
+  common, own, *texts = (jax.random.normal(jax.random.key(i), (1, n, 128))
+                         for i, n in enumerate((1, 36, 20, 20)))
+  image = 8 * (.9 * common + .4 * own)
+  variables = layer.init(jax.random.key(4), texts[0], None, image)
+  one, other = (layer.apply(variables, x, None, image) for x in texts)
+  assert jnp.linalg.norm(one - other) > .8 * jnp.linalg.norm(one)
 
 
 def test_closed_gates_make_the_dual_encoder(built):

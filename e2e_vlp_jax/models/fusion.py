@@ -17,7 +17,9 @@ from e2e_vlp_jax.models import layers
 VARIANTS = ('v2', 'v3')
 # Swin's and BERT's initialisations, which FIBER's new weights share. The third
 # one is for narrow trunks that train from scratch; their gates start open, as
-# there are no pre-trained features to protect.
+# there are no pre-trained features to protect. A text reads Swin's stream, which
+# no norm bounds: its values grow to 8 times those of the text's own, in which a
+# gate of 1 would drown the text.
 IMAGE_INIT = nn.initializers.truncated_normal(.02, lower=-100, upper=100)
 TEXT_INIT = nn.initializers.normal(.02)
 _FROM_SCRATCH_INIT = nn.initializers.lecun_normal()
@@ -31,8 +33,11 @@ def text_init(from_scratch):
   return _FROM_SCRATCH_INIT if from_scratch else TEXT_INIT
 
 
-def _gate_init(from_scratch):
-  return nn.initializers.constant(float(from_scratch))
+_TEXT_GATE, _IMAGE_GATE = .1, 1.  # from scratch; ours
+
+
+def _gate_init(from_scratch, opened):
+  return nn.initializers.constant(opened if from_scratch else 0.)
 
 
 class ImageFromText(nn.Module):
@@ -54,7 +59,7 @@ class ImageFromText(nn.Module):
     split = lambda y: y.reshape(*y.shape[:2], self.heads, c // self.heads)
     dense = lambda n, name: nn.Dense(n, dtype=self.dtype, name=name,
                                      kernel_init=image_init(self.from_scratch))
-    gate = self.param('gate', _gate_init(self.from_scratch), (1,))
+    gate = self.param('gate', _gate_init(self.from_scratch, _IMAGE_GATE), (1,))
     read = (layers.LayerNorm(self.epsilon, name='norm')(x)
             if self.query_norm else x)
     query = dense(c, 'query')(read)
@@ -72,7 +77,8 @@ class TextFromImage(nn.Module):
   from_scratch: bool = False
 
   def setup(self):
-    self.gate = self.param('gate', _gate_init(self.from_scratch), (1,))
+    self.gate = self.param('gate', _gate_init(self.from_scratch, _TEXT_GATE),
+                           (1,))
     self.attention = layers.MultiHeadAttention(
         self.width, self.heads, self.dropout, self.dtype,
         text_init(self.from_scratch))
