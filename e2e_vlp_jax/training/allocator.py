@@ -2,8 +2,8 @@
 
 XLA allocates the arrays of a step anew in every step. glibc takes large ones
 from the operating system and returns them each time, and a page's first use
-costs more than the arithmetic on it. Kept and used again, a step is faster, by
-1.2 to 1.8 for the tiny sizes (docs/pods.md), at the same peak memory.
+can cost as much as the arithmetic on it. Kept and used again, a step is faster at
+the same peak memory; docs/pods.md has figures.
 """
 import ctypes
 import glob
