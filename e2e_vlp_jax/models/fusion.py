@@ -16,10 +16,10 @@ from e2e_vlp_jax.models import layers
 # v2, that of the other fine-grained checkpoints, without the query's norm.
 VARIANTS = ('v2', 'v3')
 # Swin's and BERT's initialisations, which FIBER's new weights share. The third
-# one is for narrow trunks that train from scratch; their gates start open, as
-# there are no pre-trained features to protect. A text reads Swin's stream, which
-# no norm bounds: its values grow to 8 times those of the text's own, in which a
-# gate of 1 would drown the text.
+# one is for narrow trunks that train from scratch. Their gates start open, as
+# there are no pre-trained features to protect, but the text's only by .1: no
+# norm bounds Swin's stream, whose values grow to 8 times the text's own and
+# would drown it.
 IMAGE_INIT = nn.initializers.truncated_normal(.02, lower=-100, upper=100)
 TEXT_INIT = nn.initializers.normal(.02)
 _FROM_SCRATCH_INIT = nn.initializers.lecun_normal()

@@ -1,8 +1,8 @@
 """Memory of the C library, for processes that compute on a CPU.
 
 XLA allocates the arrays of a step anew in every step. glibc takes large ones
-from the operating system and returns them each time, and a page's first use
-can cost as much as the arithmetic on it. Kept and used again, a step is faster at
+from the operating system and returns them each time, and a page's first use can
+cost as much as the arithmetic on it. Kept and used again, a step is faster at
 the same peak memory; docs/pods.md has figures.
 """
 import ctypes
