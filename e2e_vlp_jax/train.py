@@ -46,7 +46,6 @@ def train(config, workdir, allow_changes=False):
     vocabularies, data, assembly, workdir = _prepare(config, workdir,
                                                      allow_changes, stack)
     mesh = assembly.mesh
-    # --- Restore, or start; evaluation, monitoring ---------------------------
     saver, state, evaluation = _start(config, workdir, assembly, vocabularies,
                                       data, stack)
     monitor = stack.enter_context(monitor_lib.Monitor(
@@ -56,7 +55,6 @@ def train(config, workdir, allow_changes=False):
     skipped = nonfinite.NonFinite(workdir, data, config.max_bad_steps,
                                   int(state.bad_steps))
 
-    # --- Train --------------------------------------------------------------
     stop = stack.enter_context(stop_signal.StopSignal())
     with profiler_lib.Profiler(workdir, **config.profile) as profiler:
       for number, stage in enumerate(assembly.stages):
@@ -140,8 +138,14 @@ def _start(config, workdir, assembly, vocabularies, data, stack):
   saver = stack.enter_context(checkpointer.Checkpointer(
       workdir, {'config': workdir_lib.to_dict(config),
                 **vocabularies.to_dict()}, config.checkpoint))
-  state = (saver.restore(assembly.state_target())
-           or _fresh_state(config, workdir, assembly))
+  state = saver.restore(assembly.state_target())
+  if state is None:
+    state = assembly.init()
+    if config.init_from:
+      state, report = checkpoint.start_from(
+          config.init_from, state, lambda loaded: models.adapt(
+              assembly.model, loaded, state.params))
+      workdir_lib.report_loaded(workdir, config.init_from, report)
   # It imports TensorFlow.
   from e2e_vlp_jax.evaluation import during_training  # pylint: disable=g-import-not-at-top
   evaluation = during_training.Evaluation(config, workdir, assembly,
@@ -169,17 +173,6 @@ def _end(state, saver, evaluation, monitor, clock, stop):
                 'continue')
     raise SystemExit(stop.exit_code)
   return scores
-
-
-def _fresh_state(config, workdir, assembly):
-  """The state of step 0, with the parameters of `init_from` if it is set."""
-  state = assembly.init()
-  if config.init_from:
-    state, report = checkpoint.start_from(
-        config.init_from, state, lambda loaded: models.adapt(
-            assembly.model, loaded, state.params))
-    workdir_lib.report_loaded(workdir, config.init_from, report)
-  return state
 
 
 def main(argv=None):
