@@ -11,6 +11,8 @@ Argument: SYSTEM, then key=value
 
 All of it on `scenes` with `tiny` models, minutes a run on 2 cores.
 """
+import importlib
+
 from configs import common
 from e2e_vlp_jax import study
 from e2e_vlp_jax.tasks import base
@@ -46,3 +48,49 @@ def measure(task):
   if how is None:
     raise ValueError(f'task {task!r} cannot be fine-tuned')
   return f'eval/{how.evaluator}/{how.metric}'
+
+
+def of_pretraining(title, system, arms, arg, *, steps, tune=1000,
+                   tasks='answer', share_warm_start=True, measures=None):
+  """A Study of ways to pre-train, each followed by the same fine-tunings.
+
+  Args:
+    title: of the study.
+    system: whose `tiny` is pre-trained on `scenes`.
+    arms: {name: {config key: value}} by which the pre-trainings differ.
+    arg: the study's argument, key=value: steps, tune (steps of each
+      fine-tuning), tasks joined by '+'.
+    steps: of pre-training, including its warm start, if arg does not say.
+    tune, tasks: likewise.
+    share_warm_start: trains it once for all arms.
+    measures: {label: metric} of the pre-training itself. Without any, its own
+      evaluation is of one example.
+  """
+  options = common.parse_options(
+      arg.split(',') if arg else [], {'steps': int, 'tune': int, 'tasks': str})
+  steps, tune = options.get('steps', steps), options.get('tune', tune)
+  tasks = options.get('tasks', tasks).split('+')
+  spec, measures = f'configs/{system}.py:tiny', measures or {}
+  config = importlib.import_module(f'configs.{system}').get_config('tiny')
+  ours = {'eval_every_steps': 0}
+  if not measures:
+    ours |= {f'evals.{name}.max_examples': 1 for name in config.evals}
+  first, before = next(iter(arms)), {}
+  if share_warm_start:
+    before = {'warm_start': study.Step(spec, {
+        **ours, 'total_steps': config.warm_start.steps})}
+    ours |= {'warm_start.steps': 0, 'init_from': f'{{{first}/warm_start}}'}
+    steps -= config.warm_start.steps
+  return study.Study(
+      title=title,
+      arms={name: {
+          **(before if name == first else {}),
+          'pretrain': study.Step(spec, {'total_steps': steps, **ours,
+                                        **overrides}),
+          **{task: study.Step(
+              f'configs/finetune.py:{task},from={{pretrain}}',
+              {'total_steps': tune, 'eval_every_steps': tune})
+             for task in tasks}} for name, overrides in arms.items()},
+      measures={**{label: ('pretrain', f'eval/{metric}')
+                   for label, metric in measures.items()},
+                **{task: (task, measure(task)) for task in tasks}})

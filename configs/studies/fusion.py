@@ -18,9 +18,7 @@ through all layers of either side, without cross-attention, in every arm.
 Argument: steps=N of pre-training (3400), tune=N of each fine-tuning (1000),
 tasks joined by '+' (answer).
 """
-from configs import common
 from configs.studies import finetuning
-from e2e_vlp_jax import study
 
 ARMS = {
     'in the backbones': {},
@@ -36,19 +34,6 @@ _MEASURES = {'matching': 'itm/accuracy',
 
 
 def get_study(arg=None):
-  options = common.parse_options(
-      arg.split(',') if arg else [], {'steps': int, 'tune': int, 'tasks': str})
-  steps, tune = options.get('steps', 3400), options.get('tune', 1000)
-  tasks = options.get('tasks', 'answer').split('+')
-  return study.Study(
-      title='FIBER: fusion in the backbones, or after them',
-      arms={name: {
-          'pretrain': study.Step('configs/fiber.py:tiny', {
-              'total_steps': steps, 'eval_every_steps': 0, **overrides}),
-          **{task: study.Step(
-              f'configs/finetune.py:{task},from={{pretrain}}',
-              {'total_steps': tune, 'eval_every_steps': tune})
-             for task in tasks}} for name, overrides in ARMS.items()},
-      measures={**{label: ('pretrain', f'eval/{metric}')
-                   for label, metric in _MEASURES.items()},
-                **{task: (task, finetuning.measure(task)) for task in tasks}})
+  return finetuning.of_pretraining(
+      'FIBER: fusion in the backbones, or after them', 'fiber', ARMS, arg,
+      steps=3400, share_warm_start=False, measures=_MEASURES)
