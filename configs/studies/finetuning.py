@@ -77,8 +77,9 @@ def of_pretraining(title, system, arms, arg, *, steps, tune=1000,
     ours |= {f'evals.{name}.max_examples': 1 for name in config.evals}
   first, before = next(iter(arms)), {}
   if share_warm_start:
+    # One step more, without which it would not have all parameters.
     before = {'warm_start': study.Step(spec, {
-        **ours, 'total_steps': config.warm_start.steps})}
+        **ours, 'total_steps': config.warm_start.steps + 1})}
     ours |= {'warm_start.steps': 0, 'init_from': f'{{{first}/warm_start}}'}
     steps -= config.warm_start.steps
   return study.Study(
