@@ -22,17 +22,17 @@ def scenes_classifier(task):
       **SCENES}
 
 
-def fiber_groups(task):
+def fiber_groups(task, head=50.):
   """FIBER's `optim.groups` for a task with a head of its own.
 
   Modules that fuse the two trunks have five times their learning rate, the head
-  fifty times. Decay depends on names: biases and the trunks' norms have none,
-  the gain of the head's norm does decay (microsoft/FIBER, coarse_grained, commit
-  ca0f36b).
+  `head` times, as published fifty. Decay depends on names: biases and the
+  trunks' norms have none, the gain of the head's norm does decay
+  (microsoft/FIBER, coarse_grained, commit ca0f36b).
   """
   return (
-      (rf'heads_{task}/.*bias', dict(lr_multiplier=50., weight_decay=0.)),
-      (rf'heads_{task}/.*', dict(lr_multiplier=50.)),
+      (rf'heads_{task}/.*bias', dict(lr_multiplier=head, weight_decay=0.)),
+      (rf'heads_{task}/.*', dict(lr_multiplier=head)),
       (rf'({_FUSING})(/.*)?/bias', dict(lr_multiplier=5., weight_decay=0.)),
       (rf'({_FUSING})(/.*)?', dict(lr_multiplier=5.)),
       (r'.*(bias|/scale)', dict(weight_decay=0.)),
