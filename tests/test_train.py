@@ -236,3 +236,20 @@ def test_unwritable_workdir_is_a_user_error(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='cannot be written'):
     workdir_lib.open_workdir(str(tmp_path / 'file' / 'w'), small_config())
+
+
+def test_an_objective_that_is_off_has_no_evaluation(tiny_scenes, tmp_path,
+                                                    capfd):
+  """Its evaluator is left out with a line, and the run ends well."""
+  config = small_config(tiny_scenes, **{
+      'total_steps': 1, 'warm_start.steps': 0, 'objectives.detection': 0.,
+      'objectives.captioning': 0.})
+  config.evals = {k: small_run.get_config('evaluated').evals[k]
+                  for k in ('captioning', 'mlm')}
+  for options in config.evals.values():
+    options.max_examples = 8
+  scores = train.train(config, str(tmp_path))
+  said = ''.join(capfd.readouterr())
+  assert 'evals.captioning is left out: this checkpoint was trained' in said
+  assert 'eval/mlm/accuracy' in scores
+  assert not any('captioning' in k for k in scores)

@@ -109,7 +109,7 @@ class Evaluation:
     try:
       scores, pictures = self._evaluators.run(
           state.variables, final=final, details=details,
-          between=stop.break_off)
+          between=stop.break_off, left_out=monitor.say)
     except stop_signal.Stopped:
       monitor.say(f'step {step}: told to stop, evaluation broken off')
       return None

@@ -108,7 +108,7 @@ class Evaluators:
             f'{parts[1]!r}' + errors.nearest(parts[2], given))
 
   def run(self, variables, final=True, bar=False, details=None,
-          between=lambda: None):
+          between=lambda: None, left_out=None):
     """Runs all evaluators.
 
     Args:
@@ -118,6 +118,8 @@ class Evaluators:
       details: a dict, which gets {evaluator: [details.Section]} of those that
         show more than numbers.
       between: called after every batch, on all hosts; may raise.
+      left_out: called with a line about each evaluator whose head was not
+        trained. Without it, that is an error.
 
     Returns:
       ({'eval/<name>/<metric>': value}, {picture name: PIL image}).
@@ -138,9 +140,16 @@ class Evaluators:
         def after_batch(done, progress=progress):
           progress.update(done - progress.n)
           between()
-        found = self._functions[name](
-            self.predictor, variables, pipeline, max_examples=count or None,
-            progress=after_batch, **more)
+        try:
+          found = self._functions[name](
+              self.predictor, variables, pipeline, max_examples=count or None,
+              progress=after_batch, **more)
+        except predictor_lib.NotTrained as e:
+          if left_out is None:
+            raise
+          left_out(f'evals.{name} is left out: {e}')
+          (details or {}).pop(name, None)
+          continue
       for metric in found:
         if not _among(metric, gives(options.type)):
           warnings.warn(f'{_PACKAGE}.{options.type}: GIVES lacks {metric!r}',
