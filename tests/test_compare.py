@@ -128,3 +128,15 @@ def test_our_studies(name, tmp_path):
   for run in runs.values():
     if str(tmp_path) not in run.spec:  # Else it starts from another run.
       cli.load_config(run.spec, run.texts)
+
+
+def test_pre_trainings_share_a_warm_start(tmp_path):
+  study = compare.load('configs/studies/objectives.py:steps=1000,tasks=answer')
+  runs = compare.runs_of(study, [0], str(tmp_path))
+  assert len(runs) == 1 + 2 * 4
+  warm = runs['neither', 'warm_start', 0]
+  assert dict(warm.texts)['total_steps'] == '801'
+  for arm in study.arms:
+    texts = dict(runs[arm, 'pretrain', 0].texts)
+    assert texts['init_from'] == warm.workdir
+    assert (texts['total_steps'], texts['warm_start.steps']) == ('200', '0')

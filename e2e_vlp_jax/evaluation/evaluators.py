@@ -148,7 +148,8 @@ class Evaluators:
           if left_out is None:
             raise
           left_out(f'evals.{name} is left out: {e}')
-          (details or {}).pop(name, None)
+          if details is not None:
+            details.pop(name, None)
           continue
       for metric in found:
         if not _among(metric, gives(options.type)):
