@@ -218,6 +218,7 @@ def test_images_of_a_request():
     ('e2e_vlp', 'r50', 'nlvr2', 6748, {'hidden', 'norm', 'out'}),
     ('soho', 'r18', 'nlvr2', 6748, {'hidden', 'out'}),
     ('fiber', 'base', 'nlvr2', 1687, {'hidden', 'norm', 'out'}),
+    ('fiber', 'tiny', 'scenes', 2000, {'hidden', 'norm', 'out'}),
     ('e2e_vlp', 'tiny', 'nlvr1', 500, {'hidden', 'norm', 'out'})])
 def test_recipes_fit_their_models(system, size, data, steps, head):
   """Every key is one of the config; every group has its parameters."""

@@ -103,16 +103,9 @@ _SCENES = {
     **shared.scenes_classifier('answer'),
 }
 
-# Ours: the published order of rates. With 5e-4 throughout, 300 steps from
-# pre-training end below those from scratch (docs/fiber.md).
-_FIBER_SCENES = {
-    **_SCENES,
-    'optim.learning_rate': 1e-4,
-    'optim.groups': shared.fiber_groups('answer', head=10.),
-}
-
 RECIPES = {
     ('e2e_vlp', 'published'): _E2E_VLP, ('e2e_vlp', 'scenes'): _SCENES,
     ('soho', 'published'): _SOHO, ('soho', 'scenes'): _SCENES,
-    ('fiber', 'published'): _FIBER, ('fiber', 'scenes'): _FIBER_SCENES,
+    ('fiber', 'published'): _FIBER, ('fiber', 'scenes'): {
+        **_EVALUATOR, **shared.fiber_scenes('answer')},
 }

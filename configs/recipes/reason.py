@@ -98,8 +98,11 @@ _NLVR1 = {**_SCENES, 'side': 192, 'total_steps': 500, 'eval_every_steps': 100,
           'optim.warmup_steps': 50}
 
 RECIPES = {
-    (system, data): recipe
-    for system, published in (('e2e_vlp', _E2E_VLP), ('soho', _SOHO),
-                              ('fiber', _FIBER))
-    for data, recipe in (('published', published), ('scenes', _SCENES),
-                         ('nlvr1', _NLVR1))}
+    ('e2e_vlp', 'published'): _E2E_VLP, ('e2e_vlp', 'scenes'): _SCENES,
+    ('e2e_vlp', 'nlvr1'): _NLVR1,
+    ('soho', 'published'): _SOHO, ('soho', 'scenes'): _SCENES,
+    ('soho', 'nlvr1'): _NLVR1,
+    ('fiber', 'published'): _FIBER,
+    ('fiber', 'scenes'): {**_EVALUATOR, **shared.fiber_scenes('reason')},
+    ('fiber', 'nlvr1'): _NLVR1,
+}
