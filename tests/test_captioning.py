@@ -52,15 +52,17 @@ def test_recipes_fit_their_models(system, data):
 
 
 def test_the_stages_of_recipes():
-  """Off for E2E-VLP, whose figures are without it; FIBER's comes last."""
+  """E2E-VLP's figures are of cross-entropy alone; FIBER's of three stages."""
   config = finetune.get_config('caption,system=e2e_vlp')
   assert config.last_stage.steps == 0
   assert [s.key for s in stages.stages(config)] == ['optim']
   config = cli.load_config('configs/finetune.py:caption,system=fiber,size=base')
-  first, last = stages.stages(config)
-  assert last.schedule.learning_rate == 1e-6 and last.start == first.end
-  # 10 epochs of 439,123 captions at 512, each.
-  assert (first.end, last.end) == (8577, 2 * 8577)
+  found = stages.stages(config)
+  assert [(s.end, s.schedule.learning_rate, s.objectives) for s in found] == [
+      # 10 epochs of 439,123 captions at 512, each.
+      (8577, 5e-5, {'captioning': 1.}),
+      (2 * 8577, 1e-5, {'captioning': 0., 'gold': 1.}),
+      (3 * 8577, 1e-6, {'self_critical': 1.})]
   assert config.objective_options.self_critical.baseline == 'constant'
   assert config.data.train[0]['name'] == 'karpathy'
 

@@ -177,6 +177,14 @@ def get_config(data_dir, steps=6, last=4, mesh=None, **options):
   return config
 
 
+def three_stages(data_dir, **mesh):
+  """As FIBER's recipe: a step of cross-entropy, one of GOLD, 4 of CIDEr."""
+  config = get_config(data_dir, mesh=mesh)
+  config.warm_start.update(dict(steps=1, objectives=dict(captioning=1.)))
+  config.objectives.update(dict(captioning=0., gold=1.))
+  return config
+
+
 def log_of(workdir):
   """{step: metrics} of a run's training."""
   rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
@@ -192,16 +200,18 @@ def parameters(workdir):
 def one_run(tiny_scenes, tmp_path_factory):
   """A run on one device of the eight, for the others to equal."""
   workdir = tmp_path_factory.mktemp('scst') / 'run'
-  train.train(get_config(tiny_scenes, mesh=dict(data=8)), str(workdir))
+  train.train(three_stages(tiny_scenes, data=8), str(workdir))
   return workdir
 
 
-def test_a_run_with_both_stages(one_run):
+def test_a_run_with_three_stages(one_run):
   log = log_of(one_run)
   assert list(log) == [1, 2, 3, 4, 5, 6]
-  assert all('train/captioning' in log[k] for k in (1, 2))
+  assert 'train/captioning' in log[1] and 'train/gold' not in log[1]
+  assert 'train/gold' in log[2] and 'train/captioning' not in log[2]
+  assert .1 <= log[2]['train/gold_weight'] <= 1
   for k in (3, 4, 5, 6):
-    assert 'train/captioning' not in log[k]
+    assert not {'train/captioning', 'train/gold'} & set(log[k])
     assert np.isfinite(log[k]['train/self_critical'])
     assert log[k]['train/sampled_cider'] >= 0
     assert log[k]['train/learning_rate'] == pytest.approx(1e-3)
@@ -216,8 +226,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(one_run, tiny_scenes,
   shutil.copytree(one_run, tmp_path / 'again')
   shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '6')
   assert (tmp_path / 'again' / 'checkpoints' / '4').exists()
-  train.train(get_config(tiny_scenes, mesh=dict(data=8)),
-              str(tmp_path / 'again'))
+  train.train(three_stages(tiny_scenes, data=8), str(tmp_path / 'again'))
   jax.tree.map(np.testing.assert_array_equal, parameters(one_run),
                parameters(tmp_path / 'again'))
 
@@ -225,7 +234,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(one_run, tiny_scenes,
 @pytest.mark.slow
 def test_another_mesh_draws_the_same(one_run, tiny_scenes, tmp_path):
   """Parameters split over four devices: the same samples and rewards."""
-  train.train(get_config(tiny_scenes, mesh=dict(data=2, fsdp=4)),
+  train.train(three_stages(tiny_scenes, data=2, fsdp=4),
               str(tmp_path / 'run'))
   ours, theirs = log_of(tmp_path / 'run'), log_of(one_run)
   for k in (3, 4):

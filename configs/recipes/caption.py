@@ -5,9 +5,10 @@ Source: [F] microsoft/FIBER, coarse_grained, commit ca0f36b: fiber/config.py
 E2E-VLP's paper reports COCO's captions, but none of its settings. Not yet run
 by us.
 
-The last stage optimises CIDEr (objectives/self_critical.py). Its steps are
-among `total_steps`. A step shows an image with one of its captions, sampled; an
-epoch is one over all captions, as in [F].
+FIBER's run has three stages: cross-entropy, GOLD, CIDEr optimisation
+(objectives/self_critical.py). Their steps add up to `total_steps`. A step shows
+an image with one of its captions, sampled; an epoch is one over all captions,
+as in [F].
 """
 from configs.recipes import shared
 
@@ -24,15 +25,18 @@ def _steps(batch, *splits):
   return round(_EPOCHS * sum(_CAPTIONS[s] for s in splits) / batch)
 
 
+def _schedule(schedule, learning_rate, warmup_steps):
+  decay = {'final_fraction': 0.} if schedule == 'linear' else {}
+  return dict(schedule=schedule, learning_rate=learning_rate,
+              warmup_steps=warmup_steps, warmup_init=0., **decay)
+
+
 def _cider(steps, learning_rate, warmup_steps=0, schedule='linear', **options):
   """The last stage; `options` are those of its objective."""
   return {
       'last_stage': dict(
           steps=steps, objectives=dict(self_critical=1.),
-          schedule=dict(schedule=schedule, learning_rate=learning_rate,
-                        warmup_steps=warmup_steps, warmup_init=0.,
-                        **({'final_fraction': 0.} if schedule == 'linear'
-                           else {}))),
+          schedule=_schedule(schedule, learning_rate, warmup_steps)),
       'objective_options.self_critical': {**dict(
           samples=5, baseline='others', scale=1., truth=0.), **options}}
 
@@ -41,10 +45,16 @@ def _cider(steps, learning_rate, warmup_steps=0, schedule='linear', **options):
 _EVALUATOR = {
     'evals.captioning.options': dict(beams=5, submission='', meteor=True)}
 
+# GOLD (objectives/gold.py) instead of plain cross-entropy, off:
+# --config.objectives.captioning=0 --config.objectives.gold=1
+_GOLD = {'objectives.gold': 0.,
+         'objective_options.gold': dict(least=.1, divide_by='tokens')}
+
 # Ours throughout. The published figures are without CIDEr optimisation as far
 # as is known: it is off until last_stage.steps is set.
 _E2E_VLP = {
     **_EVALUATOR,
+    **_GOLD,
     **_cider(0, 5e-6),
     'data.train': _sources('train', 'restval'),
     # Other sizes, but no crops, which could remove what a caption is about.
@@ -59,9 +69,16 @@ _E2E_VLP = {
 _MLE = _steps(512, 'train', 'validation')
 _FIBER = {
     **_EVALUATOR,                              # [F] five beams
-    # [F]: a third stage, GOLD, lies between the two; we have none. Five samples
-    # an image, a constant baseline of 1, .3 of the true captions; the samples
-    # of an image are added up and CIDEr is counted in percent, hence 500.
+    # [F]: first cross-entropy, then GOLD.
+    'warm_start': dict(
+        steps=_MLE, objectives=dict(captioning=1.),
+        schedule=_schedule('linear', 5e-5, _MLE // 10)),
+    'objectives.captioning': 0.,
+    'objectives.gold': 1.,
+    'objective_options.gold': dict(least=.1, divide_by='padding'),
+    # [F]: five samples an image, a constant baseline of 1, .3 of the true
+    # captions; the samples of an image are added up and CIDEr is counted in
+    # percent, hence 500.
     **_cider(_MLE, 1e-6, _MLE // 10, samples=5, baseline='constant', scale=500.,
              truth=.3),
     # [F] trains on train and validation, without restval, and selects on test.
@@ -74,14 +91,15 @@ _FIBER = {
     # [F] also mirrors half of the images, although texts say left and right.
     'data.pp_train': 'decode|random_crop|squash|randaug|text',
     'batch_size': 512,                         # [F]
-    'total_steps': 2 * _MLE,                   # [F] 10 epochs each
+    'total_steps': 3 * _MLE,                   # [F] 10 epochs each
     'optim.schedule': 'linear',                # [F], down to 0
-    'optim.learning_rate': 5e-5,               # [F]
+    'optim.learning_rate': 1e-5,               # [F]
     'optim.warmup_steps': _MLE // 10,          # [F]
 }
 
 # The first stage alone, on COCO train2017 or other photographs.
 _FIBER_OTHERS = {
+    **_GOLD,
     'side': 576,                               # [F]
     'data.max_text': 50,                       # [F]
     'data.pp_train': 'decode|random_crop|squash|randaug|text',
@@ -94,6 +112,7 @@ _FIBER_OTHERS = {
 # Some minutes on two cores; ours. CIDEr's stage is off until it gets steps.
 _SCENES = {
     'evals.captioning.options': dict(beams=1, submission=''),
+    **_GOLD,
     **_cider(0, 2e-4, schedule='constant'),
     'data.sentences': 2,
     **shared.SCENES,

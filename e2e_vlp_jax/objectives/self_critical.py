@@ -9,7 +9,6 @@ baseline, and others less likely.
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -96,9 +95,6 @@ class Objective:
 
 def _likelihood(logits, labels, valid):
   """[..., T, V] -> [...]: mean log-probability of the valid tokens."""
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  labels = jnp.where(valid, labels, 0)
-  logp = (jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
-          - jax.nn.logsumexp(logits, -1))
+  logp = tokens.log_likelihood(logits, labels, valid)
   return (jnp.sum(jnp.where(valid, logp, 0), -1)
           / jnp.maximum(jnp.sum(valid, -1), 1))
