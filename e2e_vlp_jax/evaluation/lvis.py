@@ -55,15 +55,25 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     labelled[image['id']] = tuple(
         {ids[n] for n in known.get(key, ()) if n in ids}
         for key in ('absent', 'incomplete'))
-  by_class = average_precisions(annotations, found, labelled)
+  frequency = federated['frequency']
+  return summary(average_precisions(annotations, found, labelled),
+                 {k: frequency.get(name) for k, name in enumerate(classes)})
+
+
+def summary(by_class, frequency):
+  """The metrics: means over classes.
+
+  Args:
+    by_class: from `average_precisions`.
+    frequency: {class: 'r' (rare), 'c' or 'f', or None if it is not known}.
+  """
   groups = collections.defaultdict(list)
   for k, values in by_class.items():
     groups['AP'].append(values.mean())
     groups['AP50'].append(values[0])
     groups['AP75'].append(values[5])
-    frequency = federated['frequency'].get(classes[k])
-    if frequency:
-      groups[f'AP{frequency}'].append(values.mean())
+    if frequency.get(k):
+      groups[f'AP{frequency[k]}'].append(values.mean())
   return {k: float(np.mean(v)) for k, v in groups.items()}
 
 
@@ -108,7 +118,7 @@ def _best(by_image):
 def _average_precision(true, found, denied, incomplete):
   """AP of a class [10]; `true` and `found` are {image: [dict]}, best first."""
   scores, right, ignored = [], [], []
-  for image, some in found.items():
+  for image, some in sorted(found.items()):  # Decides between equal scores.
     if image not in true and not denied(image):
       continue
     hits = _matches(some, true.get(image, []))
