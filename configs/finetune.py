@@ -40,16 +40,15 @@ def get_config(arg=None):
   if not name:
     raise ValueError('no task; expected TASK,from=CHECKPOINT with one of '
                      + ', '.join(_tasks()))
-  how = base.load(name, 'TASK').finetuning
+  task = base.load(name, 'TASK')
   options = common.parse_options(pairs, KEYS)
-  if how is None:
+  if not task.ways:
     raise ValueError(f'task {name!r} cannot be fine-tuned; those that can: '
                      + ', '.join(_tasks()))
   if ('from' in options) == ('system' in options):
     raise ValueError('expected from=CHECKPOINT, or system=NAME to start from '
                      'scratch, and not both')
-  given, data = _start(how, options)
-  how = _fitting(given, name) or how
+  given, data, how = _start(task, options)
   recipe = _recipe(name, given.model.name, data)
   side = options.get('side', recipe.pop('side', None))
 
@@ -91,11 +90,13 @@ def _other_heads(name, given):
 
 def _tasks():
   """Names of the tasks that can be fine-tuned."""
-  return [n for n in base.names() if base.load(n).finetuning is not None]
+  return [n for n in base.names() if base.load(n).ways]
 
 
-def _start(how, options):
-  """(config of the checkpoint or of the system from scratch, dataset)."""
+def _start(task, options):
+  """Config of the checkpoint or of the system from scratch, dataset, and the
+  first way to fine-tune for the task that the model has heads for."""
+  size = options.get('size', 'tiny')
   if 'from' in options:
     meta = checkpoint_files.meta(options['from'])
     config = ml_collections.ConfigDict(old_names.modernise(
@@ -107,7 +108,9 @@ def _start(how, options):
     config.data.vocabularies = paths.absolute(options['from'])
     config.data.labels = ''
   else:
-    scenes = options.get('size', 'tiny') == 'tiny'
+    config = _system(options['system']).get_config(size)
+    scenes = size == 'tiny'
+  how = _fitting(config, task.name) or task.finetuning
   data = options.get('data') or (
       'scenes' if scenes and 'scenes' in how.splits else how.data)
   names = common.dataset_names(data)
@@ -117,12 +120,11 @@ def _start(how, options):
       raise ValueError(f'data: {name!r} is not a dataset of this task'
                        + errors.nearest(name, how.splits))
   if 'from' not in options:
-    config = _system(options['system']).get_config(
-        f'{options.get("size", "tiny")},data='
-        + ('scenes' if data == 'scenes' else data if own else 'coco'))
-  elif own and 'boxes' in how.train_ops:
+    kind = data if own or data == 'scenes' else 'coco'
+    config = _system(options['system']).get_config(f'{size},data={kind}')
+  elif own and how.classes:
     config.data.labels = common.labels(names, 'joint')
-  return config, data
+  return config, data, how
 
 
 def _system(name):
@@ -205,9 +207,8 @@ def _drop_unread(optim):
 
 def _fitting(config, task):
   """The first way to fine-tune for a task that the model has heads for."""
-  task = base.load(task)
-  return next((how for how in (task.finetuning, *task.alternatives)
-               if not _lacking(config, task.name, how)), None)
+  return next((how for how in base.load(task).ways
+               if not _lacking(config, task, how)), None)
 
 
 def _lacking(config, name, how):

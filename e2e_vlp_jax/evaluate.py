@@ -115,9 +115,9 @@ def select(config, tasks=None, limit=None):
     raise errors.UserError(f'--limit: {limit}; expected at least 1')
   here = {name: {name, options.type} for name, options in config.evals.items()}
   for name in base.names():
-    finetuning = base.load(name).finetuning
+    ways = {how.evaluator for how in base.load(name).ways}
     for found in here.values():
-      if finetuning and finetuning.evaluator in found:
+      if ways & found:
         found.add(name)
   known = sorted({*evaluators_lib.names(), *base.names(), *here})
   wanted = set(here) if tasks is None else set()
@@ -127,8 +127,9 @@ def select(config, tasks=None, limit=None):
       raise errors.UserError(f'--tasks: no evaluator or task {task!r}'
                              + errors.nearest(task, known))
     found = {name for name, own in here.items() if task in own}
-    if not found and task in base.names() and (
-        how := base.load(task).finetuning):
+    if not found and task in base.names() and (ways := base.load(task).ways):
+      trained = {name for name, weight in config.objectives.items() if weight}
+      how = next((w for w in ways if trained.issuperset(w.objectives)), ways[0])
       found = {how.evaluator}
       added.append(task)
       with config.unlocked():

@@ -37,7 +37,7 @@ UNDER_WAY = (r'(total|log_every|eval_every|max_bad)_steps|tensorboard|'
              r'init_from|early_stop\.\w+|profile\.\w+|checkpoint\.\w+|'
              r'samples\..+|'
              r'evals\.\w+\.(max_examples|examples_during_training)|'
-             r'evals\.retrieval\.options\.\w+|data\.pp_eval|'
+             r'evals\.(retrieval|class_prompts)\.options\.\w+|data\.pp_eval|'
              r'model\.beam_search')
 # Of the text side, which DETR leaves off (model.use_text=true turns it on);
 # and a checkpoint's model keeps its options, whatever is trained next.

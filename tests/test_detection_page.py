@@ -267,10 +267,19 @@ def test_many_classes_and_none():
 
 
 # --- Labels before the first step ---------------------------------------------
-def test_boxes_of_a_batch_are_drawn_where_they_are(tmp_path):
+@pytest.mark.parametrize('words', [False, True])
+def test_boxes_of_a_batch_are_drawn_where_they_are(tmp_path, words):
   """On the image without its padding; a wrong format lies elsewhere."""
   class Labels:
     classes, attributes = ['cup', 'kite'], ['red']
+
+  class Words:
+    asked = []
+
+    @classmethod
+    def decode(cls, ids):
+      cls.asked.append(ids.tolist())
+      return 'red kite'
   image = np.full((1, 60, 90, 3), 128, np.uint8)
   image[0, 10:30, 20:60] = (220, 30, 30)  # x0 20, y0 10, x1 60, y1 30
   mask = np.zeros((1, 60, 90), bool)
@@ -279,18 +288,23 @@ def test_boxes_of_a_batch_are_drawn_where_they_are(tmp_path):
                boxes=np.array([[[40 / 80, 20 / 40, 40 / 80, 20 / 40]]]),
                box_mask=np.array([[True]]), box_labels=np.array([[1]]),
                box_attributes=np.array([[[0, -1]]]))
-  assert label_pictures.write(str(tmp_path), batch, Labels, 4) == 1
-  picture = label_pictures.picture(batch, 0, Labels)
+  if words:  # Names are words of a caption.
+    del batch['box_labels'], batch['box_attributes']
+    batch.update(text=np.array([[[7, 8, 9]]]),
+                 span_mask=np.array([[[False, True, True]]]))
+  assert label_pictures.write(str(tmp_path), batch, Labels, Words, 4) == 1
+  assert Words.asked == ([[8, 9]] if words else [])
+  picture = label_pictures.picture(batch, 0, Labels, Words)
   assert picture.size == (480, 240)  # 6 pixels a pixel, without the padding
   pixels = np.asarray(picture).astype(int)
-  colour = base.COLOURS[1]
+  colour = base.COLOURS[0 if words else 1]
   rgb = [int(colour[k:k + 2], 16) for k in (1, 3, 5)]
   at = np.argwhere(np.abs(pixels - rgb).max(-1) < 12)
   at = at[at[:, 0] > 58]  # Below the tag.
   np.testing.assert_allclose(at.max(0), [30 * 6, 60 * 6], atol=4)
   np.testing.assert_allclose(at[:, 1].min(), 20 * 6, atol=4)
   del batch['boxes']
-  assert label_pictures.write(str(tmp_path), batch, Labels, 4) == 0
+  assert label_pictures.write(str(tmp_path), batch, Labels, Words, 4) == 0
 
 
 def test_report_keys_of_prepare(five):

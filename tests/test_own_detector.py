@@ -34,6 +34,28 @@ def test_own_data_has_its_recipe():
   assert of('coco').ema_decay == 0 and of('coco').total_steps == 20_000
 
 
+def test_a_model_that_grounds_is_asked_for_its_classes():
+  """FIBER's fine stage, whose classes are words of a caption."""
+  config = cli.load_config(
+      'configs/finetune.py:detect,system=fiber_fine,data=mine')
+  assert dict(config.objectives) == {'grounding': 1.}
+  assert config.checkpoint.best == 'eval/class_prompts/AP'
+  assert config.data.labels == 'prepared'
+  assert config.data.pp_train.endswith('|grounding(negatives=-1)')
+  assert (config.batch_size, config.optim.learning_rate) == (4, 1e-4)
+  assert evaluate.select(config, ['detect']) == []
+  assert set(config.evals) == {'class_prompts'}
+  # A config without evaluators gets the one that fits what it was trained for.
+  for system, kind, added in (
+      ('fiber_fine', 'class_prompts', 'grounding(negatives=-1)'),
+      ('e2e_vlp', 'detection', 'boxes')):
+    config = cli.load_config(f'configs/{system}.py:tiny')
+    config.evals = {}
+    assert evaluate.select(config, ['detect']) == ['detect']
+    assert set(config.evals) == {kind}
+    assert config.evals[kind].pp.endswith(f'|{added}')
+
+
 def test_a_class_without_a_box_in_training_is_named(tmp_path):
   content = test_own.coco(4)
   content['categories'].insert(1, dict(id=3, name='ufo'))
@@ -78,7 +100,7 @@ def test_labels_are_shown_before_the_first_step(tmp_path, capsys):
       pp=config.data.pp_train, seed=0, batch_size=4, train=True)
   shows = object.__new__(during_training.Evaluation)
   vars(shows).update(_config=config, _workdir=str(tmp_path),
-                     _labels=vocabularies.labels)
+                     _labels=vocabularies.labels, _tokenizer=None)
   capsys.readouterr()
   shows.show_labels(data)
   said = capsys.readouterr().out

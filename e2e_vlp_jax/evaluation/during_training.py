@@ -61,15 +61,15 @@ class Evaluation:
       data: the training Pipeline.
     """
     config = self._config
-    if jax.process_index() or 'boxes' not in dict(pp.bind(
-        config.data.pp_train)):
+    ops = dict(pp.bind(config.data.pp_train))
+    if jax.process_index() or not {'boxes', 'grounding'} & set(ops):
       return
     line = class_counts.without_boxes(config.data, self._labels)
     if line:
       print(line, flush=True)
     count = min(_LABELS, config.samples.count)
     if count and label_pictures.write(self._workdir, data.batch(0),
-                                      self._labels, count):
+                                      self._labels, self._tokenizer, count):
       report.write_report(self._workdir)
       print('labels of the first batch are drawn in '
             f'{self._workdir}/{label_pictures.FOLDER}', flush=True)

@@ -96,6 +96,7 @@ class Finetuning:
     data: default dataset.
     splits: {dataset: (split to train on, split to evaluate)}.
     answers: {dataset: name of its answer list}.
+    classes: whether own datasets bring their classes along.
   """
   unit: str
   objectives: Mapping[str, float]
@@ -107,6 +108,7 @@ class Finetuning:
   splits: Mapping[str, Tuple[str, str]]
   head: Optional[Mapping[str, Any]] = None
   answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  classes: bool = False
 
   def evaluation(self, datasets, pp):
     """The task's evaluator, as an entry of `config.evals`.
@@ -276,6 +278,11 @@ class Task:
   def name(self):
     """Name of the task: that of its file."""
     return type(self).__module__.rpartition('.')[2]
+
+  @property
+  def ways(self):
+    """All `Finetuning`s, `finetuning` first."""
+    return (self.finetuning, *self.alternatives) if self.finetuning else ()
 
   def lacks(self, model):
     """Heads that the task needs and the model does not offer, sorted."""

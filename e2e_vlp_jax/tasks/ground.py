@@ -46,9 +46,7 @@ class Task(base.Task):
       eval_ops='grounding', evaluator='grounding', metric='R1',
       data='flickr30k_entities',
       splits={'scenes': ('train', 'test'),
-              'flickr30k_entities': ('train', 'validation'),
-              'objects365': ('train', 'validation'),
-              'coco': ('train', 'validation'), 'lvis': ('train', 'minival')})
+              'flickr30k_entities': ('train', 'validation')})
 
   def check_texts(self, texts, count, options=None):
     """As every task's; with classes there are no texts."""
