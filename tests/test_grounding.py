@@ -8,12 +8,15 @@ import jax
 import numpy as np
 import pytest
 
+from configs import common
 from configs import finetune
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data.datasets import flickr30k_entities
+from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.data.tokenizer import load_tokenizer
 from e2e_vlp_jax.errors import UserError
 from e2e_vlp_jax.evaluation import detection
+from e2e_vlp_jax.evaluation import evaluators
 from e2e_vlp_jax.evaluation import grounding
 from e2e_vlp_jax.evaluation import inputs
 from e2e_vlp_jax.evaluation import lvis
@@ -24,6 +27,7 @@ from e2e_vlp_jax.tasks import ground
 from tests import parity
 from tests import small_model
 from tests import test_fiber_fine
+from tests import test_own
 
 ROBERTA = load_tokenizer('bpe', 'roberta-base')
 
@@ -371,6 +375,30 @@ def test_an_expression_by_its_tokens(small):
   # Both score all words; only the number of results differs.
   np.testing.assert_allclose(found.phrases[0].box, same.phrases[0].box,
                              atol=1e-3)
+
+
+def test_classes_that_training_did_not_have(small, tmp_path):
+  """Zero-shot: a dataset is asked for its own classes, one by one."""
+  test_own.put(tmp_path / 's' / 'a.json', test_own.coco(3))
+  test_own.put_pictures(tmp_path / 's', 3)
+  test_own.own(tmp_path / 's', tmp_path / 'd', '--validation_share', 0)
+  predictor, variables = small
+  config = predictor.config.copy_and_resolve_references()
+  config.data.dir, config.eval_batch_size = str(tmp_path / 'd'), 8
+  source = dict(name='mine', split='train')
+  config.samples = dict(count=2, source=source)
+  config.evals = {'zero_shot': dict(
+      common.evaluator('class_prompts', source,
+                       'decode|fit|grounding(negatives=-1)'),
+      options=dict(per_class=True))}
+  config.data.pp_eval = 'decode|fit|grounding'
+  vocabularies = vocabularies_lib.Vocabularies.load(config.data)
+  assert 'kite' not in vocabularies.labels.classes
+  scores, drawn_pictures = evaluators.Evaluators(
+      config, predictor.model, vocabularies).run(variables)
+  assert {k.rpartition('/')[2] for k in scores if '/AP/' in k} == {
+      'cup', 'kite'}
+  assert 0 <= scores['eval/zero_shot/AP'] <= 1 and len(drawn_pictures) == 2
 
 
 def test_finetuning_chooses_what_the_model_has():

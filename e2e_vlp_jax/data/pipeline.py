@@ -65,6 +65,7 @@ class Pipeline:
     num_batches: batches of an evaluation; None in training.
     left_out: what `exclude` leaves out, in words; '' without it.
     unit_name: what a row shows, `config.data.unit`.
+    labels: the `label_space.LabelSpace` of its objects.
     bad_records: names of the unreadable records met so far.
 
   Raises:
@@ -88,6 +89,7 @@ class Pipeline:
 
     self._unit = units.find(data_config.get('unit', 'image'))
     self.unit_name = self._unit.name
+    self.labels = vocabularies.labels
     self._sources = sources_lib.Sources(
         data_config['dir'], sources, self._unit,
         data_config.get('exclude', ()) if train else ())

@@ -12,7 +12,7 @@ GIVES = (*detection.METRICS, 'AP/*')
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
              progress=None, names=(), most=100, most_names=0, per_class=False):
-  """AP over the classes of `data.labels`.
+  """AP over the classes of the dataset.
 
   Args:
     predictor: a Predictor.
@@ -33,7 +33,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   Raises:
     UserError: duplicate or empty names, or another number than the classes.
   """
-  labels = predictor.labels
+  labels = pipeline.labels
   if not labels.classes:
     return {}  # The dataset has captions alone.
   names = _names(names, labels.classes)
@@ -58,7 +58,7 @@ def _names(names, classes):
   if len(names) != len(classes):
     raise errors.UserError(
         f'evals.class_prompts.options.names: {len(names)} names for the '
-        f'{len(classes)} classes of data.labels; expected one for each')
+        f'{len(classes)} classes of the dataset; expected one for each')
   prompts.checked_names(names)
   return names
 
@@ -81,7 +81,7 @@ def collect(predictor, variables, pipeline, names, most, most_names,
     (images, annotations, detections): lists of dicts; ids of images are
     example_ids, ids of categories are those of the label space.
   """
-  task, labels = predictor.task('ground'), predictor.labels
+  task, labels = predictor.task('ground'), pipeline.labels
   prompt = predictor.prompt(variables, names, most_names)
   images, annotations, found = [], [], []
   for batch, ids in inputs.batches(predictor, pipeline, max_examples,

@@ -1,4 +1,5 @@
 """Runs the evaluators of a config's `evals`, during training and after."""
+import dataclasses
 import fnmatch
 import importlib
 import inspect
@@ -12,6 +13,8 @@ from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import files
 from e2e_vlp_jax.data import pipeline as pipeline_lib
+from e2e_vlp_jax.data import pp as pp_lib
+from e2e_vlp_jax.data import records
 from e2e_vlp_jax.evaluation import details as details_lib
 from e2e_vlp_jax.evaluation import pictures
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
@@ -79,10 +82,17 @@ class Evaluators:
         data.sentences = 1  # the unit's own text
     rows = None if self._mesh is None else sharding.host_rows(
         self._mesh, config.eval_batch_size)
+    vocabularies = self._vocabularies
+    if 'grounding' in dict(pp_lib.bind(pp)):
+      # Classes are words there: those of this dataset, whatever the model has
+      # been trained for.
+      labels = records.label_space(data.dir, source.name)
+      vocabularies = dataclasses.replace(
+          vocabularies, labels=labels or vocabularies.labels)
     return pipeline_lib.Pipeline(
         data, sources=(dict(source, weight=1.),), pp=pp,
         seed=config.seed, batch_size=config.eval_batch_size, train=False,
-        rows=rows, vocabularies=self._vocabularies)
+        rows=rows, vocabularies=vocabularies)
 
   def check_metric(self, key, metric):
     """UserError unless `metric` is '' or measured during training.

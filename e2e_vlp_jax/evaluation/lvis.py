@@ -26,7 +26,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   """Fixed AP, and that of rare, common and frequent classes.
 
   Args:
-    predictor: a Predictor; data.labels are LVIS's classes.
+    predictor: a Predictor.
     variables: {'params': ..., **model_state}.
     pipeline: an evaluation Pipeline on `lvis`.
     max_examples: None = all.
@@ -40,7 +40,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   Raises:
     UserError: the dataset is not LVIS.
   """
-  classes = predictor.labels.classes
+  classes = pipeline.labels.classes
   name = predictor.config.evals.lvis.source.name if (
       'lvis' in predictor.config.get('evals', {})) else 'lvis'
   federated = records.side_file(predictor.config.data.dir, name,

@@ -105,7 +105,7 @@ def sample_sheet(predictor, variables, pipeline, n):
         found.append(_sample(predictor, variables, batch, ids, pipeline, task))
     for row, example_id in enumerate(ids):
       if example_id >= 0 and len(images) < n:
-        truth = dataset_checks.truth(pipeline, example_id, predictor.labels)
+        truth = dataset_checks.truth(pipeline, example_id, pipeline.labels)
         shown = [photographs.decode_image(image, truth.record['image_id'])
                  for image in pipeline.images(example_id)]
         images.append(draw(shown, [of[row] for of in found], truth))
