@@ -394,11 +394,16 @@ def test_classes_that_training_did_not_have(small, tmp_path):
   config.data.pp_eval = 'decode|fit|grounding'
   vocabularies = vocabularies_lib.Vocabularies.load(config.data)
   assert 'kite' not in vocabularies.labels.classes
+  page = {}
   scores, drawn_pictures = evaluators.Evaluators(
-      config, predictor.model, vocabularies).run(variables)
+      config, predictor.model, vocabularies).run(variables, details=page)
   assert {k.rpartition('/')[2] for k in scores if '/AP/' in k} == {
       'cup', 'kite'}
   assert 0 <= scores['eval/zero_shot/AP'] <= 1 and len(drawn_pictures) == 2
+  # Where it fails is shown as for any detector.
+  assert [s.title for s in page['zero_shot']] == [
+      'Average precision of each class', 'Precision and recall',
+      'What is taken for what', 'The worst images']
 
 
 def test_finetuning_chooses_what_the_model_has():

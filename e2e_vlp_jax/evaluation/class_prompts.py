@@ -1,6 +1,7 @@
 """COCO's AP of a grounding model that is asked for classes by their names."""
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.evaluation import detection
+from e2e_vlp_jax.evaluation import detection_page
 from e2e_vlp_jax.evaluation import inputs
 from e2e_vlp_jax.evaluation import prompts
 from e2e_vlp_jax.tasks import detect
@@ -11,7 +12,8 @@ GIVES = (*detection.METRICS, 'AP/*')
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
-             progress=None, names=(), most=100, most_names=0, per_class=False):
+             progress=None, details=None, names=(), most=100, most_names=0,
+             per_class=False):
   """AP over the classes of the dataset.
 
   Args:
@@ -20,6 +22,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     pipeline: an evaluation Pipeline whose records have objects.
     max_examples: None = all.
     progress: called with the number of examples done.
+    details: a list, to which the sections of the page are appended.
     names: what each class is called in the prompt, in the order of the label
       space (as in ODinW's prompts); () = its own name.
     most: boxes of a caption that are kept.
@@ -37,19 +40,21 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
   if not labels.classes:
     return {}  # The dataset has captions alone.
   names = _names(names, labels.classes)
-  images, annotations, found = collect(
-      predictor, variables, pipeline, names, most, most_names or None,
-      max_examples, progress)
-  if not annotations:
+  kept = collect(predictor, variables, pipeline, names, most,
+                 most_names or None, max_examples, progress)
+  if not any(one.objects for one in kept):
     return {}
-  scores = _average_precision(images, annotations, found, labels.classes)
+  truth, found = detection.coco_files(kept, len(labels.classes))
+  run = detection.coco_run(truth, found)
+  if details is not None:
+    details += detection_page.sections(kept, run, labels, pipeline)
+  scores = {k: v for k, v in detection.named(run).items() if v >= 0}
   if per_class:
     for k, name in enumerate(labels.classes):
-      mine = lambda some, k=k: [a for a in some if a['category_id'] == k]
-      if mine(annotations):
-        one = _average_precision(images, mine(annotations), mine(found),
-                                 labels.classes)
-        scores[f'AP/{name.replace("/", "_").replace(" ", "_")}'] = one['AP']
+      if any(o['class_id'] == k for one in kept for o in one.objects):
+        precision = run.eval['precision'][:, :, k, 0, -1]
+        scores[f'AP/{name.replace("/", "_").replace(" ", "_")}'] = float(
+            precision.mean())
   return scores
 
 
@@ -63,44 +68,24 @@ def _names(names, classes):
   return names
 
 
-def _average_precision(images, annotations, found, classes):
-  scores = detection.coco_metrics(
-      {'images': images,
-       'annotations': [{**a, 'id': k + 1} for k, a in enumerate(annotations)],
-       'categories': [{'id': i} for i in range(len(classes))]}, found)
-  return {k: v for k, v in scores.items() if v >= 0}
-
-
 def collect(predictor, variables, pipeline, names, most, most_names,
             max_examples, progress):
-  """Ground truth and detections in the form of COCO's files.
+  """A `detection_page.Found` for each image.
 
   The names' text features are computed once, for all images.
-
-  Returns:
-    (images, annotations, detections): lists of dicts; ids of images are
-    example_ids, ids of categories are those of the label space.
   """
   task, labels = predictor.task('ground'), pipeline.labels
   prompt = predictor.prompt(variables, names, most_names)
-  images, annotations, found = [], [], []
+  kept = []
   for batch, ids in inputs.batches(predictor, pipeline, max_examples,
                                    progress):
     arrays = predictor.run(variables, batch, task, prompt.inputs, most=most)
     for row, i in enumerate(ids.tolist()):
-      if i < 0:
-        continue
-      record = pipeline.record(i)
-      images.append({'id': i, 'image_id': record['image_id']})
-      annotations += [
-          {'image_id': i, 'category_id': o['class_id'], 'area': o['area'],
-           'bbox': detection.corner_and_size(o['box']),
-           'iscrowd': int(o['is_crowd'])}
-          for o in detect.ground_truth(record, labels)]
-      found += [
-          {'image_id': i, 'category_id': label, 'bbox': box, 'score': score}
-          for box, label, score in zip(
-              detection.corner_and_size(arrays['boxes'][row].reshape(-1, 4)),
-              arrays['labels'][row].reshape(-1).tolist(),
-              arrays['scores'][row].reshape(-1).tolist()) if label >= 0]
-  return images, annotations, found
+      if i >= 0:
+        number = arrays['labels'][row].reshape(-1)
+        kept.append(detection_page.Found(
+            i, detect.ground_truth(pipeline.record(i), labels),
+            arrays['boxes'][row].reshape(-1, 4)[number >= 0],
+            number[number >= 0], arrays['scores'][row].reshape(-1)[
+                number >= 0]))
+  return kept

@@ -24,10 +24,11 @@ GIVES = (*METRICS, 'matched', 'attribute_accuracy', 'attribute_accuracy/*')
 def coco_metrics(ground_truth, detections):
   """{name: value} for METRICS, see `coco_run`; -1 (as in pycocotools) if there
   is no ground truth of that size."""
-  return _named(coco_run(ground_truth, detections))
+  return named(coco_run(ground_truth, detections))
 
 
-def _named(run):
+def named(run):
+  """{name: value} for METRICS of a `coco_run`."""
   return dict(zip(METRICS, map(float, run.stats)))
 
 
@@ -82,8 +83,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
     'attribute_accuracy/<group>' and their mean 'attribute_accuracy'.
   """
   task, labels = predictor.task('detect'), predictor.labels
-  images, annotations, detections, kept = [], [], [], []
-  attributes = _AttributeAccuracy(labels)
+  kept, attributes = [], _AttributeAccuracy(labels)
   for batch, ids in inputs.batches(predictor, pipeline, max_examples,
                                    progress):
     usable = predictor.gather(batch, 'task_mask/detection')
@@ -93,31 +93,37 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
         continue
       one = {k: v[row] for k, v in found.items()}
       objects = detect.ground_truth(pipeline.record(example_id), labels)
-      images.append({'id': example_id})
-      annotations += [
-          {'image_id': example_id, 'category_id': o['class_id'],
-           'bbox': corner_and_size(o['box']), 'area': o['area'],
-           'iscrowd': int(o['is_crowd'])} for o in objects]
-      detections += [
-          {'image_id': example_id, 'category_id': label, 'bbox': box,
-           'score': score} for box, label, score in zip(
-               corner_and_size(one['boxes']), one['labels'].tolist(),
-               one['scores'].tolist())]
       attributes.add(one, [o for o in objects if not o['is_crowd']])
-      if details is not None:
-        kept.append(detection_page.Found(example_id, objects, *(
-            one[k] for k in ('boxes', 'labels', 'scores'))))
-  if not images:
+      kept.append(detection_page.Found(example_id, objects, *(
+          one[k] for k in ('boxes', 'labels', 'scores'))))
+  if not kept:
     return {}
-  run = coco_run(
-      {'images': images,
-       'annotations': [{'id': k + 1, **a} for k, a in enumerate(annotations)],
-       'categories': [{'id': i} for i in range(len(labels.classes))]},
-      detections)
+  run = coco_run(*coco_files(kept, len(labels.classes)))
   if details is not None:
     details += detection_page.sections(kept, run, labels, pipeline)
-  return {**{k: v for k, v in _named(run).items() if v >= 0},
+  return {**{k: v for k, v in named(run).items() if v >= 0},
           **attributes.result()}
+
+
+def coco_files(found, classes):
+  """Truth and detections in the form of COCO's files, for `coco_run`.
+
+  Args:
+    found: list of `detection_page.Found`.
+    classes: number of classes.
+  """
+  annotations = [
+      {'image_id': one.example_id, 'category_id': o['class_id'],
+       'bbox': corner_and_size(o['box']), 'area': o['area'],
+       'iscrowd': int(o['is_crowd'])} for one in found for o in one.objects]
+  return {
+      'images': [{'id': one.example_id} for one in found],
+      'annotations': [{'id': k + 1, **a} for k, a in enumerate(annotations)],
+      'categories': [{'id': i} for i in range(classes)]}, [
+          {'image_id': one.example_id, 'category_id': label, 'bbox': box,
+           'score': score} for one in found for box, label, score in zip(
+               corner_and_size(one.boxes), one.labels.tolist(),
+               one.scores.tolist())]
 
 
 def corner_and_size(boxes):

@@ -12,6 +12,7 @@ import numpy as np
 
 from e2e_vlp_jax.data import records
 from e2e_vlp_jax.evaluation import class_prompts
+from e2e_vlp_jax.evaluation import detection
 from e2e_vlp_jax.tasks import detect
 
 HEADLINES = {'AP': 'LVIS AP', 'APr': 'rare', 'APc': 'common', 'APf': 'frequent'}
@@ -45,18 +46,19 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
       'lvis' in predictor.config.get('evals', {})) else 'lvis'
   federated = records.side_file(predictor.config.data.dir, name,
                                 records.FEDERATED)
-  images, annotations, found = class_prompts.collect(
-      predictor, variables, pipeline, list(classes), most, most_names,
-      max_examples, progress)
+  kept = class_prompts.collect(predictor, variables, pipeline, list(classes),
+                               most, most_names, max_examples, progress)
+  truth, found = detection.coco_files(kept, len(classes))
   ids = {name: k for k, name in enumerate(classes)}
   labelled = {}
-  for image in images:
-    known = federated['images'].get(image['image_id'], {})
-    labelled[image['id']] = tuple(
+  for one in kept:
+    image_id = pipeline.record(one.example_id)['image_id']
+    known = federated['images'].get(image_id, {})
+    labelled[one.example_id] = tuple(
         {ids[n] for n in known.get(key, ()) if n in ids}
         for key in ('absent', 'incomplete'))
   frequency = federated['frequency']
-  return summary(average_precisions(annotations, found, labelled),
+  return summary(average_precisions(truth['annotations'], found, labelled),
                  {k: frequency.get(name) for k, name in enumerate(classes)})
 
 
