@@ -62,6 +62,7 @@ class Evaluators:
     self.predictor = predictor_lib.Predictor(model, config, vocabularies,
                                              mesh=mesh, path=path)
     self._functions, self._pipelines = {}, {}
+    self._left_out = set()
     for name, options in config.evals.items():
       self._functions[name] = _function(name, options)
       # Opened now, so that a missing split fails before training.
@@ -157,7 +158,9 @@ class Evaluators:
         except predictor_lib.NotTrained as e:
           if left_out is None:
             raise
-          left_out(f'evals.{name} is left out: {e}')
+          if name not in self._left_out:  # Once is enough.
+            left_out(f'evals.{name} is left out: {e}')
+          self._left_out.add(name)
           if details is not None:
             details.pop(name, None)
           continue
