@@ -14,8 +14,8 @@ _OWN = {
 
 RECIPES = {
     # Ours. The parameters of the last 100 steps or so are averaged, because a
-    # small batch makes AP jump from step to step. Learning rate and schedule are
-    # those of configs/finetune.py without a recipe.
+    # small batch makes AP jump from step to step. Learning rate and schedule
+    # are those of configs/finetune.py without a recipe.
     ('e2e_vlp', 'own'): {**_OWN, 'ema_decay': .99},
     # [F] but for the length: configs/fiber_fine.py says more.
     ('fiber_fine', 'own'): {
