@@ -7,6 +7,7 @@ import pytest
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.objectives import captioning
 from e2e_vlp_jax.objectives import gold
+from e2e_vlp_jax.objectives import tokens as tokens_lib
 from tests import parity
 
 AGAINST = 'the original code (stored)'
@@ -42,7 +43,7 @@ def test_the_released_weights_and_losses(record_property, released):
   # Another learner: one bias of its word logits instead of another.
   other = logits + released['gold.perturbed_learner_mlm_bias'] - released[
       'bias']
-  logp = gold.tokens.log_likelihood(other[:, :-1], labels[:, :-1], valid)
+  logp = tokens_lib.log_likelihood(other[:, :-1], labels[:, :-1], valid)
   divide = lambda x: x[0] / x[1]
   for name, ours, theirs in (
       ('weights', weights, released['gold.weights'][:, :-1]),
@@ -99,8 +100,8 @@ def test_weights_of_one_are_cross_entropy():
            'task_mask/captioning': np.ones(4, bool)}
   outputs = {'image_only': {'caption_logits': logits}}
   total, count = gold.Objective(least=1.)(outputs, batch)[0]['gold']
-  want, tokens = captioning.Objective()(outputs, batch)[0]['captioning']
-  np.testing.assert_allclose(total / count, want / tokens, rtol=1e-6)
+  want, number = captioning.Objective()(outputs, batch)[0]['captioning']
+  np.testing.assert_allclose(total / count, want / number, rtol=1e-6)
 
 
 def test_options_that_cannot_be():

@@ -11,8 +11,8 @@ import pytest
 from configs import common
 from configs import finetune
 from e2e_vlp_jax.data import label_space
-from e2e_vlp_jax.data.datasets import flickr30k_entities
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
+from e2e_vlp_jax.data.datasets import flickr30k_entities
 from e2e_vlp_jax.data.tokenizer import load_tokenizer
 from e2e_vlp_jax.errors import UserError
 from e2e_vlp_jax.evaluation import detection
