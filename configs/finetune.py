@@ -114,11 +114,13 @@ def _start(task, options):
   data = options.get('data') or (
       'scenes' if scenes and 'scenes' in how.splits else how.data)
   names = common.dataset_names(data)
-  own = set(names) - {*common.SHIPPED, *how.splits}
+  made = discovery.names('e2e_vlp_jax.data.datasets', 'Builder')
   for name in names:
-    if name not in how.splits and name not in own:
+    if name in made and name not in how.splits:
       raise ValueError(f'data: {name!r} is not a dataset of this task'
                        + errors.nearest(name, how.splits))
+  # Those whose objects have names that no shipped label space has.
+  own = set(names) - set(common.SHIPPED if how.classes else made)
   if 'from' not in options:
     kind = data if own or data == 'scenes' else 'coco'
     config = _system(options['system']).get_config(f'{size},data={kind}')

@@ -382,3 +382,21 @@ def test_fine_tuning_that_cannot_be(toy_task, tmp_path, arg, parts):
     finetune(arg.replace('FOLDER', str(tmp_path)))
   message = str(e.value).replace(str(tmp_path), 'FOLDER')
   assert all(part in message for part in parts), message
+
+
+def test_a_dataset_without_the_task_s_labels_is_refused():
+  """Objects365 has classes and no phrases; a dataset of one's own may."""
+  with pytest.raises(errors.UserError, match="'objects365'.*grounding"):
+    finetune('ground,system=fiber_fine,data=objects365')
+  for name in ('grounding', 'mine'):
+    config = finetune(f'ground,system=fiber_fine,data={name}')
+    assert config.evals.grounding.source.split == 'validation'
+
+
+@pytest.mark.parametrize('system, evaluator', [
+    ('e2e_vlp', 'detection'), ('fiber_fine', 'class_prompts')])
+def test_large_detection_data_bring_their_classes(system, evaluator):
+  config = finetune(f'detect,system={system},data=lvis')
+  assert config.evals[evaluator].source.split == 'minival'
+  assert config.data.labels == 'prepared'
+  assert finetune(f'detect,system={system},data=coco').data.labels == 'coco'

@@ -86,9 +86,10 @@ class Items:
         for row, i in zip(judged, row_ids):
           if i >= 0:
             out[number[i], chunks[i]] = row[:len(chunks[i])]
+        if self._progress:  # A batch of images can take minutes.
+          share = min(start + at_once, longest) / longest
+          self._progress(done + int(share * len(lists)))
       done += len(lists)
-      if self._progress:
-        self._progress(done)
     return out
 
 

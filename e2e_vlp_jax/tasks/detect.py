@@ -45,13 +45,17 @@ class Task(base.Task):
       unit='image', objectives={'detection': 1.}, train_ops='boxes',
       eval_ops='boxes', evaluator='detection', metric='AP', data='coco',
       splits={'scenes': ('train', 'test'), 'coco': ('train', 'validation'),
-              'visual_genome': ('train', 'validation')}, classes=True)
+              'visual_genome': ('train', 'validation'),
+              'objects365': ('train', 'validation'),
+              'lvis': ('train', 'minival')}, classes=True)
   # A model that grounds phrases is asked for the classes by their names.
   alternatives = (dataclasses.replace(
       finetuning, objectives={'grounding': 1.},
       train_ops='grounding(negatives=-1)', eval_ops='grounding(negatives=-1)',
       evaluator='class_prompts',
-      splits={'scenes': ('train', 'test'), 'coco': ('train', 'validation')}),)
+      splits={'scenes': ('train', 'test'), 'coco': ('train', 'validation'),
+              'objects365': ('train', 'validation'),
+              'lvis': ('train', 'minival')}),)
 
   def outputs(self, outputs, batch):
     return heads.Detection.objects(outputs['image_only'], batch['image_size'])
