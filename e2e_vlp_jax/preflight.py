@@ -244,7 +244,7 @@ def _too_large(config, program, chip, shards, largest):
 
 
 def _parts(rows, fit):
-  """Least number of equal parts of at most `fit` rows; None if there is none."""
+  """Least number of equal parts of at most `fit` rows, or None."""
   return next((n for n in range(1, rows + 1)
                if not rows % n and 0 < rows // n <= fit), None)
 

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, Mapping, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
@@ -30,7 +31,7 @@ class Run:
   name: str
   workdir: str
   spec: str
-  texts: Sequence[Tuple[str, str]] = ()
+  texts: Sequence[tuple[str, str]] = ()
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property

@@ -1,6 +1,7 @@
 """What `compare` compares: plain data for configs/studies."""
 import dataclasses
-from typing import Any, Mapping, Tuple
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,5 +31,5 @@ class Study:
   """
   title: str
   arms: Mapping[str, Mapping[str, Step]]
-  measures: Mapping[str, Tuple[str, str]]
+  measures: Mapping[str, tuple[str, str]]
   seeds: int = 3

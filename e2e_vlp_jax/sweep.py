@@ -110,7 +110,8 @@ def write_table(workdir, spec, runs, metric=None):
   names = sorted({k for row in rows for k in row['metrics']},
                  key=lambda k: (k != metric, k))
   keys = list(dict.fromkeys(k for row in rows for k in row['overrides']))
-  cells = [([row['name'], *(runs_lib.text_of(row['overrides'].get(k, '')) for k in keys),
+  cells = [([row['name'],
+             *(runs_lib.text_of(row['overrides'].get(k, '')) for k in keys),
              row['step'] if row['finished'] else f'{row["step"]}, not done',
              *(f'{row["metrics"][k]:.4f}' if k in row['metrics'] else ''
                for k in names)], f'{row["name"]}/report.html') for row in rows]

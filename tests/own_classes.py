@@ -40,9 +40,11 @@ def as_yolo(shared, folder):
     width, height = image['width'], image['height']
     rows = [(order[a['category_id']], *a['bbox']) for a in
             content['annotations'] if a['image_id'] == image['id']]
-    (folder / 'labels' / image['file_name'].replace('.jpg', '.txt')).write_text(
+    name = image['file_name'].replace('.jpg', '.txt')
+    (folder / 'labels' / name).write_text(
         '\n'.join(f'{c} {(x + w / 2) / width:.9f} {(y + h / 2) / height:.9f} '
-                  f'{w / width:.9f} {h / height:.9f}' for c, x, y, w, h in rows))
+                  f'{w / width:.9f} {h / height:.9f}'
+                  for c, x, y, w, h in rows))
   (folder / 'data.yaml').write_text(yaml.safe_dump(
       {'names': list(CATEGORIES), 'nc': len(CATEGORIES)}))
 

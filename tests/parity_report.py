@@ -1,12 +1,13 @@
 """Writes docs/parity.md: every comparison with somebody else's numbers.
 
-  bash launch/test.sh --junitxml=tests.xml; python -m tests.parity_report tests.xml
+  bash launch/test.sh --junitxml=tests.xml
+  python -m tests.parity_report tests.xml
 
 The tests that compare note it by `record_property('parity', (component,
 against, worst difference, tolerance))`. Where a component was compared with
 stored results and live, the live row is kept. Without a file, only the tests
-that compare run (minutes). Refuses to write unless all of these passed; what was
-skipped (without torch, say) is listed on the page.
+that compare run (minutes). Refuses to write unless all of these passed; what
+was skipped (without torch, say) is listed on the page.
 """
 import ast
 import pathlib
@@ -70,8 +71,9 @@ NOTES = '''
   the tests use the recorded ones.
 - **FIBER's fine stage.** Rows "FIBER fine" are compared with arrays that the
   original code produced (reference/fiber_fine). Norms of gradients are compared
-  relative to the norm + 1e-3: some of about 1e-5, of saturated attention, differ
-  by up to 1.7 %, which is below 1e-6. docs/fiber_fine.md has a table by file.
+  relative to the norm + 1e-3: some of about 1e-5, of saturated attention,
+  differ by up to 1.7 %, which is below 1e-6. docs/fiber_fine.md has a table by
+  file.
 - **FIBER.** Rows "FIBER coarse" are compared with arrays that the original code
   produced (reference/fiber_coarse). docs/fiber.md has a table by file that also
   lists what is not compared. Gradients of the text layers' key biases are zero

@@ -271,7 +271,8 @@ PAIRS = [
         't.csv', 'image,text\nhttp://a/b.png,x\n'), 2,
      't.csv:2: the image is a URL.*download the images first'),
     ('a damaged shard', lambda i: [i.put('0.tar', b'x' * 2048), i.prepare(
-        'pairs')][1], 2, '0.tar: no pair of an image and a text; rest of a shard: '),
+        'pairs')][1], 2,
+     '0.tar: no pair of an image and a text; rest of a shard: '),
 ]
 OTHERS = [
     ('an id of two items', lambda i: i.genome(objects=[

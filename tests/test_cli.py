@@ -161,6 +161,6 @@ def test_a_config_that_changes_twice_in_a_second(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, 'dont_write_bytecode', False)
   path = tmp_path / 'c.py'
   for number in (1, 2):
-    path.write_text('def get_number():\n  return %d\n' % number)
+    path.write_text(f'def get_number():\n  return {number}\n')
     os.utime(path, (1e9, 1e9))
     assert cli.call(str(path), 'get_number') == number

@@ -232,7 +232,7 @@ def test_the_report_has_the_page(page, tmp_path):
 
 
 def test_many_classes_and_none():
-  """Only the ones with the most to say are shown; nothing at all is no error."""
+  """Only those with the most to say are shown; nothing at all is no error."""
   class Labels:
     classes = [f'c{k}' for k in range(60)]
   rng = np.random.default_rng(0)

@@ -144,8 +144,8 @@ def test_damaged_records_are_skipped_counted_and_named(tiny_scenes, tmp_path,
 def test_nonfinite_updates_in_a_row_end_the_run(tiny_scenes, tmp_path):
   """An absurd learning rate: the first update ruins every later loss."""
   config = light_config(tiny_scenes, total_steps=30, max_bad_steps=3, **{
-      'checkpoint.every_steps': 1, 'optim.learning_rate': 1e38, 'optim.warmup_steps': 0,
-      'optim.clip_norm': 0.})
+      'checkpoint.every_steps': 1, 'optim.learning_rate': 1e38,
+      'optim.warmup_steps': 0, 'optim.clip_norm': 0.})
   with pytest.raises(errors.UserError, match='3 updates in a row'):
     train.train(config, str(tmp_path))
   found = lines(tmp_path / 'nonfinite.jsonl')

@@ -483,7 +483,8 @@ def test_parameter_counts():
              ) == 2 * (590_592 + 787_200)
   assert sum(v for k, v in base.items() if k.endswith('_pooler')
              ) == 4 * 590_592
-  assert program.count_parameters(shapes)['total'] == sum(count['tiny'].values())
+  assert program.count_parameters(shapes)['total'] == sum(
+      count['tiny'].values())
 
 
 # --- Bad input --------------------------------------------------------------

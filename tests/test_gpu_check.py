@@ -6,7 +6,8 @@ from tests import gpu_check
 
 def test_a_part_that_hangs_is_reported_and_the_others_run(
     monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(gpu_check, '_LIMITS', {'numbers_soho': .1, 'assignment': 300})
+  monkeypatch.setattr(gpu_check, '_LIMITS',
+                      {'numbers_soho': .1, 'assignment': 300})
   out = tmp_path / 'report.json'
   assert gpu_check.main(['--parts', 'numbers_soho,assignment', '--json',
                          str(out)]) == 1

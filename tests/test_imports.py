@@ -32,8 +32,8 @@ DOORS = {
     'evaluation': ['data', 'models', 'training', 'tasks'],
     'weights': ['ops', 'models', 'training'],
     'peers': ['models'],
-    'benchmarks': ['data', 'evaluation', 'models', 'peers', 'profiling', 'tasks',
-                'training'],
+    'benchmarks': ['data', 'evaluation', 'models', 'peers', 'profiling',
+                   'tasks', 'training'],
 }
 ACCELERATOR_ROOMS = ('models', 'ops', 'objectives', 'tasks', 'training')
 # Optional and large: imported where they are used, never with a module.

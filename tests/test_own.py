@@ -185,9 +185,10 @@ def test_photographs_as_yolo(photographs, tmp_path, tool):
   rows = {i: [] for i in images}
   for a in content['annotations']:
     i, (x, y, w, h) = images[a['image_id']], a['bbox']
-    rows[i['id']].append('%d %.6f %.6f %.6f %.6f' % (
-        number[a['category_id']], (x + w / 2) / i['width'],
-        (y + h / 2) / i['height'], w / i['width'], h / i['height']))
+    rows[i['id']].append(' '.join([str(number[a['category_id']])] + [
+        f'{v:.6f}' for v in ((x + w / 2) / i['width'],
+                             (y + h / 2) / i['height'], w / i['width'],
+                             h / i['height'])]))
   pictures, labels = {
       'ultralytics': ('images/train2017', 'labels/train2017'),
       'roboflow': ('train/images', 'train/labels'),

@@ -6,7 +6,8 @@ static shapes, and `synthetic` how to draw a batch without data. The table in
 docs/data.md is generated from them.
 """
 import dataclasses
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class Key:
   padding: Any
   holds: str
   draw: Callable[[Draw], np.ndarray]
-  render: Optional[Callable] = None
+  render: Callable | None = None
 
   def row_shape(self, sizes):
     """The shape of one row under {letter: size}."""

@@ -23,7 +23,7 @@ import dataclasses
 import importlib
 import inspect
 import zlib
-from typing import Callable
+from collections.abc import Callable
 
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax.data import keys, rng

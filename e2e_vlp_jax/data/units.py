@@ -5,7 +5,6 @@ record: a record with five questions gives five rows per epoch, each with the
 number of its item.
 """
 import dataclasses
-from typing import Optional
 
 from e2e_vlp_jax.errors import UserError, nearest
 
@@ -20,8 +19,8 @@ class Unit:
     text: the item's key that holds its text; None: the item is the text.
   """
   name: str
-  field: Optional[str] = None
-  text: Optional[str] = None
+  field: str | None = None
+  text: str | None = None
 
   def text_of(self, record, item):
     """The text of an item of a record."""

@@ -32,7 +32,7 @@ def build(config, *, vocab_size, num_classes, num_attributes, num_answers=0):
       vocab_size=vocab_size, num_classes=num_classes,
       num_attributes=num_attributes, num_answers=num_answers,
       dtype=jnp.dtype(config.dtype), frozen=frozen_groups(config))
-  model.views  # pylint: disable=pointless-statement  # Raises for bad heads.
+  _ = model.views  # Raises for bad heads.
   return model
 
 

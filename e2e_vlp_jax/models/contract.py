@@ -66,7 +66,8 @@ on the image and P texts:
   and `mvm` cannot run.
 """
 import dataclasses
-from typing import Any, Dict, Mapping, NamedTuple, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -105,9 +106,9 @@ class View:
     states: the states that heads of `config.model.heads` may read.
   """
   call: str
-  inputs: Tuple[str, ...]
-  heads: Tuple[str, ...]
-  states: Tuple[str, ...] = ()
+  inputs: tuple[str, ...]
+  heads: tuple[str, ...]
+  states: tuple[str, ...] = ()
 
   def __iter__(self):
     return iter(self.heads)
@@ -116,7 +117,7 @@ class View:
 class Head(NamedTuple):
   """A row of `HEADS`: the states that a head reads, and the model's method that
   computes its outputs from them, {state: array} -> {name: array}."""
-  states: Tuple[str, ...]
+  states: tuple[str, ...]
   call: str
 
 
@@ -159,7 +160,7 @@ class BaseModel(nn.Module):
   num_attributes: int
   dtype: Any = jnp.float32
   num_answers: int = 0
-  frozen: Tuple[Tuple[str, bool], ...] = ()
+  frozen: tuple[tuple[str, bool], ...] = ()
 
   # {name: Head} of the heads that the model's own `table` names.
   HEADS = {}
@@ -168,7 +169,7 @@ class BaseModel(nn.Module):
   # --- Tables -----------------------------------------------------------------
 
   @property
-  def table(self) -> Dict[str, View]:
+  def table(self) -> dict[str, View]:
     """The views with the model's own heads, in the order in which they run."""
     raise NotImplementedError
 
@@ -190,7 +191,7 @@ class BaseModel(nn.Module):
         'text': encode('text'), 'masked_text': encode('masked_text')}
 
   @property
-  def views(self) -> Dict[str, View]:
+  def views(self) -> dict[str, View]:
     """`table` with the heads of `config.model.heads`."""
     views = self.table
     if 'joint' in views:
@@ -212,7 +213,7 @@ class BaseModel(nn.Module):
     return {name: view for name, view in views.items() if view.heads}
 
   @property
-  def heads(self) -> Tuple[str, ...]:
+  def heads(self) -> tuple[str, ...]:
     """Names of all heads."""
     return tuple(sorted({h for view in self.views.values() for h in view}))
 
@@ -301,7 +302,7 @@ class BaseModel(nn.Module):
 
   def __call__(self, batch: Mapping[str, Any],
                requests: Mapping[str, Sequence[str]],
-               train: bool = False) -> Dict[str, Dict[str, Any]]:
+               train: bool = False) -> dict[str, dict[str, Any]]:
     """Runs the requested views.
 
     Args:

@@ -1,5 +1,6 @@
 """Output heads. Each is a small module; logits are float32."""
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax

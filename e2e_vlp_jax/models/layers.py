@@ -6,7 +6,8 @@ products run in `dtype`; parameters are float32.
 import functools
 import math
 import re
-from typing import Any, Callable, NamedTuple, Optional
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -201,8 +202,8 @@ _drop.defvjp(_drop_fwd, _drop_bwd)
 
 
 def attention(query: Array, key: Array, value: Array,
-              bias: Optional[Array] = None,
-              dropout: Optional[attention_ops.Dropout] = None) -> Array:
+              bias: Array | None = None,
+              dropout: attention_ops.Dropout | None = None) -> Array:
   """Softmax attention.
 
   Args:
@@ -338,7 +339,7 @@ class EncoderLayer(nn.Module):
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   # Inside the feed-forward; None = `dropout`, as in DETR.
-  inner_dropout: Optional[float] = None
+  inner_dropout: float | None = None
 
   @nn.compact
   def __call__(self, x, pos, bias, train=False, last=0):
@@ -393,7 +394,7 @@ class Encoder(nn.Module):
   epsilon: float = 1e-5
   remat: str = 'none'
   dtype: Any = jnp.float32
-  inner_dropout: Optional[float] = None
+  inner_dropout: float | None = None
 
   @nn.compact
   def __call__(self, x, pos, mask, train=False, last=0):
@@ -498,7 +499,7 @@ def check_canvas(image, multiple):
         f'stride of model.backbone; try {near(h)}x{near(w)}')
 
 
-def hide_padding(x: Array, mask: Optional[Array]) -> Array:
+def hide_padding(x: Array, mask: Array | None) -> Array:
   """Zeroes the padded cells of a feature map [B, h, w, C].
 
   A following convolution then has the same results at an image's edge as
@@ -543,7 +544,7 @@ class TextEmbedding(nn.Module):
     self.drop = Dropout(self.dropout)
 
   def __call__(self, ids: Array, train: bool = False,
-               positions: Optional[Array] = None) -> Array:
+               positions: Array | None = None) -> Array:
     """[..., L] token ids and their positions (0, 1, ...) -> [..., L, D]."""
     if positions is None:
       if ids.shape[-1] > self.max_length:

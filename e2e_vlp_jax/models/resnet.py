@@ -4,7 +4,7 @@ He et al., CVPR 2016. Names and strides follow torchvision so that published
 weights map one to one; padding is explicit because XLA's SAME differs from
 torch's at stride 2.
 """
-from typing import Any, Tuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -157,7 +157,7 @@ class ResNet(nn.Module):
   depth: int = 50
   frozen: Any = ()
   dilated: bool = False
-  out_stages: Tuple[int, ...] = (4,)
+  out_stages: tuple[int, ...] = (4,)
   mask_padding: bool = True
   stem: int = 64
   width: int = 64

@@ -12,7 +12,8 @@ detectors, a grid of any size is padded to whole windows instead, and windows
 neither shrink nor stay unshifted.
 """
 import functools
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax

@@ -13,7 +13,7 @@ lies on a crowd is left out of the class loss, as COCO's evaluation ignores its
 detection.
 """
 import dataclasses
-from typing import Any, ClassVar, Tuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Objective:
   cost_giou: float = 2.
   aux: bool = True
   mesh: Any = None
-  batch_axes: Tuple[str, ...] = ()
+  batch_axes: tuple[str, ...] = ()
 
   def __call__(self, outputs, batch):
     outputs = outputs['image_only']

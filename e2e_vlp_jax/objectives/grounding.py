@@ -11,7 +11,7 @@ over devices, which is the same. It also skips a device's batch that has too few
 boxes; we skip nothing.
 """
 import dataclasses
-from typing import Any, ClassVar, Tuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Objective:
   nearest: int = 9
   last_token_is_none: bool = True
   mesh: Any = None
-  batch_axes: Tuple[str, ...] = ()
+  batch_axes: tuple[str, ...] = ()
 
   def check(self, config, model):
     """UserError unless a row has exactly one text."""

@@ -2,16 +2,16 @@
 
 `attention` in plain XLA writes the logits and weights of all heads to memory:
 for 364 tokens and 8 heads some 25 times the bytes of its inputs. A train step
-therefore runs the kernels of `attention_tpu` or `attention_gpu`, which keep them
-on the chip. Where the place (`place.on`) is not known, or the kernel does not
-apply, the plain form runs.
+therefore runs the kernels of `attention_tpu` or `attention_gpu`, which keep
+them on the chip. Where the place (`place.on`) is not known, or the kernel does
+not apply, the plain form runs.
 
 Dropout of the weights draws its bits by a hash of their position, which costs a
 few integer operations and is equal in all forms and on every mesh.
 """
 import functools
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -50,8 +50,8 @@ def draw_dropout(key, rate, rows):
 
 
 def attention(query: Array, key: Array, value: Array,
-              bias: Optional[Array] = None, table: Optional[Array] = None,
-              dropout: Optional[Dropout] = None) -> Array:
+              bias: Array | None = None, table: Array | None = None,
+              dropout: Dropout | None = None) -> Array:
   """Softmax attention; the softmax runs in float32.
 
   Args:

@@ -6,7 +6,7 @@ around its tracing.
 """
 import contextlib
 import contextvars
-from typing import Any, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,7 +21,7 @@ class Place(NamedTuple):
     axes: names of the mesh's axes over which batches are split.
   """
   mesh: Any
-  axes: Tuple[str, ...]
+  axes: tuple[str, ...]
 
   @property
   def platform(self):

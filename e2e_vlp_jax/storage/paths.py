@@ -37,7 +37,7 @@ def in_bucket(path):
                            'gs://BUCKET/NAME')
   try:
     import fsspec  # pylint: disable=g-import-not-at-top
-    import gcsfs  # pylint: disable=g-import-not-at-top,unused-import
+    import gcsfs  # noqa: F401  # pylint: disable=g-import-not-at-top
   except ImportError as e:
     raise errors.UserError(f'{path}: buckets need the extra gcs: '
                            'pip install "e2e_vlp_jax[gcs]"') from e

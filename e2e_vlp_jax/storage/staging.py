@@ -129,7 +129,8 @@ def opened(workdir):
 def check_folder(name, workdir):
   """UserError or TryAgain unless WORKDIR, the value of `name`, can be written.
 
-  Without this, what is computed for a `Folder` would meet its bucket at the end.
+  Without this, what is computed for a `Folder` would meet its bucket only at
+  the end.
   """
   if not isinstance(workdir, Folder):
     files.check_folder(name, workdir)

@@ -13,7 +13,8 @@ the Predictor and the pictures find it by the file's name.
 No import of this module needs jax or TensorFlow, so that configs can read it.
 """
 import dataclasses
-from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from e2e_vlp_jax import discovery
 from e2e_vlp_jax import errors
@@ -105,8 +106,8 @@ class Finetuning:
   evaluator: str
   metric: str
   data: str
-  splits: Mapping[str, Tuple[str, str]]
-  head: Optional[Mapping[str, Any]] = None
+  splits: Mapping[str, tuple[str, str]]
+  head: Mapping[str, Any] | None = None
   answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
   classes: bool = False
 
@@ -136,8 +137,8 @@ class Option:
   """
   default: Any
   help: str
-  least: Optional[float] = None
-  most: Optional[float] = None
+  least: float | None = None
+  most: float | None = None
   compiled: bool = False
 
   def check(self, name, value):
@@ -201,7 +202,7 @@ class Truth:
   """
   record: Mapping[str, Any]
   labels: Any
-  check_caption: Optional[Callable[[str], bool]] = None
+  check_caption: Callable[[str], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +272,7 @@ class Task:
   takes_text = needs_text = False
   options: Mapping[str, Option] = {}
   in_samples = True
-  finetuning: Optional[Finetuning] = None
+  finetuning: Finetuning | None = None
   alternatives: Sequence[Finetuning] = ()
 
   @property

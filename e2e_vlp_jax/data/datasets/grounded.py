@@ -5,7 +5,8 @@ the words of each phrase are found in its caption, and what cannot be used is
 left out and counted.
 """
 import dataclasses
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from e2e_vlp_jax import errors
 from e2e_vlp_jax.data import spans as spans_lib
@@ -29,7 +30,7 @@ class Phrase:
   xywh: Any
   name: str
   spans: Any = None
-  text: Optional[str] = None
+  text: str | None = None
   id: int = -1
   kind: str = ''
 
@@ -46,8 +47,8 @@ class Image:
   """
   file_name: str
   id: Any
-  height: Optional[int] = None
-  width: Optional[int] = None
+  height: int | None = None
+  width: int | None = None
   captions: Sequence[Any] = dataclasses.field(default_factory=list)
   objects: Sequence[Any] = dataclasses.field(default_factory=list)
   expressions: Sequence[Any] = dataclasses.field(default_factory=list)

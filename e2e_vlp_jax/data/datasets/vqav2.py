@@ -62,7 +62,8 @@ class Builder(base.RecordBuilder):
 
   def _wanted(self):
     """The splits to write."""
-    found = self.named_splits(_SPLITS) or [s for s in _DEFAULT if self._find(_questions_of(s))]
+    found = self.named_splits(_SPLITS) or [
+        s for s in _DEFAULT if self._find(_questions_of(s))]
     if not found:
       raise errors.UserError(
           f'no {_questions_of("train")} in {self.source!r} and no other '

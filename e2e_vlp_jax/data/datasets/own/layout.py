@@ -1,7 +1,7 @@
 """What folders of both kinds, COCO's and YOLO's, are read into."""
 import dataclasses
 import re
-from typing import Callable
+from collections.abc import Callable
 
 # How tools name the splits.
 _SPLITS = {'train': 'train', 'training': 'train', 'val': 'validation',

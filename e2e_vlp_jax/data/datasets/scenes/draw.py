@@ -164,7 +164,7 @@ def _dull(rng):
   return [level + rng.randint(-10, 10) for _ in range(3)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _stencil(shape, pixels, texture='plain'):
   """How an object is drawn: (coverage, ink), both float32 [h, w] in [0, 1].
 
