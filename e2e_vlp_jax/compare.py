@@ -95,8 +95,8 @@ def rows_of(study, runs, seconds):
   """[{'arm', 'measures': {label: {'values', 'mean', 'least', 'most'}},
   'minutes'}].
 
-  Only finished runs count. `minutes` is the mean over the seeds of the time
-  that the arm's runs took, or None if one was trained elsewhere.
+  Only finished runs count. `minutes` is the mean of the time that the arm's
+  runs took, over the seeds of which none was trained elsewhere, or None.
 
   Args:
     study: a Study.
@@ -120,9 +120,9 @@ def rows_of(study, runs, seconds):
                  for name in steps)
              for seed in {seed for _, _, seed in done}
              if all((arm, name, seed) in done for name in steps)]
-    minutes = float(np.mean(times)) / 60 if times else np.nan
+    times = [t for t in times if not np.isnan(t)]
     rows.append({'arm': arm, 'measures': measures,
-                 'minutes': None if np.isnan(minutes) else minutes})
+                 'minutes': float(np.mean(times)) / 60 if times else None})
   return rows
 
 

@@ -85,7 +85,13 @@ def test_arms_are_chains(place, tmp_path, capsys):
   assert call(*argv, '--seeds', '3') == 0
   assert calls.read_text().count('seed=2') == 3 == calls.read_text().count(
       '\n')
-  assert call(*argv, '--mode', 'table') == 0
+  # A seed whose first run was trained elsewhere does not count in the minutes.
+  seconds = {str(workdir / f'one_arm/{step}/seed={seed}'): 60. * seed
+             for step in ('first', 'second') for seed in (1, 2)}
+  (workdir / 'study.json').write_text(json.dumps({'seconds': seconds}))
+  assert call(*argv, '--mode', 'table', '--seeds', '3') == 0
+  one, other = json.loads((workdir / 'study.json').read_text())['rows']
+  assert one['minutes'] == pytest.approx(3.) and other['minutes'] is None
 
 
 def test_print(place, tmp_path, capsys):
