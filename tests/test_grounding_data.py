@@ -401,6 +401,8 @@ def test_an_expression():
   assert words(made(record, 'refexp')) == ['dog']
   item['spans'] = []
   assert words(made(record, 'refexp')) == ['the dog on the left']
+  # Every pipeline tries its ops on this; no box is lost.
+  assert made(records.nothing(), 'refexp')['lost_boxes'] == 0
 
 
 def test_mirrored_images():

@@ -85,6 +85,8 @@ def _chooser(context, namer, class_share):
     if context.unit == 'refexp':
       item = example['refexps'][number]
       text, = example['texts']
+      if not text:  # That of `records.nothing()`.
+        return '', [], [], 0
       found = item['spans'] or [(0, len(item['text']))]
       return text, [item['bbox']], [_moved(example, text, found)], 0
     share, which = uniform(fold(seed, 1), [2]) if context.train else (1., 0.)
