@@ -79,6 +79,15 @@ def test_captions_of_a_record():
   assert grounding.captions_of(record, 0, 'text') == []
 
 
+def test_a_caption_of_many_phrases_comes_in_parts():
+  phrases = [phrase([0, 0, 1, 1], [(k, k + 1)], 0) for k in range(70)]
+  record = dict(width=9, height=9, texts=['x' * 70], phrases=phrases)
+  parts = grounding.captions_of(record, 0, 'text')
+  assert [len(p['phrases']) for p in parts] == [32, 32, 6]
+  assert [p['spans'] for part in parts for p in part['phrases']] == [
+      [(k, k + 1)] for k in range(70)]
+
+
 def test_evaluator():
   """Each caption is asked; what the model cannot read is not found."""
   record = dict(width=100, height=100, texts=['one two', 'three'], phrases=[

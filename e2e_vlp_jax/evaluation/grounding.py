@@ -80,8 +80,8 @@ def captions_of(record, item, unit):
     unit: 'text' or 'image'.
 
   Returns:
-    list of {'text', 'phrases': [{'spans', 'boxes' (pixels), 'kinds'}]}, at
-    most `prompts.MOST_PHRASES` of each text.
+    list of {'text', 'phrases': [{'spans', 'boxes' (pixels), 'kinds'}]}; a text
+    with more phrases than `prompts.MOST_PHRASES` comes several times.
   """
   size = np.array([record['width'], record['height']] * 2)
   captions = {}
@@ -93,9 +93,11 @@ def captions_of(record, item, unit):
         tuple(p['spans']), dict(spans=p['spans'], boxes=[],
                                 kinds=[k for k in p['kind'].split('/') if k]))
     phrase['boxes'].append(p['bbox'][[1, 0, 3, 2]] * size)
+  most = prompts.MOST_PHRASES
   return [{'text': record['texts'][number],
-           'phrases': list(phrases.values())[:prompts.MOST_PHRASES]}
-          for number, phrases in sorted(captions.items())]
+           'phrases': list(phrases.values())[start:start + most]}
+          for number, phrases in sorted(captions.items())
+          for start in range(0, len(phrases), most)]
 
 
 def recall(found, truth, merged=False):
