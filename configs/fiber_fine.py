@@ -131,8 +131,6 @@ def _data(config, data, side, tiny, recipe):
   else:
     common.evaluate(config, names, unseen=scenes, grounding=see,
                     class_prompts=see)
-    # Here, so that the command line can set them.
-    config.evals.class_prompts.options = dict(names=(), per_class=False)
 
 
 def resize(config, side):

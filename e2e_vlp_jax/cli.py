@@ -202,6 +202,8 @@ def _override(config, key, text):
   """Sets config's dotted `key` to `text`, read as the old value's type."""
   key = current_key(config, key)
   if not _has(config, key):
+    if _add_evaluator_option(config, key, text):
+      return
     why = old_names.gone(key)
     if why:
       raise errors.UserError(f'config key {key!r} was removed: {why}')
@@ -224,6 +226,29 @@ def _override(config, key, text):
   except (KeyError, SyntaxError, TypeError, ValueError) as e:
     raise errors.UserError(f'config key {key!r}: found {text!r}, expected '
                            f'{kind.__name__} such as {node[name]!r}') from e
+
+
+def _add_evaluator_option(config, key, text):
+  """Sets evals.NAME.options.OPTION, which a config need not list.
+
+  Evaluators check the name and the value before they start.
+
+  Returns:
+    whether `key` is one.
+  """
+  first, *names = key.split('.')
+  if (first != 'evals' or len(names) != 3 or names[1] != 'options'
+      or not _has(config, f'evals.{names[0]}')):
+    return False
+  try:
+    value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(
+        text.lower(), text))
+  except (SyntaxError, ValueError):
+    value = text
+  evaluator = config.evals[names[0]]
+  with evaluator.unlocked():
+    evaluator.options = {**evaluator.get('options', {}), names[2]: value}
+  return True
 
 
 # How to parse an override by type; all other types are Python literals.

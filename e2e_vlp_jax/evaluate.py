@@ -24,6 +24,7 @@ import ml_collections
 from e2e_vlp_jax import cli
 from e2e_vlp_jax import errors
 from e2e_vlp_jax import models
+from e2e_vlp_jax import objectives
 from e2e_vlp_jax.data import vocabularies as vocabularies_lib
 from e2e_vlp_jax.evaluation import evaluators as evaluators_lib
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
@@ -77,7 +78,8 @@ def evaluate(config, path, workdir, tasks=None, limit=None, data_dir=None,
   variables_lib.check(
       model, config, vocabularies.sizes, variables, path,
       workdir_lib.differences(stored['model'],
-                              workdir_lib.to_dict(config.model)))
+                              workdir_lib.to_dict(config.model)),
+      objectives.requests(objectives.build(ml_collections.ConfigDict(stored))))
   evaluators = evaluators_lib.Evaluators(config, model, vocabularies,
                                          sharding.make_mesh(config.mesh), path)
   with staging.opened(workdir) as folder:

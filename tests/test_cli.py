@@ -20,7 +20,8 @@ def get_config(arg='tiny'):
     raise ValueError(f'no size {arg!r}; choose tiny or large')
   return ml_collections.ConfigDict(dict(
       seed=0, name=arg, total_steps=10, tensorboard=True,
-      init_from=placeholder(str), rules=(),
+      init_from=placeholder(str), rules=(), evals=dict(
+          one=dict(type='retrieval'), two=dict(type='x', options=dict(k=1))),
       optim=dict(learning_rate=1e-3, groups=(('.*', {}),))))
 '''
 
@@ -54,8 +55,21 @@ def test_overrides_take_the_type_of_what_they_replace(config_file):
   assert config.optim.groups == (('x', {}),)
 
 
+def test_an_evaluator_s_options_need_not_be_listed(config_file):
+  _, config = parse(
+      f'--config={config_file}', '--config.evals.one.options.top_k=7',
+      '--config.evals.one.options.protocol=dual',
+      '--config.evals.two.options.names=("a", "b")',
+      '--config.evals.two.options.k=2', '--config.evals.two.options.all=true')
+  assert config.evals.one.options.to_dict() == dict(top_k=7, protocol='dual')
+  assert config.evals.two.options.to_dict() == dict(k=2, names=('a', 'b'),
+                                                    all=True)
+
+
 @pytest.mark.parametrize('override,expected', [
     ('total_step=3', ["'total_step'", "'total_steps'"]),
+    ('evals.three.options.k=3', ['evals.three.options.k',
+                                 'evals.two.options.k']),
     ('optim.learningrate=3', ["'optim.learningrate'",
                               "'optim.learning_rate'"]),
     ('optm.learning_rate=3', ["'optm.learning_rate'",

@@ -12,6 +12,7 @@ from e2e_vlp_jax import errors
 from e2e_vlp_jax import evaluate
 from e2e_vlp_jax.data import label_space
 from e2e_vlp_jax.data import pipeline as pipeline_lib
+from e2e_vlp_jax.data import synthetic
 from e2e_vlp_jax.evaluation import captioning
 from e2e_vlp_jax.evaluation import detection
 from e2e_vlp_jax.evaluation import evaluators as evaluators_lib
@@ -20,6 +21,7 @@ from e2e_vlp_jax.evaluation import itm
 from e2e_vlp_jax.evaluation import mlm
 from e2e_vlp_jax.evaluation import pictures
 from e2e_vlp_jax.evaluation import predictor as predictor_lib
+from e2e_vlp_jax.evaluation import variables as variables_lib
 from e2e_vlp_jax.tasks import base
 from e2e_vlp_jax.tasks import caption
 from e2e_vlp_jax.tasks import detect
@@ -397,3 +399,42 @@ def test_a_metric_that_an_evaluator_does_not_name(config, built, monkeypatch):
                                          built[0].vocabularies)
   with pytest.raises(UserWarning, match="itm: GIVES lacks 'recall'"):
     evaluators.run({})
+
+
+@pytest.mark.parametrize('options, says', [
+    (dict(top_kk=3), "evals.some.options.top_kk: no such option.*'top_k'"),
+    (dict(top_k='many'), "evals.some.options.top_k: found 'many', expected "
+                         'int such as 32'),
+    (dict(itc_weight=1, protocol='dual', texts=5), None)])
+def test_options_of_an_evaluator(config, built, options, says):
+  """Their names and types are those of its arguments."""
+  changed = config.copy_and_resolve_references()
+  changed.evals = dict(some=dict(
+      type='retrieval', source=dict(name='scenes', split='test'),
+      pp='decode|fit', max_examples=0, examples_during_training=0,
+      options=options))
+  changed.samples.count = 0
+  open_them = lambda: evaluators_lib.Evaluators(
+      changed, built[0].model, built[0].vocabularies)
+  if says is None:
+    open_them()
+    return
+  with pytest.raises(errors.UserError, match=says):
+    open_them()
+
+
+def test_a_decoder_that_has_learnt_captions_alone(config, built):
+  """Its detection heads are missing; a layer must not be."""
+  model, sizes = built[0].model, built[0].vocabularies.sizes
+  trained = {'image_only': ('captioning',)}
+  batch = synthetic.synthetic_batch(config.data, batch_size=1, **sizes)
+  found = jax.eval_shape(
+      lambda: model.init(jax.random.key(0), batch, trained))
+  check = lambda requests: variables_lib.check(
+      model, config, sizes, found, 'W', {}, requests)
+  check(trained)
+  with pytest.raises(errors.UserError, match='lacks params/decoder/box_head'):
+    check(model.views)
+  del found['params']['decoder']['layer0']
+  with pytest.raises(errors.UserError, match='lacks params/decoder/layer0'):
+    check(trained)

@@ -16,8 +16,6 @@ _QUESTIONS = 443_757 + 214_354  # in train2014 and val2014
 _TRAIN = tuple(dict(name='vqav2', split=split, weight='by_rows')
                for split in ('train', 'validation'))
 _OPS = "text('questions')|answers"
-# Here, so that the command line can set them.
-_EVALUATOR = {'evals.vqa.options': dict(question_types=False, submission='')}
 
 
 def _steps(epochs, batch):
@@ -27,7 +25,6 @@ def _steps(epochs, batch):
 # The paper does not describe its fine-tuning. Our choice: SOHO's length, batch
 # and schedule, with the optimizer of the paper's pre-training.
 _E2E_VLP = {
-    **_EVALUATOR,
     'data.train': _TRAIN,
     # Other sizes, but no crops, which could remove what a question is about.
     'data.pp_train': f'decode|scale_crop(p=0.)|fit|{_OPS}',
@@ -46,7 +43,6 @@ _E2E_VLP = {
 # [S]
 _SOHO_EVAL = "decode|fit((1000, 600), 'opencv')|text('questions')"
 _SOHO = {
-    **_EVALUATOR,
     'dtype': 'float32',                             # [S], apex O0
     'data.train': _TRAIN,                           # [S]
     'data.max_text': 16,                            # [S]
@@ -77,7 +73,6 @@ _SOHO = {
 }
 
 _FIBER = {
-    **_EVALUATOR,
     'data.train': _TRAIN,                           # [F]
     'side': 576,                                    # [F], with windows of 18
     'data.max_text': 50,                            # [F]
@@ -98,14 +93,11 @@ _FIBER = {
 }
 
 # 71,549 questions about 20,000 drawn scenes; ours.
-_SCENES = {
-    **_EVALUATOR,
-    **shared.scenes_classifier('answer'),
-}
+_SCENES = shared.scenes_classifier('answer')
 
 RECIPES = {
     ('e2e_vlp', 'published'): _E2E_VLP, ('e2e_vlp', 'scenes'): _SCENES,
     ('soho', 'published'): _SOHO, ('soho', 'scenes'): _SCENES,
-    ('fiber', 'published'): _FIBER, ('fiber', 'scenes'): {
-        **_EVALUATOR, **shared.fiber_scenes('answer')},
+    ('fiber', 'published'): _FIBER,
+    ('fiber', 'scenes'): shared.fiber_scenes('answer'),
 }

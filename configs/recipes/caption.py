@@ -41,9 +41,7 @@ def _cider(steps, learning_rate, warmup_steps=0, schedule='linear', **options):
           samples=5, baseline='others', scale=1., truth=0.), **options}}
 
 
-# The evaluator's options; here, so that the command line can set them.
-_EVALUATOR = {
-    'evals.captioning.options': dict(beams=5, submission='', meteor=True)}
+_EVALUATOR = {'evals.captioning.options': dict(beams=5, meteor=True)}
 
 # GOLD (objectives/gold.py) instead of plain cross-entropy, off:
 # --config.objectives.captioning=0 --config.objectives.gold=1
@@ -111,7 +109,6 @@ _FIBER_OTHERS = {
 
 # Some minutes on two cores; ours. CIDEr's stage is off until it gets steps.
 _SCENES = {
-    'evals.captioning.options': dict(beams=1, submission=''),
     **_GOLD,
     **_cider(0, 2e-4, schedule='constant'),
     'data.sentences': 2,

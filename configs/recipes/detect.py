@@ -20,8 +20,6 @@ RECIPES = {
     # [F] but for the length: configs/fiber_fine.py says more.
     ('fiber_fine', 'own'): {
         **_OWN,
-        # Here, so that the command line can set them.
-        'evals.class_prompts.options': dict(names=(), per_class=False),
         'batch_size': 4,
         'optim.schedule': 'step',
         'optim.learning_rate': 1e-4,

@@ -10,8 +10,6 @@ from configs.recipes import shared
 
 _STATEMENTS = 86_373  # in the train split
 _OPS = "second_image|text('statements')|statement_labels"
-# Here, so that the command line can set it.
-_EVALUATOR = {'evals.nlvr2.options': dict(submission='')}
 
 
 def _steps(epochs, batch):
@@ -25,7 +23,6 @@ _TRAIN = f'decode|fit|{_OPS}'
 # Ours throughout, as for VQA: SOHO's schedule there, with the optimizer of the
 # paper's pre-training.
 _E2E_VLP = {
-    **_EVALUATOR,
     'data.pp_train': _TRAIN,
     'model.heads.reason.hidden': 1024,
     'model.heads.reason.act': 'gelu',
@@ -43,7 +40,6 @@ _E2E_VLP = {
 # released recipe for VQA (configs/recipes/answer.py).
 _FIT = "decode|fit((1000, 600), 'opencv')"
 _SOHO = {
-    **_EVALUATOR,
     'dtype': 'float32',
     'data.max_text': 40,  # ours; sentences are longer than questions
     'side': 600,
@@ -67,7 +63,6 @@ _SOHO = {
 }
 
 _FIBER = {
-    **_EVALUATOR,
     'side': 384,                                    # [F]
     'data.max_text': 50,                            # [F]
     # [F] crops, mirrors and distorts (RandAugment) both images; ours: none,
@@ -88,10 +83,7 @@ _FIBER = {
 }
 
 # 20,000 statements about two drawn scenes each; ours.
-_SCENES = {
-    **_EVALUATOR,
-    **shared.scenes_classifier('reason'),
-}
+_SCENES = shared.scenes_classifier('reason')
 
 # NLVR v1 in its one-image form: 989 sentences of dev, some 15 epochs; ours.
 _NLVR1 = {**_SCENES, 'side': 192, 'total_steps': 500, 'eval_every_steps': 100,
@@ -103,6 +95,6 @@ RECIPES = {
     ('soho', 'published'): _SOHO, ('soho', 'scenes'): _SCENES,
     ('soho', 'nlvr1'): _NLVR1,
     ('fiber', 'published'): _FIBER,
-    ('fiber', 'scenes'): {**_EVALUATOR, **shared.fiber_scenes('reason')},
+    ('fiber', 'scenes'): shared.fiber_scenes('reason'),
     ('fiber', 'nlvr1'): _NLVR1,
 }

@@ -30,11 +30,9 @@ def _steps(epochs, texts, name, *splits):
 
 
 def _evaluation(protocol, **options):
-  """The evaluator's options; all here, so that the command line can set them.
-  """
+  """The evaluator's options."""
   return {'evals.retrieval.options': {**dict(
-      protocol=protocol, texts=5, folds=1, top_k=128, score='odds',
-      itc_weight=0., max_pairs=5_000_000), **options}}
+      protocol=protocol, texts=5, top_k=128, max_pairs=5_000_000), **options}}
 
 
 def _e2e_vlp(name, *splits):

@@ -27,6 +27,7 @@ _KEYS = ('type', 'source', 'pp', 'unit', 'max_examples',
 # Arguments of every `evaluate`; any further ones are the evaluator's options.
 _COMMON = ('predictor', 'variables', 'pipeline', 'max_examples', 'progress',
            'details')
+_ALSO = {float: (float, int), tuple: (tuple, list)}  # types of a like default
 
 
 def names():
@@ -194,12 +195,18 @@ def _function(name, options):
       raise errors.UserError(
           f'evals.{name}.{key}: no such key' + errors.nearest(key, _KEYS)
           + f"; the evaluator's own options are evals.{name}.options")
-  own = [k for k in inspect.signature(evaluate).parameters
-         if k not in _COMMON]
-  for key in options.get('options', {}):
+  own = {k: p.default for k, p in inspect.signature(evaluate).parameters.items()
+         if k not in _COMMON}
+  for key, value in options.get('options', {}).items():
     if key not in own:
       raise errors.UserError(f'evals.{name}.options.{key}: no such option'
                              + errors.nearest(key, own))
+    default = own[key]
+    if default is not None and not isinstance(
+        value, _ALSO.get(type(default), type(default))):
+      raise errors.UserError(
+          f'evals.{name}.options.{key}: found {value!r}, expected '
+          f'{type(default).__name__} such as {default!r}')
   return evaluate
 
 

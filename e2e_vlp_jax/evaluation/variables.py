@@ -6,7 +6,7 @@ from e2e_vlp_jax.data import pp
 from e2e_vlp_jax.data import synthetic
 
 
-def check(model, config, sizes, found, path, changes):
+def check(model, config, sizes, found, path, changes, trained=None):
   """UserError unless the variables of a checkpoint fit the model.
 
   Heads that were never trained may be missing, and so may state that only
@@ -21,6 +21,8 @@ def check(model, config, sizes, found, path, changes):
     path: path of the checkpoint, for the error message.
     changes: {key of config.model: (value in the checkpoint's config, value
       here)}, for the message.
+    trained: {view: heads} that were trained, None = all. Others may share a
+      module with them (the decoder), and be missing.
   """
   data = config.data.copy_and_resolve_references()
   if 'text' not in dict(pp.bind(data.pp_train)):
@@ -28,16 +30,20 @@ def check(model, config, sizes, found, path, changes):
   batch = synthetic.synthetic_batch(data, batch_size=1, **sizes)
   # Nor need its rows show two images, which other views read.
   batch = {f'second_{k}': batch[k] for k in ('image', 'image_mask')} | batch
-  shapes = jax.eval_shape(
-      lambda b: model.init(jax.random.key(0), b, model.views), batch)
-  want, found = _shapes(shapes), _shapes(found)
+  shapes = lambda requests: _shapes(jax.eval_shape(
+      lambda b: model.init(jax.random.key(0), b, requests), batch))
+  want, found = shapes(model.views), _shapes(found)
   modules = {name[:2] for name in found}
   wrong = [f'has {found[n]}, --config expects '
            + (f'{want[n]}' if n in want else 'none') + f' for {"/".join(n)}'
            for n in found if found[n] != want.get(n)
            and (n in want or n[0] == 'params')]
-  wrong += [f'lacks {"/".join(n)}' for n in want if n not in found
-            and n[0] == 'params' and n[:2] in modules]
+  missing = [n for n in want if n not in found and n[0] == 'params'
+             and n[:2] in modules]
+  if missing and trained is not None:
+    needed = shapes(trained)
+    missing = [n for n in missing if n in needed]
+  wrong += [f'lacks {"/".join(n)}' for n in missing]
   if not wrong:
     return
   more = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''

@@ -98,7 +98,8 @@ class Checkpointer:
       return ''
     found = self.best()
     if not found:
-      return f'checkpoint.best: no step has {self._options.best}'
+      return ('checkpoint.best: no evaluation during training gave '
+              f'{self._options.best}')
     step, score = found
     return (f'best {self._options.best} during training: {score:.4f} at step '
             f'{step}, {os.path.join(self._root, str(step))}')
