@@ -114,7 +114,9 @@ def _start(task, options):
   data = options.get('data') or (
       'scenes' if scenes and 'scenes' in how.splits else how.data)
   names = common.dataset_names(data)
-  made = discovery.names('e2e_vlp_jax.data.datasets', 'Builder')
+  # The last three are the default names of datasets of one's own.
+  made = {*discovery.names('e2e_vlp_jax.data.datasets', 'Builder')} - {
+      'own', 'pairs', 'grounding'}
   for name in names:
     if name in made and name not in how.splits:
       raise ValueError(f'data: {name!r} is not a dataset of this task'
