@@ -114,15 +114,15 @@ def _start(task, options):
   data = options.get('data') or (
       'scenes' if scenes and 'scenes' in how.splits else how.data)
   names = common.dataset_names(data)
-  # The last three are the default names of datasets of one's own.
-  made = {*discovery.names('e2e_vlp_jax.data.datasets', 'Builder')} - {
-      'own', 'pairs', 'grounding'}
+  # Those of some task; any other name is a dataset of one's own.
+  known = {dataset for name in _tasks() for way in base.load(name).ways
+           for dataset in way.splits}
   for name in names:
-    if name in made and name not in how.splits:
+    if name in known and name not in how.splits:
       raise ValueError(f'data: {name!r} is not a dataset of this task'
                        + errors.nearest(name, how.splits))
-  # Those whose objects have names that no shipped label space has.
-  own = set(names) - set(common.SHIPPED if how.classes else made)
+  # For classes, also those whose names are in no shipped label space.
+  own = set(names) - set(common.SHIPPED if how.classes else known)
   if 'from' not in options:
     kind = data if own or data == 'scenes' else 'coco'
     config = _system(options['system']).get_config(f'{size},data={kind}')

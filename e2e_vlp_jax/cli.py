@@ -243,7 +243,7 @@ def _add_evaluator_option(config, key, text):
   try:
     value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(
         text.lower(), text))
-  except (SyntaxError, ValueError):
+  except (SyntaxError, TypeError, ValueError):
     value = text
   evaluator = config.evals[names[0]]
   with evaluator.unlocked():

@@ -180,6 +180,16 @@ def test_against_a_derivation_by_hand(config, built, itc, texts, top_k, score,
       len(pipeline.record(i)['texts'][:texts]) for i in range(16))
 
 
+def test_progress_within_a_batch(config, built):
+  """All 16 images are one batch, which can take minutes."""
+  table = Table(built, config)
+  pipeline = test_evaluators.open_pipeline(config, table, PP, 16)
+  done = []
+  retrieval.evaluate(table, {}, pipeline, progress=done.append, texts=1,
+                     protocol='exhaustive', at_once=4)
+  assert done == [16, 4, 8, 12, 16]
+
+
 def test_fewer_images(config, built):
   table = Table(built, config)
   pipeline = test_evaluators.open_pipeline(config, table, PP, 4)

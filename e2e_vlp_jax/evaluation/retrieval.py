@@ -32,7 +32,7 @@ _ROWS = 512  # of a matrix that are ranked at once
 
 
 def evaluate(predictor, variables, pipeline, *, max_examples=None,
-             progress=None, protocol='', texts=None, folds=1, top_k=32,
+             progress=None, protocol='', texts=0, folds=1, top_k=32,
              score='odds', itc_weight=0., max_pairs=100_000, at_once=16):
   """Recall in both directions.
 
@@ -49,7 +49,7 @@ def evaluate(predictor, variables, pipeline, *, max_examples=None,
       then from 0 again while pairs are scored.
     protocol: see the module's docstring; '' = 'reranked' if the model has both
       heads and top_k is not 0, 'dual' if it has an ITC head, or 'exhaustive'.
-    texts: number of captions used per image, the first; None = data.sentences.
+    texts: number of captions used per image, the first; 0 = data.sentences.
     folds: also the means over this many parts of the images, in the order of
       the split (5 of COCO's 5,000 test images are its 1K protocol).
     top_k: number of candidates that ITM re-ranks.

@@ -46,8 +46,7 @@ class Task(base.Task):
       eval_ops='grounding', evaluator='grounding', metric='R1',
       data='flickr30k_entities',
       splits={'scenes': ('train', 'test'),
-              'flickr30k_entities': ('train', 'validation'),
-              'grounding': ('train', 'validation')})
+              'flickr30k_entities': ('train', 'validation')})
 
   def check_texts(self, texts, count, options=None):
     """As every task's; with classes there are no texts."""
