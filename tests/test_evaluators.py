@@ -438,3 +438,15 @@ def test_a_decoder_that_has_learnt_captions_alone(config, built):
   del found['params']['decoder']['layer0']
   with pytest.raises(errors.UserError, match='lacks params/decoder/layer0'):
     check(trained)
+
+
+def test_evaluate_accepts_a_run_on_captions_alone(config, tiny_scenes, tmp_path,
+                                                  capsys):
+  changed = config.copy_and_resolve_references()
+  changed.objectives = dict(captioning=1.)
+  changed.samples.count = 0
+  path = small_model.save(tmp_path / 'run', changed,
+                          {'image_only': ('captioning',)})
+  evaluate.main(['--checkpoint', path, '--workdir', str(tmp_path), '--data_dir',
+                 str(tiny_scenes), '--tasks', 'captioning', '--limit', '2'])
+  assert 'eval/captioning/CIDEr' in capsys.readouterr().out
